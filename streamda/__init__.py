@@ -1,0 +1,32 @@
+"""streamda: data-aware LoRA initialization for models far larger than the GPU at hand.
+
+    import streamda
+
+    report = streamda.initialize(model="meta-llama/Llama-2-13b-hf", dataset="my_task.jsonl",
+                                 output_dir="adapter", max_gpu_mem="24GB")
+    print(report.to_table())
+    # later, anywhere: PeftModel.from_pretrained(base, "adapter", is_trainable=True)
+"""
+
+from streamda.api import collect, initialize, solve
+from streamda.errors import StreamdaError
+from streamda.factors import LayerStatistics
+from streamda.report import InitReport
+from streamda.store import Statistics, open_statistics
+
+__version__ = "0.1.0"
+
+__all__ = [
+    # stages
+    "collect",
+    "initialize",
+    "solve",
+    # what they read and return
+    "InitReport",
+    "LayerStatistics",
+    "Statistics",
+    "open_statistics",
+    # what they raise
+    "StreamdaError",
+    "__version__",
+]

@@ -1,0 +1,293 @@
+"""The adapter folder that PEFT reads, read back with PEFT itself before it takes its place.
+
+Its configuration comes from `peft.LoraConfig` and its tensors have PEFT's names, so it is a plain LoRA adapter of the
+unmodified base model. A layer's weight is W [d_out, d_in]; the adapter adds s B A with A [r, d_in] and B [d_out, r].
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig, PeftModel, set_peft_model_state_dict
+from peft.tuners.tuners_utils import check_target_module_exists
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from streamda import files
+from streamda.errors import ConfigError, DamagedError, NumericalError
+from streamda.layers import LinearSpec, is_linear, linear_spec
+from streamda.model_card import CARD_MARK, AdapterFacts, model_card
+from streamda.output import OutputFolder, named, resolved
+
+__all__ = [
+    "OWN_FILES",
+    "AdapterFacts",
+    "check_adapter",
+    "peft_config",
+    "relative_change",
+    "require_writable_output",
+    "write_adapter",
+]
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+CARD_FILE = "README.md"
+REPORT_FILE = "streamda_report.json"
+OWN_FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, REPORT_FILE)
+"""All that an adapter folder may hold for ``overwrite`` to replace it."""
+
+_KEY = "base_model.model.{}.lora_{}.weight"  # PEFT's names on disk, without the adapter's name
+_MARK = "streamda"  # in the weights' metadata: tells our start from an adapter trained and saved under the same names
+
+
+def relative_change(lora_a: Tensor, lora_b: Tensor, scaling: float, weight_norm: float) -> float:
+    """How much of the weight the adapter adds before training: the Frobenius norm of s B A over that of W.
+
+    B A is never formed: its squared norm is the sum of (B^T B) * (A A^T), two r x r matrices.
+
+    Args:
+        lora_a: [r, d_in].
+        lora_b: [d_out, r].
+        scaling: s.
+        weight_norm: Frobenius norm of the base weight.
+
+    Returns:
+        The ratio; infinity where a zero weight is changed.
+    """
+    a_rd = lora_a.double()
+    b_or = lora_b.double()
+    squared = ((b_or.T @ b_or) * (a_rd @ a_rd.T)).sum().item()
+    change = abs(scaling) * math.sqrt(max(squared, 0.0))  # rounding can leave a zero sum just below zero
+    if weight_norm == 0:
+        return math.inf if change else 0.0
+    return change / weight_norm
+
+
+def peft_config(facts: AdapterFacts, names: Sequence[str], skeleton: PreTrainedModel) -> LoraConfig:
+    """The configuration under which PEFT adapts exactly the named modules of the unmodified base model.
+
+    ``target_modules`` are the modules' last name parts (``q_proj``), else the last two (``attn.c_proj``), else the full
+    names: the shortest that select these modules and no other, by PEFT's own matching over all modules of the model.
+
+    Args:
+        facts: base model and settings.
+        names: full names of the adapted modules.
+        skeleton: the base model, weights on meta or not; unchanged on return.
+
+    Raises:
+        ConfigError: PEFT cannot be told to adapt just these modules.
+    """
+    linears = _linears(names, skeleton)
+    alpha = facts.solve.lora_alpha
+    config = LoraConfig(
+        r=facts.solve.rank,
+        lora_alpha=cast("int", int(alpha) if alpha.is_integer() else alpha),  # its type hint is too narrow
+        use_rslora=facts.solve.rslora,
+        lora_dropout=0.0,
+        bias="none",
+        init_lora_weights=True,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=facts.base_model,
+        revision=facts.revision,
+        # where Linear and Conv1D are mixed PEFT corrects the flag per module, with a warning
+        fan_in_fan_out=any(spec.transposed for spec in linears),
+        inference_mode=False,  # as in an adapter saved while it trains; from_pretrained sets its own
+    )
+    wanted = set(names)
+    everything = [name for name, _ in skeleton.named_modules() if name]
+    for num_parts in (1, 2, 0):  # 0: the whole name
+        config.target_modules = sorted({".".join(name.split(".")[-num_parts:]) for name in names})
+        if {name for name in everything if check_target_module_exists(config, name)} == wanted:
+            return config
+    raise ConfigError(
+        f"PEFT cannot adapt {named(names)} alone: another module's name ends in the same way; change --target-modules"
+    )
+
+
+def require_writable_output(folder: Path, overwrite: bool) -> None:
+    """Refuses an output folder that `write_adapter` could not write, before any work starts; makes its parents.
+
+    What a crash left beside it is cleared away first: a displaced adapter is put back.
+
+    Raises:
+        ConfigError: it holds anything and ``overwrite`` is off, or anything that is not an adapter made by streamda.
+        StorageError: it, or a file beside it, cannot be written.
+    """
+    output = _output(folder, overwrite)
+    output.prepare()
+    output.probe()
+
+
+def write_adapter(
+    folder: Path,
+    factors: Mapping[str, tuple[Tensor, Tensor]],
+    facts: AdapterFacts,
+    skeleton: PreTrainedModel,
+    *,
+    overwrite: bool = False,
+    extra_files: Mapping[str, bytes] | None = None,
+) -> None:
+    """Writes an adapter folder that holds either what it held before or the whole, checked adapter.
+
+    Args:
+        folder: where; a symbolic link is followed once and stays.
+        factors: module name -> (``lora_A`` [r, d_in], ``lora_B`` [d_out, r]). One module is fetched at a time, so a
+            mapping that reads them from disk never holds them all.
+        facts: what the configuration and the card say.
+        skeleton: the base model, weights on meta or not; unchanged on return.
+        overwrite: replace a folder that holds nothing but an adapter made by streamda.
+        extra_files: contents by name; only the report.
+
+    Raises:
+        ConfigError: the folder is not ours to write, see `require_writable_output`.
+        NumericalError: a factor holds NaN or Inf.
+        StorageError: no space, or the place cannot be written.
+        ValueError: factors that do not fit the model and the rank, or an unknown extra file: the caller's mistake.
+    """
+    extra_files = extra_files or {}
+    if set(extra_files) - {REPORT_FILE}:
+        raise ValueError(f"extra files {sorted(extra_files)} would not be ours to replace; only {REPORT_FILE} is")
+    config = peft_config(facts, list(factors), skeleton)
+    texts = {
+        CONFIG_FILE: files.json_text(config.to_dict()),  # type: ignore[no-untyped-call]
+        CARD_FILE: model_card(facts).encode(errors="backslashreplace"),
+        **extra_files,
+    }
+    linears = _linears(list(factors), skeleton)
+    output = _output(folder, overwrite)
+    output.prepare()
+    with output.building() as part:
+        for name, data in texts.items():
+            with files.FileWriter(part / name) as file:
+                file.write(data)
+        _write_weights(part / WEIGHTS_FILE, factors, facts, linears)
+        check_adapter(part, skeleton)
+
+
+def check_adapter(folder: Path, skeleton: PreTrainedModel) -> None:
+    """Reads an adapter back the way PEFT does: finite, and every name and shape used, none missing.
+
+    PEFT itself only warns about missing names, is silent about unexpected ones, and trains from the standard start.
+
+    Args:
+        folder: the adapter.
+        skeleton: its base model, weights on meta or not; unchanged on return.
+
+    Raises:
+        DamagedError: naming the file, and the tensors that are missing, unexpected, misshapen or not finite.
+    """
+    values = files.read_json(folder / CONFIG_FILE)
+    config_path, weights_path = files.shown(folder / CONFIG_FILE), files.shown(folder / WEIGHTS_FILE)
+    if not isinstance(values, dict) or values.get("peft_type") != "LORA":
+        raise DamagedError(f"{config_path} is not the configuration of a LoRA adapter")
+    tensors = _finite_tensors_on_meta(folder / WEIGHTS_FILE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # whatever PEFT warns of is an error below, or PEFT's own correction
+        try:
+            config = LoraConfig.from_pretrained(str(folder))
+            model = PeftModel(_copy_on_meta(skeleton), config, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
+        except (ValueError, TypeError, KeyError) as error:
+            raise DamagedError(f"PEFT refuses {config_path} for this model: {error}") from error
+        try:
+            result: Any = set_peft_model_state_dict(model, tensors, low_cpu_mem_usage=True)
+        except RuntimeError as error:  # load_state_dict: one line per tensor under a headline
+            reason = named([line.strip() for line in str(error).splitlines()[1:]])
+            raise DamagedError(f"{weights_path} does not fit the model: {reason}") from error
+    missing = [key for key in result.missing_keys if "lora_" in key]  # the base model's own are not ours to load
+    if missing:
+        raise DamagedError(f"{weights_path} lacks {named(missing)}, which {CONFIG_FILE} asks for")
+    if result.unexpected_keys:
+        raise DamagedError(f"{weights_path} holds {named(result.unexpected_keys)}, which {CONFIG_FILE} does not use")
+
+
+def _output(folder: Path, overwrite: bool) -> OutputFolder:
+    return OutputFolder(resolved(folder), overwrite, _is_own, OWN_FILES)
+
+
+def _is_own(file: Path) -> bool:
+    """False for weights and cards without our mark.
+
+    PEFT saves a trained adapter under the very same names, and every other folder has a README.md.
+    """
+    if file.name == CARD_FILE:
+        return CARD_MARK.encode() in files.read_bytes(file)
+    if file.name != WEIGHTS_FILE:
+        return True
+    try:
+        with safe_open(file, framework="pt", backend="pread") as weights:
+            return _MARK in (weights.metadata() or {})
+    except SafetensorError:  # damaged: whose it was cannot be told
+        return False
+
+
+def _linears(names: Sequence[str], skeleton: PreTrainedModel) -> list[LinearSpec]:
+    modules = dict(skeleton.named_modules())
+    unknown = [name for name in names if name not in modules or not is_linear(modules[name])]
+    if unknown or not names:
+        raise ValueError(f"not linear layers of this model: {named(unknown)}" if unknown else "no module is adapted")
+    return [linear_spec(name, modules[name]) for name in names]
+
+
+def _write_weights(
+    path: Path, factors: Mapping[str, tuple[Tensor, Tensor]], facts: AdapterFacts, linears: Sequence[LinearSpec]
+) -> None:
+    """Writes the safetensors format itself, tensor by tensor.
+
+    The library's writer wants all tensors at once, leaves mode 0600 whatever the umask, does not fsync, and reports a
+    full disk as an error of its own. The format: header length (8 bytes), JSON header, the tensors without a gap.
+    """
+    rank = facts.solve.rank
+    header: dict[str, object] = {"__metadata__": {"format": "pt", _MARK: facts.version}}
+    start = 0
+    for spec in linears:
+        for letter, shape in (("A", (rank, spec.d_in)), ("B", (spec.d_out, rank))):
+            end = start + 4 * math.prod(shape)  # float32
+            header[_KEY.format(spec.name, letter)] = {"dtype": "F32", "shape": shape, "data_offsets": (start, end)}
+            start = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8, as the library has it
+    with files.FileWriter(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for spec in linears:
+            lora_a, lora_b = factors[spec.name]
+            for tensor, wanted in ((lora_a, (rank, spec.d_in)), (lora_b, (spec.d_out, rank))):
+                if tuple(tensor.shape) != wanted:
+                    raise ValueError(f"a factor of {spec.name} is {list(tensor.shape)}, not {list(wanted)}")
+                stored = tensor.detach().to("cpu", torch.float32).contiguous()
+                if not bool(stored.isfinite().all()):
+                    raise NumericalError(f"the adapter of {spec.name} is not finite in float32; nothing was written")
+                file.write(stored.numpy().data)
+
+
+def _finite_tensors_on_meta(path: Path) -> dict[str, Tensor]:
+    """Name -> an empty tensor of the stored shape and dtype, after the values were seen to be finite."""
+    tensors = {}
+    with files.damage_errors(path):
+        try:
+            with safe_open(path, framework="pt", backend="pread") as file:
+                for key in file.keys():  # noqa: SIM118 - it is no mapping
+                    tensor = file.get_tensor(key)
+                    if not bool(tensor.isfinite().all()):
+                        raise DamagedError(f"{files.shown(path)} is damaged: {key} is not finite")
+                    tensors[key] = torch.empty_like(tensor, device="meta")
+        except SafetensorError as error:
+            raise DamagedError(f"{files.shown(path)} is damaged: {error}") from error
+    return tensors
+
+
+def _copy_on_meta(skeleton: PreTrainedModel) -> PreTrainedModel:
+    """A copy without weights, because PEFT changes the model it is given."""
+    memo: dict[int, object] = {}  # deepcopy takes from here what would otherwise copy loaded weights
+    for parameter in skeleton.parameters():
+        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+    for buffer in skeleton.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    return copy.deepcopy(skeleton, memo)

@@ -1,0 +1,315 @@
+"""A decoder as prologue, blocks and epilogue, with the model's own forward driving all three.
+
+The blocks' `forward` is replaced for a moment by stand-ins that note the arguments they are called with and pass
+hidden states through. The model's forward then *is* the prologue, and, with the last stand-in handing out a tensor of
+our choice, the epilogue. No knowledge of any model family is needed.
+
+What makes a model streamable, checked here: every block receives one differentiable tensor, the hidden states
+[batch, tokens, hidden]; everything else it receives was made before the first block, from shapes and not from token
+ids. Samples are padded on the right and no mask is passed: in a causal decoder no real token sees what lies to its
+right, so padding changes nothing but its own rows.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from streamda.errors import ModelError
+from streamda.layers import is_linear
+
+CACHED_SHAPES = 8
+"""Batch shapes whose block arguments are kept. Micro-batches are ordered by length, so a few are enough; remaking
+them costs a stand-in forward pass of a millisecond or two."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCall:
+    """How the model calls one block: everything but the hidden states, detached."""
+
+    args: tuple[Any, ...]
+    """Positional arguments after the hidden states."""
+    kwargs: dict[str, Any]
+    hidden_is_positional: bool
+
+    def run(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states [batch, tokens, hidden] in and out, whether the block returns a tensor or a tuple."""
+        if self.hidden_is_positional:
+            output = block(hidden, *self.args, **self.kwargs)
+        else:
+            output = block(*self.args, hidden_states=hidden, **self.kwargs)
+        result = output[0] if isinstance(output, tuple) else output
+        if not isinstance(result, torch.Tensor) or result.shape != hidden.shape:
+            raise ModelError(f"a {type(block).__name__} does not map hidden states to hidden states of the same shape")
+        return result
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All tensors among the arguments."""
+        return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, torch.Tensor)]
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> BlockCall:
+        """The same call with its tensors elsewhere, those of floating point in another dtype."""
+
+        def move(leaf: Any) -> Any:
+            if not isinstance(leaf, torch.Tensor):
+                return leaf
+            return leaf.to(device, dtype if leaf.is_floating_point() else leaf.dtype)
+
+        return BlockCall(tree_map(move, self.args), tree_map(move, self.kwargs), self.hidden_is_positional)
+
+
+class _ReachedEnd(Exception):  # noqa: N818 - not an error: it ends a forward pass whose rest is not wanted
+    """Raised by a stand-in to leave the model's forward."""
+
+
+class DecoderStack:
+    """A causal language model skeleton, cut at its decoder blocks."""
+
+    def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
+        """Finds the blocks, embeddings and head of a skeleton.
+
+        Args:
+            model: its weights may be on meta; its buffers are moved to the device.
+            device: where the model will compute.
+
+        Raises:
+            ModelError: no block list, or no head.
+        """
+        self.model = model
+        self.device = device
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = buffer.to(device)
+        self.prefix, self.blocks = find_block_list(model)
+        self.prefixes = tuple(f"{self.prefix}.{index}" for index in range(len(self.blocks)))
+        head = model.get_output_embeddings()
+        if head is None:
+            raise ModelError(f"{type(model).__name__} has no output embeddings; it is no causal language model")
+        self.head: nn.Module = head
+        inside = {id(module) for module in self.blocks.modules()}
+        outside = [(name, module) for name, module in model.named_modules() if id(module) not in inside]
+        self.embeddings = {name: module for name, module in outside if isinstance(module, nn.Embedding)}
+        owners = {id(module) for module in self.embeddings.values()} | {id(self.head)}
+        self.small_names = tuple(
+            f"{name}.{leaf}" if name else leaf
+            for name, module in outside
+            if id(module) not in owners
+            for leaf, _ in module.named_parameters(recurse=False)
+        )
+        """Parameters outside blocks, embeddings and head (norms, projections): resident for the whole run."""
+        self.head_name = next(name for name, module in outside if module is self.head)
+        self._calls: OrderedDict[tuple[int, int], tuple[BlockCall, ...]] = OrderedDict()
+        self._returns_tuple = False
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden states."""
+        return int(self.model.config.hidden_size)
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the token embedding."""
+        weight = self.model.get_input_embeddings().weight
+        assert isinstance(weight, torch.Tensor)
+        return int(weight.shape[0])
+
+    def fill_small_parameters(self) -> None:
+        """Puts zeros in the place of the small parameters, for a model that is planned and not run."""
+        for name in self.small_names:
+            parameter = self.model.get_parameter(name)
+            zeros = torch.zeros(parameter.shape, dtype=parameter.dtype, device=self.device)
+            owner = self.model.get_submodule(name.rpartition(".")[0])
+            owner._parameters[name.rpartition(".")[2]] = nn.Parameter(zeros, requires_grad=False)
+
+    def find_output_form(self) -> None:
+        """Finds whether the model's loop expects a tensor or a tuple from its blocks, by trying. Needs the small parameters.
+
+        Raises:
+            ModelError: it works with neither.
+        """
+        reasons = []
+        for self._returns_tuple in (False, True):
+            try:
+                self._calls.clear()
+                self.calls(1, 3)
+                return
+            except ModelError:
+                raise
+            except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+                reasons.append(str(error).splitlines()[0] if str(error) else type(error).__name__)
+        raise ModelError(
+            f"{type(self.model).__name__} cannot be streamed: its blocks exchange more than hidden states "
+            f"({'; '.join(reasons)})"
+        )
+
+    def calls(self, batch: int, tokens: int) -> tuple[BlockCall, ...]:
+        """How each block is called for a batch of that shape, without any weight of the prologue.
+
+        Raises:
+            ModelError: a block receives, beside hidden states, a tensor computed from embeddings, or a cache to fill.
+        """
+        key = (batch, tokens)
+        if key in self._calls:
+            self._calls.move_to_end(key)
+            return self._calls[key]
+        ids = torch.zeros(batch, tokens, dtype=torch.long, device=self.device)
+        with self._zero_embeddings(), torch.enable_grad():
+            recorded, _ = self._record(ids)
+        calls = tuple(_detached(call, self.model) for call in recorded)
+        while len(self._calls) >= CACHED_SHAPES:
+            self._calls.popitem(last=False)
+        self._calls[key] = calls
+        return calls
+
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """The prologue: hidden states [batch, tokens, hidden] that enter block 0. Embeddings must be loaded.
+
+        Raises:
+            ModelError: the blocks' other arguments depend on the token ids.
+        """
+        expected = self.calls(*input_ids.shape)
+        with torch.no_grad():
+            recorded, hidden = self._record(input_ids)
+        for call, other in zip(recorded, expected, strict=True):
+            ours, theirs = call.tensors(), other.tensors()
+            if len(ours) != len(theirs) or not all(map(torch.equal, ours, theirs)):
+                raise ModelError(f"{type(self.model).__name__} cannot be streamed: its blocks also read the token ids")
+        return hidden
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The epilogue: final norm and head, for hidden states [positions, hidden]; the head must be loaded.
+
+        Everything behind the last block acts on one position at a time, so positions of many samples pass as one
+        sequence, and only those whose logits are needed pass at all.
+
+        Returns:
+            [positions, vocabulary].
+        """
+        ids = torch.zeros(1, hidden.shape[0], dtype=torch.long, device=hidden.device)
+        form = self._wrap
+
+        def last(*_args: Any, **_kwargs: Any) -> Any:
+            return form(hidden[None])
+
+        def others(*args: Any, **kwargs: Any) -> Any:
+            return form(args[0] if args else kwargs["hidden_states"])
+
+        with self._zero_embeddings(), self._replaced([others] * (len(self.blocks) - 1) + [last]):
+            logits = self.model(input_ids=ids, use_cache=False).logits
+        if logits.shape[:2] != (1, hidden.shape[0]):
+            raise ModelError(f"{type(self.model).__name__} returns logits of shape {list(logits.shape)}")
+        assert isinstance(logits, torch.Tensor)
+        return logits[0]
+
+    def _wrap(self, hidden: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor]:
+        return (hidden,) if self._returns_tuple else hidden
+
+    def _record(self, input_ids: torch.Tensor) -> tuple[list[BlockCall], torch.Tensor]:
+        """Runs the prologue and notes every block's call; stops at the head. Returns block 0's hidden states too."""
+        shape = (*input_ids.shape, self.hidden_size)
+        recorded: list[BlockCall] = []
+        first: list[torch.Tensor] = []
+
+        def note(*args: Any, **kwargs: Any) -> Any:
+            hidden = args[0] if args else kwargs.pop("hidden_states")
+            if tuple(hidden.shape) != shape:
+                raise ValueError(f"block {len(recorded)} receives hidden states of shape {list(hidden.shape)}")
+            first.append(hidden)
+            del first[1:]
+            recorded.append(BlockCall(tuple(args[1:]), dict(kwargs), bool(args)))
+            return self._wrap(hidden)
+
+        def stop(hidden: torch.Tensor, *_args: Any, **_kwargs: Any) -> Any:
+            if hidden.ndim != 3 or tuple(hidden.shape[:2]) != shape[:2]:
+                raise ValueError(f"the head receives hidden states of shape {list(hidden.shape)}")
+            raise _ReachedEnd
+
+        self.head.forward = stop
+        try:
+            with self._replaced([note] * len(self.blocks)):
+                self.model(input_ids=input_ids, use_cache=False)
+        except _ReachedEnd:
+            pass
+        else:
+            raise ValueError("the head is not called")
+        finally:
+            del self.head.forward
+        if len(recorded) != len(self.blocks):
+            raise ValueError(f"{len(recorded)} of {len(self.blocks)} blocks are called")
+        return recorded, first[0]
+
+    @contextmanager
+    def _replaced(self, stand_ins: list[Callable[..., Any]]) -> Iterator[None]:
+        for block, stand_in in zip(self.blocks, stand_ins, strict=True):
+            block.forward = stand_in
+        try:
+            yield
+        finally:
+            for block in self.blocks:
+                del block.forward
+
+    @contextmanager
+    def _zero_embeddings(self) -> Iterator[None]:
+        """Lets every embedding return zeros that require gradients: its weights are not needed, what is computed from
+        it can be recognized, and its values never reach what is read."""
+        for module in self.embeddings.values():
+            module.forward = _zeros_like_embedding(module)
+        try:
+            yield
+        finally:
+            for module in self.embeddings.values():
+                del module.forward
+
+
+def find_block_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The list of decoder blocks and its full name.
+
+    Raises:
+        ModelError: there is none, or more than one.
+    """
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    blocks = set(model._no_split_modules or ())
+    found = [(name, m) for name, m in lists if len(m) and all(type(block).__name__ in blocks for block in m)]
+    if not found:
+        # some models declare nothing; their blocks are the outermost list of equal modules that hold linear layers
+        alike = [
+            (name, m)
+            for name, m in lists
+            if len({type(block) for block in m}) == 1 and any(is_linear(part) for part in m[0].modules())
+        ]
+        found = [(name, m) for name, m in alike if not any(name.startswith(other + ".") for other, _ in alike)]
+    if len(found) != 1:
+        names = ", ".join(name for name, _ in found) or "none"
+        raise ModelError(f"{type(model).__name__} should have one list of decoder blocks; found {names}")
+    return found[0]
+
+
+def _zeros_like_embedding(module: nn.Module) -> Callable[..., torch.Tensor]:
+    assert isinstance(module, nn.Embedding)
+
+    def forward(ids: torch.Tensor, *_args: Any, **_kwargs: Any) -> torch.Tensor:
+        shape = (*ids.shape, module.embedding_dim)
+        return torch.zeros(shape, dtype=module.weight.dtype, device=ids.device, requires_grad=True)
+
+    return forward
+
+
+def _detached(call: BlockCall, model: nn.Module) -> BlockCall:
+    for leaf in tree_leaves((call.args, call.kwargs), is_leaf=lambda value: isinstance(value, dict) and not value):
+        if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
+            what = "a second tensor that depends on the embeddings"
+        elif isinstance(leaf, Cache) or (isinstance(leaf, dict) and not leaf):
+            what = "a container that one block fills and another reads"
+        else:
+            continue
+        raise ModelError(f"{type(model).__name__} cannot be streamed: its blocks exchange {what}")
+    return call

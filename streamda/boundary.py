@@ -1,0 +1,127 @@
+"""Boundary states: the hidden states that enter a block, for all samples, and their gradients.
+
+A boundary is written once, micro-batch by micro-batch, read as often as needed, and dropped. The first few stay in
+memory if the plan allows; the others are committed units on disk, read with ``pread`` so that no more than one
+micro-batch is resident, and each micro-batch is checked against its checksum when it is read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import google_crc32c
+import torch
+
+from streamda import files
+from streamda.errors import DamagedError
+from streamda.units import UnitDraft, UnitStore
+
+STATES_FILE = "states.bin"
+
+
+class BoundaryWriter:
+    """Takes the micro-batches of one boundary, in order."""
+
+    def __init__(self, target: files.FileWriter | list[torch.Tensor]) -> None:
+        self._target = target
+        self.checksums: list[int] = []
+
+    def append(self, states: torch.Tensor) -> None:
+        """Adds the states of the next micro-batch, [batch, tokens, hidden]."""
+        host = states.detach().to("cpu").contiguous()
+        if isinstance(self._target, list):
+            # a view would keep the whole graph's storage alive, and be changed in place by what follows
+            self._target.append(host.clone() if host.data_ptr() == states.data_ptr() else host)
+            return
+        data = host.view(torch.uint8).reshape(-1).numpy()
+        self.checksums.append(google_crc32c.value(data.tobytes()))
+        self._target.write(data.data)
+
+
+class BoundaryStore:
+    """All boundaries of a run, by name."""
+
+    def __init__(self, units: UnitStore, shapes: Sequence[Sequence[int]], dtype: torch.dtype, slots: int) -> None:
+        """Makes the store.
+
+        Args:
+            units: where boundaries on disk are committed.
+            shapes: per micro-batch, [batch, tokens, hidden].
+            dtype: of the states.
+            slots: boundaries that may be held in memory at a time.
+        """
+        self._units = units
+        self._shapes = [tuple(shape) for shape in shapes]
+        self._sizes = [dtype.itemsize * torch.Size(shape).numel() for shape in self._shapes]
+        self._dtype = dtype
+        self._slots = slots
+        self._held: dict[str, list[torch.Tensor]] = {}
+        self.bytes_written = 0
+        self.bytes_read = 0
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._held or name in self._units
+
+    @contextmanager
+    def write(self, name: str, *, durable: bool = False, facts: dict[str, Any] | None = None) -> Iterator[BoundaryWriter]:
+        """Opens a boundary for writing; it exists once the block is left normally.
+
+        Args:
+            name: unit name.
+            durable: on disk whatever memory is free; a killed run continues from these.
+            facts: plain JSON to keep beside it; may be filled until the block is left.
+        """
+        if not durable and len(self._held) < self._slots:
+            held: list[torch.Tensor] = []
+            yield BoundaryWriter(held)
+            self._held[name] = held
+            return
+        draft: UnitDraft
+        with self._units.create(name) as draft:
+            with files.FileWriter(draft.path / STATES_FILE) as stream:
+                writer = BoundaryWriter(stream)
+                yield writer
+            draft.record(STATES_FILE, stream.size, stream.crc32c)
+            draft.metadata |= {"checksums": list(writer.checksums), "dtype": str(self._dtype)} | (facts or {})
+            self.bytes_written += stream.size
+
+    def facts(self, name: str) -> dict[str, Any]:
+        """What was kept beside a boundary on disk."""
+        return dict(self._units.metadata(name))
+
+    def read(self, name: str, device: torch.device) -> Iterator[torch.Tensor]:
+        """The micro-batches of a boundary, in order, on a device.
+
+        Raises:
+            DamagedError: the file does not hold what was committed.
+        """
+        if name in self._held:
+            for states in self._held[name]:
+                yield states.to(device)
+            return
+        path = self._units.path(name) / STATES_FILE
+        checksums = self._units.metadata(name)["checksums"]
+        self._units.check(name)
+        with files.closing(files.open_descriptor(path, os.O_RDONLY)) as descriptor:
+            offset = 0
+            for shape, size, checksum in zip(self._shapes, self._sizes, checksums, strict=True):
+                buffer = torch.empty(size, dtype=torch.uint8)
+                with files.damage_errors(path):
+                    count = os.preadv(descriptor, [memoryview(buffer.numpy())], offset)
+                if count != size or google_crc32c.value(buffer.numpy().tobytes()) != checksum:
+                    raise DamagedError(
+                        f"{path} does not have the bytes that were committed; delete the folder {path.parent} and run "
+                        "the same command again"
+                    )
+                offset += size
+                self.bytes_read += size
+                yield buffer.view(self._dtype).reshape(shape).to(device)
+
+    def drop(self, name: str) -> None:
+        """Forgets a boundary; one that is not there is no error."""
+        self._held.pop(name, None)
+        if name in self._units:
+            self._units.drop(name)

@@ -1,0 +1,156 @@
+"""Pass 1 of a run, with pass 2 of each block behind it where one is wanted; continues what is already committed."""
+
+from __future__ import annotations
+
+from streamda.batches import collate, make_micro_batches
+from streamda.boundary import BoundaryStore
+from streamda.checkpoint import Checkpoint
+from streamda.layers import BlockSpec
+from streamda.memory import PeakMeter
+from streamda.plan import Plan
+from streamda.progress import Progress
+from streamda.report import InitReport
+from streamda.rundir import RunDirectory
+from streamda.setup import Prepared
+from streamda.solutions import solve_unit
+from streamda.solve_stage import Solver
+from streamda.stopwatch import Stopwatch
+from streamda.store import BlockStatisticsWriter, stats_unit
+from streamda.sweep import Sweep, acts, grads
+
+
+class Collection:
+    """The passes of one run."""
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        checkpoint: Checkpoint,
+        run: RunDirectory,
+        plan: Plan,
+        meter: PeakMeter,
+        progress: Progress,
+        report: InitReport,
+    ) -> None:
+        self._prepared, self._checkpoint, self._run, self._plan = prepared, checkpoint, run, plan
+        self._meter, self._progress, self._report = meter, progress, report
+        samples = prepared.calibration.samples
+        micro_batches = make_micro_batches(prepared.lengths, plan.micro_batch_tokens)
+        self._batches = [
+            collate(
+                [samples[index].input_ids for index in batch.samples],
+                [samples[index].labels for index in batch.samples],
+                prepared.config.collect.token_mask,
+                prepared.device,
+            )
+            for batch in micro_batches
+        ]
+        shapes = [(*batch.input_ids.shape, prepared.stack.hidden_size) for batch in self._batches]
+        self._boundaries = BoundaryStore(run.units, shapes, prepared.dtype, plan.boundaries_in_memory)
+        self._sweep = Sweep(prepared.stack, checkpoint, self._batches, self._boundaries)
+        self._specs = [cost.spec for cost in prepared.work.at(plan.micro_batch_tokens).blocks]
+        self._lowest = prepared.lowest_block
+
+    def collect(self, solver: Solver | None) -> None:
+        """Runs both passes from wherever an earlier run stopped.
+
+        Args:
+            solver: solves each block once its statistics are committed; None collects only.
+        """
+        units, report = self._run.units, self._report
+        report.resumed = bool(units.names())
+        top = len(self._specs)
+        following = top - 1  # the block that comes next on the way down
+        while following >= self._lowest and self._is_collected(following, solver):
+            following -= 1
+        if following >= self._lowest:
+            self._checkpoint.load(self._prepared.stack.small_names)
+            self._go_up(following)
+        with self._progress.pass_over("backward", following - self._lowest + 1, self._num_tokens) as bar:
+            for index in range(top - 1, self._lowest - 1, -1):
+                bar.working_on(f"block {index}")
+                if index <= following:
+                    with Stopwatch(report, "backward", self._meter):
+                        self._collect_block(self._specs[index])
+                self._solve_block(index, solver)
+                self._forget(index)
+                if index <= following:
+                    bar.advance()
+        self._boundaries.drop(grads(self._lowest))
+        report.bytes = {
+            "weights_read": self._checkpoint.bytes_read,
+            "checkpoint": self._checkpoint.total_bytes,
+            "boundaries_written": self._boundaries.bytes_written,
+            "boundaries_read": self._boundaries.bytes_read,
+        }
+        report.loss = self._run.settings.get("loss")
+
+    @property
+    def _num_tokens(self) -> int:
+        return sum(self._prepared.lengths)
+
+    def _go_up(self, following: int) -> None:
+        """Makes every boundary that the rest of the way down needs."""
+        report, top = self._report, len(self._specs)
+        begins = grads(top) not in self._boundaries and grads(following + 1) not in self._boundaries
+        last = top if begins else following
+        missing = self._sweep.missing_boundaries(self._lowest, last)
+        with (
+            Stopwatch(report, "forward", self._meter),
+            self._progress.pass_over("forward", len(missing), self._num_tokens) as bar,
+        ):
+            self._sweep.forward(self._lowest, last, bar)
+        if begins or grads(top) in self._boundaries:  # in the second case only its loss is read
+            with Stopwatch(report, "epilogue", self._meter):
+                loss = self._sweep.epilogue(self._plan.logit_rows)
+            self._run.update_settings({"loss": loss})
+        self._boundaries.drop(acts(top))
+
+    def _is_collected(self, index: int, solver: Solver | None) -> bool:
+        """Whether nothing of a block's first pass is missing."""
+        units = self._run.units
+        below = index == self._lowest or grads(index) in self._boundaries or self._is_past(index - 1)
+        if not self._specs[index].linears:
+            return below
+        solved = solver is not None and solver.is_solved(units, index)
+        return below and (solved or stats_unit(index) in units)
+
+    def _is_past(self, index: int) -> bool:
+        """Whether the way down has passed a block, so that what led to it may be gone."""
+        if index < self._lowest:
+            return True
+        units = self._run.units
+        here = stats_unit(index) in units or solve_unit(index) in units or not self._specs[index].linears
+        return here and (index == self._lowest or grads(index) in self._boundaries or self._is_past(index - 1))
+
+    def _collect_block(self, spec: BlockSpec) -> None:
+        """Commits the gradient below a block, then its statistics; only then may what led to it go."""
+        units, push = self._run.units, spec.index > self._lowest
+        replays = self._plan.replays[spec.index]
+        if not spec.linears:
+            self._sweep.backward_block(spec, (), lambda _panel, _values: None, push=push)
+            return
+        name = stats_unit(spec.index)
+        if name in units:  # committed, but the gradient below it is not: both are made anew
+            units.drop(name)
+        with units.create(name) as draft:
+            writer = BlockStatisticsWriter(draft.path, spec, self._prepared.config.collect.statistics_codec)
+            facts = self._sweep.backward_block(spec, replays, writer.write_panel, push=push)
+            for module, values in facts.items():
+                writer.write_facts(module, values)
+            draft.metadata |= {"prefix": spec.prefix, "modules": [linear.name for linear in spec.linears]}
+
+    def _solve_block(self, index: int, solver: Solver | None) -> None:
+        units = self._run.units
+        if solver is None or not self._specs[index].linears:
+            return
+        if not solver.is_solved(units, index):
+            with Stopwatch(self._report, "solve", self._meter):
+                solver.solve(units, index)
+        if not self._prepared.config.keep_statistics and stats_unit(index) in units:
+            units.drop(stats_unit(index))
+
+    def _forget(self, index: int) -> None:
+        """Drops the boundaries that only a finished block needed."""
+        self._boundaries.drop(acts(index))
+        self._boundaries.drop(grads(index + 1))

@@ -1,0 +1,114 @@
+"""Second moments and gradients of one linear layer: sums, counts, and what they become.
+
+Conventions, stated here once (PyTorch orientation; arXiv 2510.24561, section 4):
+
+* A linear layer has weight ``W [d_out, d_in]``, input rows ``x [tokens, d_in]`` and output-gradient rows
+  ``g [tokens, d_out]``. ``g`` is the gradient of the *sum over samples of per-sample losses*, where a sample's loss is
+  the mean cross-entropy over its own label tokens. So nothing depends on how samples are put into micro-batches.
+* What is accumulated and stored is a **sum** with its **count**; sums of several runs add up. Division happens when
+  a statistic is read, damping when it is solved:
+
+  ============== ============================================ ==========================
+  statistic      sum                                          divided by
+  ============== ============================================ ==========================
+  gradient       ``g^T x`` over all tokens  [d_out, d_in]     number of samples
+  input moment   ``x^T x`` over chosen tokens  [d_in, d_in]   number of chosen tokens
+  output moment  ``g * g`` over chosen tokens  [d_out]        number of chosen tokens
+  ============== ============================================ ==========================
+
+* Sums are float32 whatever the dtype of the operands. On CUDA, bfloat16 operands are multiplied with float32
+  accumulation and float32 output, which loses nothing: the product of two bfloat16 numbers is exact in float32.
+* Only the lower triangle of an input moment is accumulated, by panels of rows ``[start, stop)`` and columns
+  ``[0, stop)``. Above the diagonal a panel holds whatever the last partial block left there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+TRIANGLE_ROWS = 256
+"""Rows per product inside an input-moment panel. Smaller skips more of the upper triangle (of 576 columns 256 skips a
+third), larger keeps the matrix products big enough to run at full rate."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerStatistics:
+    """The statistics of one linear layer, divided by their counts."""
+
+    name: str
+    gradient: torch.Tensor
+    """[d_out, d_in] float32: mean over samples of dloss/dW."""
+    input_moment: torch.Tensor
+    """[d_in, d_in] float32, symmetric: mean over tokens of x x^T."""
+    output_moment: torch.Tensor
+    """[d_out] float32: mean over tokens of g * g."""
+    num_tokens: int
+    num_samples: int
+    weight_norm: float
+    """Frobenius norm of the base weight."""
+
+
+def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """``left^T right`` in float32 for [tokens, m] and [tokens, n] operands of any float dtype."""
+    if left.dtype == torch.float32:
+        return left.T @ right
+    if left.device.type == "cuda":
+        return torch.mm(left.T, right, out_dtype=torch.float32)
+    return left.float().T @ right.float()
+
+
+def add_gradient_(total: torch.Tensor, x: torch.Tensor, g: torch.Tensor) -> None:
+    """Adds ``g^T x`` to a panel of gradient rows.
+
+    Args:
+        total: [rows, d_in] float32, changed in place.
+        x: [tokens, d_in].
+        g: [tokens, rows], the output gradients of just the panel's rows.
+    """
+    if total.dtype == x.dtype == g.dtype:
+        total.addmm_(g.T, x)
+    else:
+        total.add_(_product(g, x))
+
+
+def add_input_moment_(total: torch.Tensor, x: torch.Tensor, start: int) -> None:
+    """Adds the lower triangle of ``x^T x`` to a panel of rows ``[start, stop)`` and columns ``[0, stop)``.
+
+    Args:
+        total: [stop - start, stop] float32, changed in place.
+        x: [tokens, d_in].
+        start: first row of the panel.
+    """
+    stop = start + total.shape[0]
+    for row in range(start, stop, TRIANGLE_ROWS):
+        end = min(row + TRIANGLE_ROWS, stop)
+        block = total[row - start : end - start, :end]
+        if total.dtype == x.dtype:
+            block.addmm_(x[:, row:end].T, x[:, :end])
+        else:
+            block.add_(_product(x[:, row:end], x[:, :end]))
+
+
+def add_output_moment_(total: torch.Tensor, g: torch.Tensor) -> None:
+    """Adds the column sums of ``g * g``.
+
+    Args:
+        total: [d_out] float32, changed in place.
+        g: [tokens, d_out].
+    """
+    g32 = g.to(total.dtype)
+    total.add_(torch.einsum("to,to->o", g32, g32))
+
+
+def mirror_lower_(matrix: torch.Tensor) -> torch.Tensor:
+    """Copies the lower triangle of a square matrix [n, n] onto its upper one, in place; returns the matrix."""
+    size = matrix.shape[0]
+    step = 1024  # by bands, so that no second matrix is ever made
+    for start in range(0, size, step):
+        stop = min(start + step, size)
+        diagonal = matrix[start:stop, start:stop]
+        diagonal.copy_(diagonal.tril() + diagonal.tril(-1).T)
+        matrix[start:stop, stop:] = matrix[stop:, start:stop].T
+    return matrix

@@ -1,0 +1,139 @@
+"""Routes what flows through a block's linear layers into the panels of a replay. No mathematics here, no files.
+
+A forward pre-hook sees the input x, a hook on the output tensor sees its gradient g. (A module's full backward hook
+would wrap inputs and outputs in autograd nodes of its own and keep them alive.) Weights never require gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from streamda.batches import Batch
+from streamda.errors import ModelError, NumericalError
+from streamda.factors import add_gradient_, add_input_moment_, add_output_moment_
+from streamda.layers import BlockSpec
+from streamda.plan import Panel
+
+
+class PanelCollector:
+    """Accumulates the panels of one replay while micro-batches pass through the block."""
+
+    def __init__(self, block: nn.Module, spec: BlockSpec, panels: Sequence[Panel], device: torch.device) -> None:
+        self._block = block
+        self._spec = spec
+        self._handles: list[RemovableHandle] = []
+        self._batch: Batch | None = None
+        self._group_inputs: dict[str, list[torch.Tensor]] = {}
+        self.totals = {panel: _zeros(panel, device) for panel in panels}
+        self.num_tokens = {linear.name: 0 for linear in spec.linears}
+        """Rows that entered the second moments of each layer."""
+        self._forward = {group.name: self._of("input_moment", group.name) for group in spec.groups}
+        self._backward = {
+            linear.name: (self._of("gradient", linear.name), self._of("output_moment", linear.name))
+            for linear in spec.linears
+        }
+
+    def __enter__(self) -> PanelCollector:
+        modules = dict(self._block.named_modules())
+        for linear in self._spec.linears:
+            module = modules[linear.name.removeprefix(self._spec.prefix + ".")]
+            self._handles.append(module.register_forward_hook(self._forward_hook(linear.name)))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def begin(self, batch: Batch) -> None:
+        """Announces the micro-batch that will pass next."""
+        self._batch = batch
+        self._group_inputs = {}
+
+    def require_finite(self) -> None:
+        """Checks all panels.
+
+        Raises:
+            NumericalError: naming the first statistic with NaN or Inf in it.
+        """
+        for panel, total in self.totals.items():
+            # above the diagonal an input moment's panel holds partial blocks, finite like the rest
+            if not bool(torch.isfinite(total).all()):
+                raise NumericalError(
+                    f"{panel.module}: its {panel.statistic} holds NaN or Inf; look for a damaged sample or weight, or "
+                    "use --dtype float32"
+                )
+
+    def _of(self, statistic: str, module: str) -> list[Panel]:
+        return [panel for panel in self.totals if panel.statistic == statistic and panel.module == module]
+
+    def _forward_hook(self, name: str) -> Any:
+        group = self._spec.group_of(name)
+        gradients, outputs = self._backward[name]
+
+        def hook(_module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+            batch = self._batch
+            assert batch is not None
+            x = args[0].detach()
+            rows = self._moment_rows(name, x.numel() // x.shape[-1])
+            self.num_tokens[name] += x.numel() // x.shape[-1] if rows is None else rows.numel()
+            if name == group.name:
+                self._add_input_moment(name, x, rows)
+                self._group_inputs.setdefault(name, []).append(args[0])
+            elif not any(args[0] is seen for seen in self._group_inputs.get(group.name, ())):
+                raise ModelError(f"{name} does not read the input of {group.name}, though it did when planned")
+            if (gradients or outputs) and output.requires_grad:
+                output.register_hook(lambda g: self._add_output(gradients, outputs, x, g, rows))
+
+        return hook
+
+    def _moment_rows(self, name: str, num_rows: int) -> torch.Tensor | None:
+        """Rows of a layer's input that enter the moments; None for all."""
+        batch = self._batch
+        assert batch is not None
+        if num_rows == batch.input_ids.numel():
+            return batch.moment_rows
+        # a layer that sees routed tokens; which of them are padding or labels cannot be told
+        if batch.moment_rows is not None:
+            raise ModelError(
+                f"{name} sees {num_rows} of {batch.input_ids.numel()} tokens, so its tokens cannot be masked; use "
+                "--micro-batch-tokens 1 and --token-mask attention, or leave it out of --target-modules"
+            )
+        return None
+
+    def _add_input_moment(self, name: str, x: torch.Tensor, rows: torch.Tensor | None) -> None:
+        panels = self._forward[name]
+        if panels:
+            flat = x.reshape(-1, x.shape[-1])  # [tokens, d_in]
+            flat = flat if rows is None else flat[rows]
+            for panel in panels:
+                add_input_moment_(self.totals[panel], flat, panel.start)
+
+    def _add_output(
+        self,
+        gradients: list[Panel],
+        outputs: list[Panel],
+        x: torch.Tensor,
+        g: torch.Tensor,
+        rows: torch.Tensor | None,
+    ) -> None:
+        flat_x = x.reshape(-1, x.shape[-1])  # [tokens, d_in]
+        flat_g = g.detach().reshape(-1, g.shape[-1])  # [tokens, d_out]
+        for panel in gradients:
+            add_gradient_(self.totals[panel], flat_x, flat_g[:, panel.start : panel.stop])
+        for panel in outputs:
+            add_output_moment_(self.totals[panel], flat_g if rows is None else flat_g[rows])
+
+
+def _zeros(panel: Panel, device: torch.device) -> torch.Tensor:
+    rows = panel.stop - panel.start
+    shape = (rows,) if panel.statistic == "output_moment" else (rows, panel.columns)
+    return torch.zeros(shape, device=device)

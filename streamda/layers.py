@@ -1,0 +1,153 @@
+"""Which linear layers are adapted, in which block they lie, and which of them read the same input.
+
+Names and shapes only; nothing here reads a weight. A module is called by its full name in the transformers model,
+for example ``model.layers.0.self_attn.q_proj``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from streamda.errors import ConfigError
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True, slots=True)
+class LinearSpec:
+    """One adapted linear layer."""
+
+    name: str
+    """Full module name."""
+    d_in: int
+    d_out: int
+    transposed: bool = False
+    """True for transformers' Conv1D, which stores its weight as [d_in, d_out]."""
+
+
+@dataclass(frozen=True, slots=True)
+class InputGroup:
+    """Linear layers of one block that read the very same tensor and so share one input moment."""
+
+    modules: tuple[str, ...]
+    """Full module names in call order; the first one names the group."""
+    d_in: int
+
+    @property
+    def name(self) -> str:
+        """Name of the group: that of its first module."""
+        return self.modules[0]
+
+
+@dataclass(frozen=True, slots=True)
+class BlockSpec:
+    """The adapted layers of one decoder block; both tuples are empty where nothing in it is adapted."""
+
+    index: int
+    prefix: str
+    """Full name of the block's module."""
+    linears: tuple[LinearSpec, ...]
+    groups: tuple[InputGroup, ...]
+
+    def linear(self, name: str) -> LinearSpec:
+        """The layer of that full name."""
+        return next(spec for spec in self.linears if spec.name == name)
+
+    def group_of(self, name: str) -> InputGroup:
+        """The input group that a module belongs to."""
+        return next(group for group in self.groups if name in group.modules)
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """What ``target_modules`` selects in a model."""
+
+    linears: tuple[LinearSpec, ...]
+    """Adapted layers in the model's order, all of them inside decoder blocks."""
+    outside: tuple[str, ...]
+    """Layers that ``all-linear`` also means but that lie outside the blocks; they get no adapter."""
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether streamda can adapt this module: a linear layer, or GPT-2's Conv1D."""
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def linear_spec(name: str, module: nn.Module) -> LinearSpec:
+    """Shapes of a linear layer, whichever way round it stores its weight."""
+    weight = module.weight
+    assert isinstance(weight, nn.Parameter)
+    if isinstance(module, Conv1D):
+        return LinearSpec(name, d_in=weight.shape[0], d_out=weight.shape[1], transposed=True)
+    return LinearSpec(name, d_in=weight.shape[1], d_out=weight.shape[0])
+
+
+def parse_target_modules(text: str) -> str | list[str]:
+    """PEFT's two meanings: a list of name endings, or one regular expression that must match the whole name.
+
+    Text of nothing but names, dots, dashes, commas and spaces is a list.
+    """
+    if re.fullmatch(r"[\w.,\-\s]+", text):
+        return [name.strip() for name in text.split(",") if name.strip()]
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ConfigError(f"target_modules {text!r} is no regular expression: {error}") from error
+    return text
+
+
+def find_targets(model: nn.Module, block_prefixes: Sequence[str], target_modules: str) -> Targets:
+    """Resolves ``target_modules`` against a model skeleton, with PEFT's own matching.
+
+    Args:
+        model: the model, its weights on meta or not.
+        block_prefixes: full names of the decoder blocks, in order.
+        target_modules: ``all-linear``, comma-separated names, or a regular expression.
+
+    Raises:
+        ConfigError: nothing matches, or a named layer lies outside the decoder blocks.
+    """
+    linears = {name: module for name, module in model.named_modules() if is_linear(module)}
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if target_modules == ALL_LINEAR:
+        # PEFT leaves the output layer out of all-linear
+        chosen = [name for name, module in linears.items() if module is not head]
+    else:
+        config = LoraConfig(target_modules=parse_target_modules(target_modules))
+        chosen = [name for name in linears if check_target_module_exists(config, name)]
+        if not chosen:
+            endings = sorted({name.rsplit(".", 1)[-1] for name in linears})
+            raise ConfigError(
+                f"target_modules {target_modules!r} matches no linear layer; this model has {', '.join(endings)}"
+            )
+    inside = [name for name in chosen if any(name.startswith(prefix + ".") for prefix in block_prefixes)]
+    outside = tuple(name for name in chosen if name not in set(inside))
+    if outside and target_modules != ALL_LINEAR:
+        raise ConfigError(
+            f"target_modules selects {outside[0]}, which lies outside the decoder blocks; only layers inside them "
+            "can be initialized"
+        )
+    if not inside:
+        raise ConfigError("the decoder blocks of this model hold no linear layer to adapt")
+    return Targets(tuple(linear_spec(name, linears[name]) for name in inside), outside)
+
+
+def require_rank(linears: Sequence[LinearSpec], rank: int) -> None:
+    """Refuses a rank above the smaller side of any adapted layer.
+
+    Raises:
+        ConfigError: naming the first such module and its shape.
+    """
+    for spec in linears:
+        if rank > min(spec.d_in, spec.d_out):
+            raise ConfigError(
+                f"rank {rank} is above the smaller side of {spec.name} [{spec.d_out}, {spec.d_in}]; "
+                f"use --rank {min(spec.d_in, spec.d_out)} or less, or leave it out of --target-modules"
+            )

@@ -1,0 +1,136 @@
+"""Bytes: sizes as users write them, the budget, and meters of what was really used.
+
+The only module that calls torch's CUDA memory functions or reads the process's memory from the system.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from streamda.errors import ConfigError
+
+_UNITS = {"": 1, "b": 1}
+for _power, _letter in enumerate("kmgt", start=1):
+    _UNITS |= {_letter: 1000**_power, _letter + "b": 1000**_power, _letter + "ib": 1024**_power}
+
+
+def parse_size(text: str | int, name: str = "size") -> int:
+    """Bytes of ``24GB`` (24e9), ``24GiB`` (24 * 2^30), ``512m`` or a bare number; upper and lower case alike.
+
+    Accelerate's parser is not used: it reads a lower-case ``gb`` as gigabits.
+
+    Raises:
+        ConfigError: not a size, or not above zero.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(text).lower(), flags=re.ASCII)
+    if match is None or match[2] not in _UNITS:
+        raise ConfigError(f"{name} is {text!r}; expected a size such as 24GB, 22GiB, 512MB or a number of bytes")
+    size = int(float(match[1]) * _UNITS[match[2]]) if "." in match[1] else int(match[1]) * _UNITS[match[2]]
+    if size <= 0:
+        raise ConfigError(f"{name} is {text!r}; it must be above zero")
+    return size
+
+
+def format_size(size: float) -> str:
+    """A size for people, in decimal units: ``24.0 GB``."""
+    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if abs(size) >= factor:
+            return f"{size / factor:.3g} {unit}" if size / factor >= 100 else f"{size / factor:.2f} {unit}"
+    return f"{size:.0f} B"
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryBudget:
+    """What a run may use."""
+
+    device_bytes: int
+    """On CUDA: the device's memory. Without one: the process's anonymous memory above its baseline."""
+    host_bytes: int
+    """Host memory for boundary states; without an accelerator it is taken out of `device_bytes`."""
+    disk_bytes: int | None
+    """Disk for the work directory; None is what the file system has free."""
+
+
+def anonymous_bytes() -> int:
+    """Anonymous resident memory of this process: heap, stacks and private mappings, without any file's pages."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("/proc/self/status names no RssAnon")
+
+
+def release_unused(device: torch.device) -> None:
+    """Hands memory that is free but still held by an allocator back: CUDA's cache, or the C heap."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return
+    # glibc keeps freed blocks of up to 32 MB on its heap; without this they pile up between the phases
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+class PeakMeter:
+    """Measures the peak of a phase against the budget's own yardstick.
+
+    On CUDA that is the allocator's reserved peak. On CPU it is anonymous memory above the baseline at construction,
+    sampled by a thread: a spike shorter than the interval can be missed, which is why the tests prove the bound with a
+    kernel limit and not with this meter.
+    """
+
+    def __init__(self, device: torch.device, interval_seconds: float = 0.01) -> None:
+        self._device = device
+        self._interval = interval_seconds
+        self._baseline = 0 if device.type == "cuda" else anonymous_bytes()
+        self._peak = 0
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> PeakMeter:
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        else:
+            self._thread = threading.Thread(target=self._sample, name="streamda-peak-meter", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _sample(self) -> None:
+        while not self._stop.wait(self._interval):
+            self._peak = max(self._peak, anonymous_bytes() - self._baseline)
+
+    def take_peak(self) -> int:
+        """Peak in bytes since the last call (or since entering), and starts a new period."""
+        if self._device.type == "cuda":
+            peak = int(torch.cuda.max_memory_reserved(self._device))
+            torch.cuda.reset_peak_memory_stats(self._device)
+            return peak
+        peak = max(self._peak, anonymous_bytes() - self._baseline)
+        self._peak = 0
+        return peak
+
+    def current(self) -> int:
+        """Bytes in use now, by the same yardstick."""
+        if self._device.type == "cuda":
+            return int(torch.cuda.memory_reserved(self._device))
+        return anonymous_bytes() - self._baseline
+
+
+def enforce_device_limit(device: torch.device, limit_bytes: int) -> None:
+    """On CUDA, makes the budget a hard cap of the caching allocator; the plan is all there is on CPU."""
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit_bytes / total), device)

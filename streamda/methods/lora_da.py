@@ -1,0 +1,246 @@
+"""LoRA-DA (arXiv 2510.24561): the adapter from the low end of the guidance matrix, which is never formed.
+
+With the damped input factor ``Z = L L^T`` and output factor ``y`` (see `streamda.factors` for the statistics):
+
+    D     = -Z^-1 gradient^T diag(1/y)                                  [d_in, d_out]   eq. 21
+    Omega = (beta sum_j 1/y_j / N) Z^-1 - alpha D D^T                   [d_in, d_in]    eq. 19
+    V     = eigenvectors of Omega's r smallest eigenvalues              [d_in, r]
+    A     = V^T a_norm,   B = (V^T D)^T / (gamma a_norm)
+
+Normalizing D by its largest singular value sigma scales Omega as a whole, hence leaves V alone and only divides B.
+
+The operator at work is ``-Omega`` scaled to order one: ``v -> alpha D (D^T v) - c Z^-1 v``. Applying it costs two
+triangular solves and four thin products; the Cholesky factorization, shared by the layers that read one input, is
+nearly all that is left. Where beta is large, the wanted eigenvectors lie where ``Z^-1`` is small and the operator hardly
+tells them apart; there ``Z`` itself, applied to the residuals, is the preconditioner that does. With alpha = 0 they are
+the top eigenvectors of ``Z``, and ``Z`` is the operator.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from streamda import cholesky, eigen
+from streamda.config import SolveConfig
+from streamda.errors import NumericalError
+from streamda.methods.solution import LayerSolution, SolveStats, SolveStatus, layer_generator, standard_start
+
+MAX_RAISES = 6
+"""Times the damping may be raised tenfold. Float32 sums leave negative eigenvalues of about 1e-7 of the largest one."""
+MAX_RELATIVE_DAMPING = 1e-2
+"""Raised damping never exceeds this share of the mean diagonal: a matrix that needs more is no second moment."""
+GRADIENT_ROWS = 1024
+"""Rows of a float32 gradient turned to float64 at a time: 1024 x 28672 are 235 MB."""
+
+
+@dataclass(frozen=True, slots=True)
+class InputFactor:
+    """The factorized, damped input moment that the layers of one group share."""
+
+    factor: torch.Tensor
+    """[d_in, d_in] float64, L in the lower triangle of the damped moment over `scale`."""
+    scale: float
+    """Mean diagonal of the moment, divided out before factorizing."""
+    damping: float
+    """lambda in use, in the moment's own units."""
+    raises: int
+
+    def solve(self, block: torch.Tensor) -> torch.Tensor:
+        """``Z^-1 block`` for [d_in, k]."""
+        return cholesky.solve(self.factor, block) / self.scale
+
+    def multiply(self, block: torch.Tensor) -> torch.Tensor:
+        """``Z block / scale`` for [d_in, k]."""
+        return cholesky.multiply(self.factor, block)
+
+
+def prepare_input_factor(
+    read: Callable[[], torch.Tensor], damping: float, names: tuple[str, ...]
+) -> InputFactor | None:
+    """Damps and factorizes an input moment; raises the damping tenfold where it must, and says so.
+
+    Args:
+        read: gives the moment [d_in, d_in] float64, lower triangle, as a tensor that may be overwritten. Called again
+            after a failed attempt, because the factorization destroys it.
+        damping: lambda.
+        names: modules of the group, for messages.
+
+    Returns:
+        None for a moment that is exactly zero: its layers never saw an input.
+
+    Raises:
+        NumericalError: non-finite values, or not a second moment even with all the damping that is allowed.
+    """
+    used = damping
+    for raises in range(MAX_RAISES + 1):
+        moment = read()
+        diagonal = moment.diagonal()
+        scale = float(diagonal.mean())
+        if not math.isfinite(scale) or not bool(torch.isfinite(diagonal).all()):
+            raise NumericalError(f"{names[0]}: the input moment is not finite")
+        if scale == 0 and not bool(diagonal.any()):
+            return None
+        if scale <= 0 or bool((diagonal < 0).any()):
+            raise NumericalError(f"{names[0]}: the input moment has a negative diagonal; the statistics are damaged")
+        moment.div_(scale)
+        diagonal.add_(used / scale)
+        try:
+            return InputFactor(cholesky.factorize_(moment), scale, used, raises)
+        except cholesky.NotPositiveDefiniteError:
+            used *= 10
+            if used > max(damping, MAX_RELATIVE_DAMPING * scale):
+                break
+    raise NumericalError(
+        f"{names[0]}: the input moment is not positive semidefinite (a damping of {used / 10:.1e} did not help); "
+        "the statistics hold a non-finite value or are damaged"
+    )
+
+
+def solve_layer(
+    name: str,
+    factor: InputFactor | None,
+    gradient: torch.Tensor,
+    output_moment: torch.Tensor,
+    config: SolveConfig,
+    *,
+    population_size: int,
+    seed: int,
+) -> LayerSolution:
+    """Solves one layer.
+
+    Args:
+        name: module name; with `seed` it fixes the eigensolver's start.
+        factor: of the layer's input group; None for an input that was always zero.
+        gradient: [d_out, d_in] float32, mean over samples.
+        output_moment: [d_out], mean over tokens.
+        config: the method's settings.
+        population_size: N, rows of the whole training set.
+        seed: of the run.
+
+    Raises:
+        NumericalError: a statistic or the result is not finite.
+    """
+    started = time.monotonic()
+    d_out, d_in = gradient.shape
+    largest = float(gradient.abs().max())
+    if not math.isfinite(largest) or not bool(torch.isfinite(output_moment).all()):
+        raise NumericalError(f"{name}: the gradient statistics are not finite")
+    if factor is None or largest == 0:
+        return standard_start(name, d_in, d_out, config.rank, seed)
+    mu = config.damping
+    if config.output_damping_ratio is not None:
+        mu = config.output_damping_ratio * float(output_moment.double().median())
+    y = output_moment.double() + mu
+    if not bool((y > 0).all()):
+        raise NumericalError(
+            f"{name}: the damped output factor is not positive; the median of the output moment is zero, so give "
+            "--damping without --output-damping-ratio"
+        )
+    displacement = _Displacement(factor if config.use_fisher else None, gradient, y if config.use_fisher else None)
+    start = torch.randn(
+        d_in, min(d_in, config.rank + eigen.GUARD_VECTORS), generator=layer_generator(name, seed), dtype=torch.float64
+    ).to(gradient.device)
+    start = start / start.norm(dim=0)
+    sigma = displacement.largest_singular_value(start)
+    if not math.isfinite(sigma) or sigma == 0:
+        raise NumericalError(f"{name}: the displacement over- or underflows in float64")
+    found = _eigenvectors(factor, displacement, sigma, float((1 / y).sum()), start, config, population_size)
+    lora_a, lora_b = _split(found.vectors, displacement.transposed(found.vectors), sigma, config)
+    if not (bool(torch.isfinite(lora_a).all()) and bool(torch.isfinite(lora_b).all())):
+        raise NumericalError(f"{name}: the solution is not finite in float32; try a larger --damping")
+    status = SolveStatus.OK if found.converged else SolveStatus.UNCONVERGED
+    if factor.raises and found.converged:
+        status = SolveStatus.DAMPED
+    return LayerSolution(
+        name,
+        lora_a,
+        lora_b,
+        status,
+        SolveStats(
+            eigenvalues=tuple(float(value) for value in found.values),
+            next_eigenvalue=found.next_value if math.isfinite(found.next_value) else None,
+            residual=found.residual,
+            steps=found.steps,
+            damping=factor.damping,
+            output_damping=mu,
+            displacement_norm=sigma,
+            seconds=time.monotonic() - started,
+        ),
+    )
+
+
+class _Displacement:
+    """The matrix D [d_in, d_out] as products with thin blocks; without Fisher factors it is minus the gradient."""
+
+    def __init__(self, factor: InputFactor | None, gradient: torch.Tensor, y: torch.Tensor | None) -> None:
+        self._factor = factor
+        self._gradient = gradient
+        self._y = y
+
+    def transposed(self, block: torch.Tensor) -> torch.Tensor:
+        """``D^T block``: [d_in, k] -> [d_out, k]."""
+        inner = block if self._factor is None else self._factor.solve(block)
+        result = block.new_empty(self._gradient.shape[0], block.shape[1])
+        for start in range(0, self._gradient.shape[0], GRADIENT_ROWS):
+            rows = slice(start, start + GRADIENT_ROWS)
+            result[rows] = self._gradient[rows].double() @ inner
+        return -(result if self._y is None else result / self._y[:, None])
+
+    def times(self, block: torch.Tensor) -> torch.Tensor:
+        """``D block``: [d_out, k] -> [d_in, k]."""
+        weighted = block if self._y is None else block / self._y[:, None]
+        result = block.new_zeros(self._gradient.shape[1], block.shape[1])
+        for start in range(0, self._gradient.shape[0], GRADIENT_ROWS):
+            rows = slice(start, start + GRADIENT_ROWS)
+            result.addmm_(self._gradient[rows].double().T, weighted[rows])
+        return -(result if self._factor is None else self._factor.solve(result))
+
+    def largest_singular_value(self, start: torch.Tensor) -> float:
+        """The spectral norm, to about ten digits."""
+        scale = float(self.times(self.transposed(start)).norm(dim=0).max())
+        if scale == 0 or not math.isfinite(scale):
+            return scale
+        found = eigen.largest_eigenpairs(
+            lambda block: self.times(self.transposed(block)) / scale, start, 1, gap_tolerance=1e-5
+        )
+        return math.sqrt(max(float(found.values[0]), 0.0) * scale)
+
+
+def _eigenvectors(
+    factor: InputFactor,
+    displacement: _Displacement,
+    sigma: float,
+    inverse_sum: float,
+    start: torch.Tensor,
+    config: SolveConfig,
+    population_size: int,
+) -> eigen.EigenSolution:
+    """Largest eigenpairs of ``-Omega / (alpha sigma^2)`` (of Z, over its scale, where alpha is 0)."""
+    if config.bias_weight == 0:
+        return eigen.largest_eigenpairs(factor.multiply, start, config.rank)
+    variance = config.variance_weight * inverse_sum / population_size / (config.bias_weight * sigma**2)
+
+    def apply(block: torch.Tensor) -> torch.Tensor:
+        result = displacement.times(displacement.transposed(block)) / sigma**2
+        return result - variance * factor.solve(block) if variance else result
+
+    return eigen.largest_eigenpairs(apply, start, config.rank, precondition=factor.multiply if variance else None)
+
+
+def _split(
+    vectors: torch.Tensor, projected: torch.Tensor, sigma: float, config: SolveConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A [r, d_in] and B [d_out, r] in float32 from V [d_in, r] and ``D^T V`` [d_out, r]."""
+    lora_b = projected / sigma if config.normalize else projected
+    lora_a = vectors.T
+    if config.balance:
+        left, singular, right = torch.linalg.svd(lora_b, full_matrices=False)
+        root = singular.sqrt()
+        lora_a, lora_b = root[:, None] * (right @ lora_a), left * root
+    a_norm = config.a_norm if config.a_norm is not None else 1 / math.sqrt(config.gamma)
+    return (lora_a * a_norm).float().contiguous(), (lora_b / (config.gamma * a_norm)).float().contiguous()

@@ -1,0 +1,185 @@
+"""What a run did, for people and for programs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from streamda.memory import format_size
+from streamda.methods import SolveStatus
+
+REPORT_FILE = "streamda_report.json"
+_SHOWN_MODULES = 5
+_BAR = 24
+
+
+@dataclass(slots=True)
+class InitReport:
+    """Everything worth knowing about a run; filled while it goes."""
+
+    output_dir: str | None = None
+    statistics_dir: str | None = None
+    already_done: bool = False
+    resumed: bool = False
+    """True if an earlier run had begun the work: seconds, bytes and peaks are then of this process only."""
+    config: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    plan: dict[str, Any] = field(default_factory=dict)
+    budget_bytes: int = 0
+    peaks: dict[str, int] = field(default_factory=dict)
+    """Measured peak in bytes by phase, to be held against plan["peaks"]."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    bytes: dict[str, int] = field(default_factory=dict)
+    loss: float | None = None
+    """Mean per-sample loss of the base model on the calibration samples."""
+    modules: dict[str, dict[str, Any]] = field(default_factory=dict)
+    notices: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> InitReport:
+        """The report that `to_dict` gave."""
+        return cls(**{entry.name: values[entry.name] for entry in dataclasses.fields(cls) if entry.name in values})
+
+    def to_json(self) -> str:
+        """One JSON document; NaN and Inf cannot occur in it."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True, allow_nan=False)
+
+    def to_table(self) -> str:
+        """The report for people."""
+        return "\n".join([*self._overview(), *self._memory(), *self._time(), *self._layers(), *self._notes()])
+
+    def _overview(self) -> list[str]:
+        lines = ["streamda: LoRA-DA initialization"]
+        if self.model:
+            lines.append(f"  model        {self.model['name']}  ({self.model['num_blocks']} blocks, {self.model['dtype']})")
+        if self.data:
+            lines.append(
+                f"  data         {self.data['source']}  ({self.data['num_samples']} samples, "
+                f"{self.data['num_tokens']} tokens; {self.data['num_truncated']} cut, {self.data['num_skipped']} skipped)"
+            )
+        if self.loss is not None:
+            lines.append(f"  loss         {self.loss:.4f}  (base model, mean over samples)")
+        if self.output_dir:
+            lines.append(f"  adapter      {self.output_dir}")
+        if self.statistics_dir:
+            lines.append(f"  statistics   {self.statistics_dir}")
+        return lines
+
+    def _memory(self) -> list[str]:
+        if not self.peaks:
+            return []
+        planned = self.plan.get("peaks", {})
+        rows = [
+            [phase, format_size(planned[phase]) if phase in planned else "", format_size(peak)]
+            for phase, peak in self.peaks.items()
+        ]
+        budget = f"  (budget {format_size(self.budget_bytes)})" if self.budget_bytes else ""
+        return ["", f"memory{budget}", *table(["phase", "planned peak", "measured peak"], rows)]
+
+    def _time(self) -> list[str]:
+        if not self.seconds:
+            return []
+        longest = max(max(self.seconds.values()), 1e-9)
+        rows = [
+            [phase, f"{value:.1f} s", "#" * round(_BAR * value / longest)] for phase, value in self.seconds.items()
+        ]
+        read = self.bytes.get("weights_read", 0)
+        stored = self.bytes.get("checkpoint", 0)
+        lines = ["", "time", *table(["phase", "seconds", ""], rows)]
+        if stored:
+            lines.append(f"  weights read {format_size(read)}, {read / stored:.2f} times the checkpoint")
+        return lines
+
+    def _layers(self) -> list[str]:
+        if not self.modules:
+            return []
+        counts: dict[str, int] = {}
+        for facts in self.modules.values():
+            counts[facts["status"]] = counts.get(facts["status"], 0) + 1
+        lines = ["", f"layers  ({', '.join(f'{count} {status}' for status, count in sorted(counts.items()))})"]
+        for status in counts:
+            if status != SolveStatus.OK.value:
+                lines.append(f"  {status}: {SolveStatus(status).advice}")
+        ranked = sorted(self.modules, key=lambda name: -self.modules[name].get("step_zero_change", 0.0))
+        unusual = [name for name in self.modules if self.modules[name]["status"] != SolveStatus.OK.value]
+        shown = list(dict.fromkeys([*unusual[:_SHOWN_MODULES], *ranked[:_SHOWN_MODULES], *ranked[-1:]]))
+        rows = [_module_row(name, self.modules[name]) for name in shown]
+        header = ["module", "status", "change at step 0", "eigenvalue r / r+1", "residual", "damping"]
+        lines += table(header, rows)
+        if len(shown) < len(self.modules):
+            lines.append(f"  ... {len(self.modules) - len(shown)} more in {REPORT_FILE}")
+        return lines
+
+    def _notes(self) -> list[str]:
+        return ["", *(f"note: {notice}" for notice in self.notices)] if self.notices else []
+
+
+def _module_row(name: str, facts: Mapping[str, Any]) -> list[str]:
+    change = facts.get("step_zero_change")
+    kept, following = facts.get("eigenvalues"), facts.get("next_eigenvalue")
+    return [
+        name,
+        facts["status"],
+        "" if change is None else f"{change:.2e}",
+        "" if not kept else f"{kept[-1]:.2e} / " + ("none" if following is None else f"{following:.2e}"),
+        f"{facts['residual']:.0e}" if "residual" in facts else "",
+        f"{facts['damping']:.0e}" if "damping" in facts else "",
+    ]
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a plain text table, columns padded to their widest cell."""
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        return "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+
+    return [line(header), line(["-" * width for width in widths]), *map(line, rows)]
+
+
+def plan_table(plan: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+    """A plan for people.
+
+    Args:
+        plan: `Plan.to_dict`.
+        facts: what was planned: model, samples, budget, rates.
+    """
+    replays = plan["replays"]
+    adapted = [count for count in replays if count]
+    spread = f"{min(adapted)}" if min(adapted) == max(adapted) else f"{min(adapted)} to {max(adapted)}"
+    rows = [[phase, format_size(peak)] for phase, peak in plan["peaks"].items()]
+    flops = [[phase, f"{count / 1e12:.3g}"] for phase, count in plan["flops"].items()]
+    lines = [
+        f"plan for {facts['model']}  ({facts['num_blocks']} blocks, {facts['num_layers']} adapted layers, {facts['dtype']})",
+        f"  budget             {format_size(facts['budget_bytes'])}; smallest that would do "
+        f"{format_size(facts['smallest_budget_bytes'])}",
+        f"  data               {facts['num_samples']} samples, {facts['num_tokens']} tokens, "
+        f"{facts['num_rows']} with padding",
+        f"  micro-batch        {plan['micro_batch_tokens']} tokens",
+        f"  replays per block  {spread}",
+        f"  boundaries in RAM  {plan['boundaries_in_memory']}",
+        f"  disk               {format_size(plan['disk_bytes'])}",
+        f"  weights read       {format_size(plan['weight_bytes_read'])}",
+        f"  time               {facts['seconds'] / 60:.1f} min at {facts['flops_per_second'] / 1e9:.0f} GFLOP/s "
+        "(a GEMM measured now; reading and writing not included)",
+        "",
+        *table(["phase", "peak"], rows),
+        "",
+        *table(["phase", "TFLOP"], flops),
+    ]
+    return "\n".join(lines)
+
+
+def read_report(folder: Path) -> InitReport:
+    """The report inside an adapter folder."""
+    return InitReport.from_dict(json.loads((folder / REPORT_FILE).read_text(encoding="utf-8")))

@@ -1,0 +1,280 @@
+"""Everything that is settled before a weight is read: the model's skeleton, its samples, its targets, and the plan."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+
+from streamda.batches import make_micro_batches
+from streamda.blocks import DecoderStack
+from streamda.calibration import CalibrationSet, load_calibration
+from streamda.checkpoint import build_skeleton, load_config
+from streamda.config import RunConfig
+from streamda.errors import BudgetError, ConfigError, DataError
+from streamda.layers import Targets, find_targets, require_rank
+from streamda.memory import MemoryBudget, parse_size
+from streamda.model_source import ModelSource, find_model
+from streamda.plan import Plan, Workload, make_plan, minimum_bytes
+from streamda.workload import WorkloadModel, micro_batch_candidates
+
+HOST_SHARE = 0.5
+"""Share of free host memory for boundary states beside a GPU where --max-host-mem is not given."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A run that is ready to be planned and started."""
+
+    config: RunConfig
+    source: ModelSource
+    stack: DecoderStack
+    tokenizer: PreTrainedTokenizerBase | None
+    calibration: CalibrationSet
+    targets: Targets
+    budget: MemoryBudget
+    work: WorkloadModel
+    notices: tuple[str, ...]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self.stack.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In what the model computes."""
+        return self.stack.model.dtype
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sample."""
+        return [sample.num_tokens for sample in self.calibration.samples]
+
+    @property
+    def population_size(self) -> int:
+        """Rows of the whole training set."""
+        return self.config.solve.population_size or self.calibration.population_size
+
+    @property
+    def lowest_block(self) -> int:
+        """The first block with an adapted layer; below it there is nothing to collect."""
+        prefixes = self.stack.prefixes
+        return next(
+            index
+            for index, prefix in enumerate(prefixes)
+            if any(spec.name.startswith(prefix + ".") for spec in self.targets.linears)
+        )
+
+    def plan(self, *, solves: bool, keep_statistics: bool, micro_batch_tokens: int | None = None) -> Plan:
+        """Cuts the run to its budget.
+
+        Args:
+            solves: whether this run also solves.
+            keep_statistics: whether the statistics of all blocks stay on disk.
+            micro_batch_tokens: what an interrupted run had chosen; its bits depend on it.
+        """
+        return make_plan(
+            self.budget,
+            self._candidates(micro_batch_tokens),
+            self.work.at,
+            rank=self.config.solve.rank if solves else 0,
+            keep_statistics=keep_statistics,
+            host_is_device=self.device.type == "cpu",
+        )
+
+    def smallest_budget(self, *, solves: bool) -> int:
+        """Bytes of the smallest budget that would do."""
+        workload: Workload = self.work.at(self._candidates(None)[-1])
+        host = self.budget.host_bytes if self.device.type == "cpu" else 0
+        return minimum_bytes(workload, self.config.solve.rank if solves else 0, host)
+
+    def num_rows(self, micro_batch_tokens: int) -> int:
+        """Tokens computed, padding included."""
+        return sum(batch.num_rows for batch in make_micro_batches(self.lengths, micro_batch_tokens))
+
+    def _candidates(self, chosen: int | None) -> tuple[int, ...]:
+        if chosen is not None:
+            return (chosen,)
+        return micro_batch_candidates(self.config.collect.micro_batch_tokens, self.lengths, self.device)
+
+
+def prepare(config: RunConfig, *, weights: bool) -> Prepared:
+    """Finds and checks everything that a run needs, without reading a weight.
+
+    Args:
+        config: the run.
+        weights: whether the weights will be read, and so must be there (or downloaded).
+
+    Raises:
+        StreamdaError: of the kind that fits; always before any work.
+    """
+    if config.model is None:
+        raise ConfigError("no model is given; use --model with a hub id or a local folder")
+    device = choose_device(config.device)
+    budget = choose_budget(config, device)
+    source = find_model(config.model, config.revision, weights=weights)
+    model_config = load_config(source.folder, config.trust_remote_code)
+    dtype = choose_dtype(config.collect.dtype, device)
+    stack = DecoderStack(build_skeleton(model_config, dtype, config.trust_remote_code), device)
+    stack.fill_small_parameters()
+    stack.find_output_form()
+    targets = find_targets(stack.model, stack.prefixes, config.collect.target_modules)
+    require_rank(targets.linears, config.solve.rank)
+    tokenizer = load_tokenizer(source.folder, config.trust_remote_code)
+    calibration = load_calibration(
+        config.data, tokenizer, vocab_size=stack.vocab_size, max_positions=max_positions(model_config)
+    )
+    num_labels = sum(sample.num_label_tokens for sample in calibration.samples)
+    lengths = [sample.num_tokens for sample in calibration.samples]
+    work = WorkloadModel(stack, targets, lengths, num_labels, _stored_dtype_bytes(model_config))
+    notices = [*source.notices]
+    if calibration.is_shipped:
+        notices.append(
+            "no --dataset is given, so a small general set that ships with streamda stands in; samples of your own "
+            "task are the point of a data-aware start"
+        )
+    if targets.outside:
+        notices.append(f"outside the decoder blocks, so left without an adapter: {', '.join(targets.outside[:5])}")
+    if short := _rank_deficient(targets, calibration):
+        notices.append(short)
+    return Prepared(config, source, stack, tokenizer, calibration, targets, budget, work, tuple(notices))
+
+
+def choose_device(name: str) -> torch.device:
+    """The device to compute on.
+
+    Raises:
+        ConfigError: CUDA is asked for and not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device is {name!r}, but torch sees no CUDA device here; use --device cpu")
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The compute dtype: bfloat16 on CUDA, float32 on a CPU, where bfloat16 products are often emulated."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def choose_budget(config: RunConfig, device: torch.device) -> MemoryBudget:
+    """The budget that the options name.
+
+    Without an accelerator boundary states go to disk unless --max-host-mem says otherwise: the system's page cache
+    keeps them in memory as far as there is any, and gives it back when asked.
+
+    Raises:
+        ConfigError: no device budget, or an option that is no size.
+    """
+    if config.max_gpu_mem is None:
+        raise ConfigError("no memory budget is given; use for example --max-gpu-mem 24GB")
+    host = 0
+    if config.max_host_mem is not None:
+        host = parse_size(config.max_host_mem, "--max-host-mem")
+    elif device.type == "cuda":
+        host = int(HOST_SHARE * _free_host_bytes())
+    disk = None if config.max_disk is None else parse_size(config.max_disk, "--max-disk")
+    return MemoryBudget(parse_size(config.max_gpu_mem, "--max-gpu-mem"), host, disk)
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a model folder; None if it has none, which tokenized data do not need."""
+    if not any(folder.glob("tokenizer*")) and not any(folder.glob("*.model")) and not (folder / "vocab.json").is_file():
+        return None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"the tokenizer in {folder} cannot be loaded: {first}") from error
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    return tokenizer
+
+
+def max_positions(config: PretrainedConfig) -> int | None:
+    """Positions that the model knows; rotary models silently accept more, learned positions do not."""
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+def measure_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Rate of a square matrix product here and now, in floating point operations per second."""
+    size = 1024 if device.type == "cpu" else 8192
+    left = torch.randn(size, size, device=device).to(dtype)
+    best = math.inf
+    for _ in range(4):  # the first one also starts threads and picks kernels
+        started = time.monotonic()
+        (left @ left).sum().item()  # .item() waits for the device
+        best = min(best, time.monotonic() - started)
+    return float(2 * size**3 / best)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the numbers."""
+    names = ("streamda", "torch", "transformers", "accelerate", "safetensors", "zarr", "numcodecs", "peft", "datasets")
+    return {name: importlib.metadata.version(name) for name in names}
+
+
+def fingerprint_parts(prepared: Prepared, model: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What decides the statistics, by name; a run is continued only with equal parts.
+
+    Args:
+        prepared: the run.
+        model: `Checkpoint.fingerprint`.
+    """
+    collect = prepared.config.collect
+    return {
+        "model": model,
+        "data": {"tokens": prepared.calibration.digest(), "num_samples": len(prepared.calibration.samples)},
+        "method": {
+            "modules": [spec.name for spec in prepared.targets.linears],
+            "token_mask": collect.token_mask,
+            "dtype": str(prepared.dtype),
+            "statistics_codec": collect.statistics_codec,
+        },
+        "numerics": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "device": prepared.device.type,
+            "threads": torch.get_num_threads(),
+        },
+    }
+
+
+def _stored_dtype_bytes(config: PretrainedConfig) -> int:
+    stored = getattr(config, "dtype", None)
+    return stored.itemsize if isinstance(stored, torch.dtype) else 4
+
+
+def _free_host_bytes() -> int:
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise BudgetError("the free host memory is unknown here; give --max-host-mem")
+
+
+def _rank_deficient(targets: Targets, calibration: CalibrationSet) -> str | None:
+    """A note where there are fewer tokens than input dimensions."""
+    num_tokens = sum(sample.num_tokens for sample in calibration.samples)
+    wide: Sequence[str] = [spec.name for spec in targets.linears if spec.d_in > num_tokens]
+    if not wide:
+        return None
+    return (
+        f"{num_tokens} tokens are fewer than the inputs of {len(wide)} layers (such as {wide[0]}): their input moments "
+        "are rank-deficient and live on their damping; more samples are better"
+    )

@@ -1,0 +1,300 @@
+"""Statistics on disk: plain Zarr v3 that any reader of Zarr can open, one committed unit per block.
+
+    units/stats-0012/COMMIT.json
+    units/stats-0012/statistics.zarr/    a Zarr group
+        000.self_attn.q_proj/            attributes: module name, counts, norm of the weight, group of its input
+            gradient_sum                 [d_out, d_in] float32, tiles of 2048 x 2048
+            output_moment_sum            [d_out]
+            input_moment_sum             [d_in, d_in]; in the first module of each input group; its lower tiles only
+
+Sums and counts are stored, never means (see `streamda.factors`). A chunk that is lost reads as data in Zarr; here the
+unit's manifest says what must be there, the crc32c codec guards each chunk, and NaN as fill value is the second net.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import zarr
+from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
+from zarr.codecs.numcodecs import BitRound
+
+from streamda import files
+from streamda.config import StatisticsCodec
+from streamda.errors import DamagedError
+from streamda.factors import LayerStatistics, mirror_lower_
+from streamda.layers import BlockSpec, InputGroup, LinearSpec
+from streamda.plan import PANEL_ROWS, Panel
+from streamda.rundir import RunDirectory
+from streamda.units import UnitStore
+
+TILE = PANEL_ROWS
+ZARR_FOLDER = "statistics.zarr"
+KEPT_MANTISSA_BITS = 12  # bitround: relative error 1.2e-4 per entry, about the noise of a few hundred samples
+CHUNK_CONCURRENCY = 2
+"""Chunks written or read at a time. Zarr holds about two copies of each: 2 x 2 x 16.8 MB at full tiles."""
+
+
+def stats_unit(index: int) -> str:
+    """Name of the unit with a block's statistics."""
+    return f"stats-{index:04d}"
+
+
+@contextmanager
+def _zarr_limits() -> Iterator[None]:
+    # Zarr's default of ten chunks at a time would be hundreds of megabytes outside any plan
+    with zarr.config.set({"async.concurrency": CHUNK_CONCURRENCY, "threading.max_workers": CHUNK_CONCURRENCY}):
+        yield
+
+
+def _codecs(codec: StatisticsCodec) -> dict[str, Any]:
+    """Arguments of create_array. The checksum stands behind compression: it guards the bytes in the file."""
+    if codec == "bitround":
+        return {"filters": [BitRound(keepbits=KEPT_MANTISSA_BITS)], "compressors": [ZstdCodec(level=1), Crc32cCodec()]}
+    compressors: dict[StatisticsCodec, list[Any]] = {
+        "none": [],
+        "zstd": [ZstdCodec(level=1)],
+        "blosc": [BloscCodec(cname="lz4", shuffle="bitshuffle", clevel=5)],
+    }
+    return {"filters": [], "compressors": [*compressors[codec], Crc32cCodec()]}
+
+
+def _slugs(spec: BlockSpec) -> dict[str, str]:
+    """Folder names of a block's modules: legal everywhere, unique also where case does not count."""
+    slugs = {}
+    for index, linear in enumerate(spec.linears):
+        short = re.sub(r"[^a-z0-9_.-]", "_", linear.name.removeprefix(spec.prefix + ".").lower())
+        slugs[linear.name] = f"{index:03d}.{short[:48].strip('.')}"
+    return slugs
+
+
+class BlockStatisticsWriter:
+    """Writes the statistics of one block, panel by panel, into the folder of a unit that is being built."""
+
+    def __init__(self, folder: Path, spec: BlockSpec, codec: StatisticsCodec) -> None:
+        self._folder = folder / ZARR_FOLDER
+        self._slugs = _slugs(spec)
+        self._spec = spec
+        with self._writing():
+            root = zarr.create_group(zarr.storage.LocalStore(self._folder), attributes={"format": "streamda-statistics"})
+            self._groups = {name: root.create_group(slug) for name, slug in self._slugs.items()}
+            for linear in spec.linears:
+                self._create(linear.name, "gradient_sum", (linear.d_out, linear.d_in), codec)
+                self._create(linear.name, "output_moment_sum", (linear.d_out,), codec)
+            for group in spec.groups:
+                self._create(group.name, "input_moment_sum", (group.d_in, group.d_in), codec)
+
+    def _create(self, module: str, name: str, shape: tuple[int, ...], codec: StatisticsCodec) -> None:
+        self._groups[module].create_array(
+            name,
+            shape=shape,
+            chunks=tuple(min(TILE, side) for side in shape),
+            dtype="float32",
+            fill_value=float("nan"),
+            config={"write_empty_chunks": True},
+            **_codecs(codec),
+        )
+
+    def write_panel(self, panel: Panel, values: torch.Tensor) -> None:
+        """Writes one finished panel; the diagonal tile of an input moment is made symmetric on the way.
+
+        Args:
+            panel: whole tile rows of one statistic.
+            values: its sums, [rows, columns] float32 ([rows] for an output moment).
+        """
+        host = values.to("cpu")
+        if panel.statistic == "input_moment":
+            mirror_lower_(host[:, panel.start : panel.stop])
+        with self._writing():
+            array = self._groups[panel.module][f"{panel.statistic}_sum"]
+            assert isinstance(array, zarr.Array)
+            data: npt.NDArray[np.float32] = host.numpy()
+            if host.ndim == 1:
+                array[panel.start : panel.stop] = data
+                return
+            for start in range(0, panel.columns, TILE):  # tile by tile, so that Zarr's copies are of one tile
+                stop = min(start + TILE, panel.columns)
+                array[panel.start : panel.stop, start:stop] = data[:, start:stop]
+
+    def write_facts(self, module: str, facts: Mapping[str, Any]) -> None:
+        """Writes a module's counts and weight norm."""
+        linear = self._spec.linear(module)
+        group = self._spec.group_of(module)
+        with self._writing():
+            self._groups[module].update_attributes(
+                {
+                    "module": module,
+                    "d_in": linear.d_in,
+                    "d_out": linear.d_out,
+                    "transposed": linear.transposed,
+                    "input_group": group.name,
+                    **facts,
+                }
+            )
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            with _zarr_limits():
+                yield
+        except (OSError, RuntimeError, ValueError) as error:
+            translated = files.foreign_storage_error(error, "write", self._folder)
+            if translated is None:
+                raise
+            raise translated from error
+
+
+class BlockStatisticsReader:
+    """Reads the committed statistics of one block."""
+
+    def __init__(self, units: UnitStore, index: int) -> None:
+        """Opens and checks a unit.
+
+        Raises:
+            DamagedError: its manifest, names or sizes are not what was committed.
+        """
+        self._unit = stats_unit(index)
+        units.check(self._unit)
+        self._path = units.path(self._unit) / ZARR_FOLDER
+        with self._reading():
+            root = zarr.open_group(zarr.storage.LocalStore(self._path, read_only=True), mode="r")
+            self._groups = {str(group.attrs["module"]): group for _, group in sorted(root.groups())}
+        facts = {name: group.attrs.asdict() for name, group in self._groups.items()}
+        linears = tuple(
+            LinearSpec(name, fact["d_in"], fact["d_out"], fact["transposed"]) for name, fact in facts.items()
+        )
+        members: dict[str, list[str]] = {}
+        for name, fact in facts.items():
+            members.setdefault(fact["input_group"], []).append(name)
+        groups = tuple(InputGroup(tuple(names), facts[name]["d_in"]) for name, names in members.items())
+        self.spec = BlockSpec(index, units.metadata(self._unit)["prefix"], linears, groups)
+        self._facts = facts
+
+    def facts(self, module: str) -> dict[str, Any]:
+        """Counts and weight norm of a module."""
+        return self._facts[module]
+
+    def input_moment(self, group: InputGroup, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """The mean input moment [d_in, d_in] of a group; only its lower triangle (and diagonal tiles) are filled."""
+        sums = self._array(group.name, "input_moment_sum")
+        moment = torch.zeros(group.d_in, group.d_in, dtype=dtype, device=device)
+        for row in range(0, group.d_in, TILE):
+            for column in range(0, row + 1, TILE):
+                block = self._read(sums, slice(row, row + TILE), slice(column, column + TILE))
+                moment[row : row + TILE, column : column + TILE] = block.to(device)
+        return moment.div_(max(1, self._facts[group.name]["num_tokens"]))
+
+    def gradient(self, module: str, device: torch.device) -> torch.Tensor:
+        """The mean gradient [d_out, d_in] float32."""
+        sums = self._array(module, "gradient_sum")
+        gradient = torch.empty(sums.shape, dtype=torch.float32, device=device)
+        for row in range(0, sums.shape[0], TILE):
+            for column in range(0, sums.shape[1], TILE):
+                block = self._read(sums, slice(row, row + TILE), slice(column, column + TILE))
+                gradient[row : row + TILE, column : column + TILE] = block.to(device)
+        return gradient.div_(self._facts[module]["num_samples"])
+
+    def output_moment(self, module: str, device: torch.device) -> torch.Tensor:
+        """The mean output moment [d_out] float32."""
+        sums = self._read(self._array(module, "output_moment_sum"), slice(None)).to(device)
+        return sums.div_(max(1, self._facts[module]["num_tokens"]))
+
+    def _array(self, module: str, name: str) -> zarr.Array[Any]:
+        with self._reading():
+            array = self._groups[module][name]
+        linear = self.spec.linear(module)
+        shapes = {
+            "gradient_sum": (linear.d_out, linear.d_in),
+            "input_moment_sum": (linear.d_in, linear.d_in),
+            "output_moment_sum": (linear.d_out,),
+        }
+        # an edited zarr.json could ask for any amount of memory
+        if not isinstance(array, zarr.Array) or array.shape != shapes[name] or array.dtype != np.dtype("float32"):
+            raise DamagedError(f"{self._path}: {module} {name} is not the array that was committed")
+        return array
+
+    def _read(self, array: zarr.Array[Any], *where: slice) -> torch.Tensor:
+        with self._reading():
+            values = torch.from_numpy(np.asarray(array[where], dtype=np.float32))
+        if not bool(torch.isfinite(values).all()):
+            raise DamagedError(f"{self._path}: {array.name} holds values that were never written; a chunk is missing")
+        return values
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Zarr raises ValueError, RuntimeError and KeyError for damage, without the file's name."""
+        try:
+            with _zarr_limits():
+                yield
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            raise DamagedError(
+                f"{self._path} cannot be read ({str(error).splitlines()[0] if str(error) else type(error).__name__}); "
+                "delete the folder around it and run the same command again"
+            ) from error
+
+
+class Statistics(Mapping[str, LayerStatistics]):
+    """The statistics of a whole run: a read-only mapping from module names, each layer read when asked for."""
+
+    def __init__(self, run: RunDirectory) -> None:
+        self._run = run
+        names = [name for name in run.units.names() if name.startswith("stats-")]
+        self._blocks = {int(name.removeprefix("stats-")): name for name in names}
+        self._modules: dict[str, int] = {}
+        for index in self._blocks:
+            for module in run.units.metadata(stats_unit(index))["modules"]:
+                self._modules[module] = index
+
+    def __getitem__(self, name: str) -> LayerStatistics:
+        reader = BlockStatisticsReader(self._run.units, self._modules[name])
+        cpu = torch.device("cpu")
+        facts = reader.facts(name)
+        moment = reader.input_moment(reader.spec.group_of(name), torch.float32, cpu)
+        return LayerStatistics(
+            name=name,
+            gradient=reader.gradient(name, cpu),
+            input_moment=mirror_lower_(moment),
+            output_moment=reader.output_moment(name, cpu),
+            num_tokens=facts["num_tokens"],
+            num_samples=facts["num_samples"],
+            weight_norm=facts["weight_norm"],
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._modules)
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def __enter__(self) -> Statistics:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets writers at the directory again."""
+        self._run.close()
+
+
+def open_statistics(folder: str | Path) -> Statistics:
+    """Opens collected statistics for reading.
+
+    Args:
+        folder: what `collect --statistics` wrote, or the work directory of `init --keep-statistics`.
+
+    Raises:
+        ConfigError: no statistics there.
+        LockedError: a run is writing them.
+    """
+    return Statistics(RunDirectory.open_existing(Path(folder), exclusive=False))

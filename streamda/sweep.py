@@ -1,0 +1,232 @@
+"""The two passes over the blocks, one block resident at a time.
+
+All samples pass through a block before the next one is loaded, so every weight is read once on the way up and once on
+the way down, however many samples there are. What connects the passes is on disk (`streamda.boundary`), by name:
+``acts-0007`` enters block 7, ``grads-0007`` is its gradient. Each method can be called again after a kill and skips
+what is already committed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own convention
+
+from streamda.batches import Batch
+from streamda.blocks import DecoderStack
+from streamda.boundary import BoundaryStore
+from streamda.checkpoint import Checkpoint
+from streamda.errors import NumericalError
+from streamda.hooks import PanelCollector
+from streamda.layers import BlockSpec
+from streamda.memory import release_unused
+from streamda.plan import Panel, Replay
+from streamda.progress import PassBar
+
+PanelSink = Callable[[Panel, torch.Tensor], None]
+
+
+def acts(index: int) -> str:
+    """Name of the hidden states that enter block `index`."""
+    return f"acts-{index:04d}"
+
+
+def grads(index: int) -> str:
+    """Name of the gradient of `acts(index)`."""
+    return f"grads-{index:04d}"
+
+
+class Sweep:
+    """Moves boundary states through the blocks of a model."""
+
+    def __init__(
+        self, stack: DecoderStack, checkpoint: Checkpoint, batches: Sequence[Batch], boundaries: BoundaryStore
+    ) -> None:
+        self._stack = stack
+        self._checkpoint = checkpoint
+        self._batches = batches
+        self._boundaries = boundaries
+        self._device = stack.device
+
+    @property
+    def num_blocks(self) -> int:
+        """Decoder blocks."""
+        return len(self._stack.blocks)
+
+    def missing_boundaries(self, lowest: int, last: int) -> range:
+        """Boundaries that a forward pass has to make so that ``acts(lowest) ... acts(last)`` exist.
+
+        It starts behind the highest boundary from which the first missing one can be reached.
+        """
+        missing = [index for index in range(lowest, last + 1) if acts(index) not in self._boundaries]
+        if not missing:
+            return range(0)
+        first = missing[0]
+        while first > 0 and acts(first - 1) not in self._boundaries:
+            first -= 1
+        return range(first, last + 1)
+
+    def forward(self, lowest: int, last: int, bar: PassBar) -> None:
+        """Makes the boundaries ``lowest ... last``; those below `lowest` are dropped as soon as they are used."""
+        for index in self.missing_boundaries(lowest, last):
+            bar.working_on("embeddings" if index == 0 else f"block {index - 1}")
+            if acts(index) not in self._boundaries:
+                if index == 0:
+                    self._prologue()
+                else:
+                    self._forward_block(index - 1)
+            if 0 < index <= lowest:
+                self._boundaries.drop(acts(index - 1))
+            release_unused(self._device)
+            bar.advance()
+
+    def epilogue(self, logit_rows: int) -> float:
+        """Final norm, head and loss at the label positions; makes the gradient of the last boundary.
+
+        Args:
+            logit_rows: label positions per chunk.
+
+        Returns:
+            The mean over samples of their losses.
+
+        Raises:
+            NumericalError: the loss is not finite.
+        """
+        name = grads(self.num_blocks)
+        if name not in self._boundaries:
+            self._checkpoint.load([self._stack.head_name])
+            facts: dict[str, Any] = {}
+            total = torch.zeros((), dtype=torch.float64)
+            with self._boundaries.write(name, durable=True, facts=facts) as writer:
+                for batch, hidden in self._over(acts(self.num_blocks)):
+                    loss, gradient = self._loss_gradient(batch, hidden, logit_rows)
+                    total += loss
+                    writer.append(gradient)
+                mean = float(total) / sum(batch.input_ids.shape[0] for batch in self._batches)
+                if not torch.isfinite(total):
+                    raise NumericalError("the calibration loss is not finite; try --dtype float32, or look at the data")
+                facts["loss"] = mean
+            self._checkpoint.release([self._stack.head_name])
+            release_unused(self._device)
+        return float(self._boundaries.facts(name)["loss"])
+
+    def backward_block(
+        self, spec: BlockSpec, replays: Sequence[Replay], sink: PanelSink, *, push: bool
+    ) -> dict[str, dict[str, Any]]:
+        """Replays a block with gradients, accumulates its statistics, and pushes the boundary gradient below it.
+
+        Args:
+            spec: the block's adapted layers.
+            replays: passes over all samples and what each accumulates; with none, only the gradient is pushed.
+            sink: takes each finished panel.
+            push: whether blocks below need the gradient (``grads(index)``).
+
+        Returns:
+            Per module its counts and the Frobenius norm of its weight.
+        """
+        index = spec.index
+        block = self._stack.blocks[index]
+        self._checkpoint.load([spec.prefix])
+        facts = {
+            linear.name: {
+                "num_samples": sum(batch.input_ids.shape[0] for batch in self._batches),
+                "num_tokens": 0,
+                "weight_norm": float(
+                    torch.linalg.vector_norm(self._stack.model.get_parameter(f"{linear.name}.weight"), dtype=torch.float64)
+                ),
+            }
+            for linear in spec.linears
+        }
+        wants_push = push and grads(index) not in self._boundaries
+        for number, replay in enumerate(replays or (Replay(()),)):
+            with PanelCollector(block, spec, replay.panels, self._device) as collector:
+                if replay.needs_backward or (wants_push and number == 0):
+                    self._replay_backward(index, collector, push=wants_push and number == 0)
+                else:
+                    self._replay_forward(index, collector)
+            if number == 0:
+                for name, count in collector.num_tokens.items():
+                    facts[name]["num_tokens"] = count
+            collector.require_finite()
+            while collector.totals:
+                panel, values = collector.totals.popitem()
+                sink(panel, values)
+                del values
+        self._checkpoint.release([spec.prefix])
+        release_unused(self._device)
+        return facts
+
+    def _over(self, name: str) -> Any:
+        """Micro-batches together with their states at a boundary."""
+        return zip(self._batches, self._boundaries.read(name, self._device), strict=True)
+
+    def _prologue(self) -> None:
+        names = list(self._stack.embeddings)
+        self._checkpoint.load(names)
+        with self._boundaries.write(acts(0)) as writer:
+            for batch in self._batches:
+                writer.append(self._stack.embed(batch.input_ids))
+        self._checkpoint.release(names)
+
+    def _forward_block(self, index: int) -> None:
+        block, prefix = self._stack.blocks[index], self._stack.prefixes[index]
+        self._checkpoint.load([prefix])
+        with self._boundaries.write(acts(index + 1)) as writer, torch.no_grad():
+            for batch, hidden in self._over(acts(index)):
+                call = self._stack.calls(*batch.input_ids.shape)[index]
+                writer.append(call.run(block, hidden))
+        self._checkpoint.release([prefix])
+
+    def _replay_forward(self, index: int, collector: PanelCollector) -> None:
+        block = self._stack.blocks[index]
+        with torch.no_grad():
+            for batch, hidden in self._over(acts(index)):
+                collector.begin(batch)
+                self._stack.calls(*batch.input_ids.shape)[index].run(block, hidden)
+
+    def _replay_backward(self, index: int, collector: PanelCollector, *, push: bool) -> None:
+        if not push:
+            for _ in self._gradients_below(index, collector):
+                pass
+            return
+        with self._boundaries.write(grads(index), durable=True) as writer:
+            for gradient in self._gradients_below(index, collector):
+                writer.append(gradient)
+
+    def _gradients_below(self, index: int, collector: PanelCollector) -> Any:
+        """Runs all micro-batches forward and backward through a block; yields the gradients of its input."""
+        block = self._stack.blocks[index]
+        above = self._boundaries.read(grads(index + 1), self._device)
+        for (batch, hidden), gradient in zip(self._over(acts(index)), above, strict=True):
+            collector.begin(batch)
+            # weights require no gradient, so the graph hangs on the hidden states alone; detached, because a boundary
+            # in memory is the same tensor in every replay and would gather their gradients
+            hidden = hidden.detach().requires_grad_(True)
+            with torch.enable_grad():
+                output = self._stack.calls(*batch.input_ids.shape)[index].run(block, hidden)
+            output.backward(gradient)
+            assert hidden.grad is not None
+            yield hidden.grad
+
+    def _loss_gradient(
+        self, batch: Batch, hidden: torch.Tensor, logit_rows: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sum of the per-sample mean losses of a micro-batch, and its gradient [batch, tokens, hidden]."""
+        flat = hidden.reshape(-1, hidden.shape[-1])  # [rows, hidden]
+        gradient = torch.zeros_like(flat)
+        loss = torch.zeros((), dtype=torch.float64)
+        for start in range(0, batch.label_rows.numel(), logit_rows):
+            chunk = slice(start, start + logit_rows)
+            rows = batch.label_rows[chunk]
+            states = flat[rows].requires_grad_(True)
+            with torch.enable_grad():
+                logits = self._stack.logits(states)
+                losses = F.cross_entropy(logits.float(), batch.label_ids[chunk], reduction="none")
+                weighted = (losses * batch.label_weights[chunk]).sum()
+            weighted.backward()
+            assert states.grad is not None
+            gradient[rows] = states.grad
+            loss += weighted.detach().double().cpu()
+        return loss, gradient.reshape(hidden.shape)

@@ -1,0 +1,121 @@
+"""What a model and its samples cost, for the planner: bytes and counts, learnt from the skeleton alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from streamda.batches import MicroBatch, make_micro_batches
+from streamda.blocks import BlockCall, DecoderStack
+from streamda.layers import BlockSpec, Targets
+from streamda.plan import BlockCost, Workload
+from streamda.probe import BlockProbe, input_groups, probe_block
+
+CAST_CHUNK_BYTES = 32 << 20
+"""What a tensor read in another dtype holds beside itself at most; see `streamda.checkpoint`."""
+
+
+class WorkloadModel:
+    """Costs of one model and one set of samples, at any micro-batch size."""
+
+    def __init__(
+        self, stack: DecoderStack, targets: Targets, lengths: Sequence[int], num_labels: int, stored_dtype_bytes: int
+    ) -> None:
+        """Takes what does not depend on the micro-batch size.
+
+        Args:
+            stack: with its small parameters in place.
+            targets: the adapted layers.
+            lengths: tokens of each sample.
+            num_labels: label tokens of all samples.
+            stored_dtype_bytes: bytes per weight in the files.
+        """
+        self._stack = stack
+        self._targets = targets
+        self._lengths = tuple(lengths)
+        self._num_labels = num_labels
+        self._stored_dtype_bytes = stored_dtype_bytes
+        self._dtype = stack.model.dtype
+
+    def at(self, micro_batch_tokens: int) -> Workload:
+        """Costs with micro-batches of at most so many tokens."""
+        stack, itemsize = self._stack, self._dtype.itemsize
+        batches = make_micro_batches(self._lengths, micro_batch_tokens)
+        worst = max(batches, key=lambda batch: batch.num_rows)
+        longest = max(batches, key=lambda batch: batch.length)
+        embedding = sum(_num_parameters(module) for module in stack.embeddings.values())
+        head = _num_parameters(stack.head)
+        small = sum(stack.model.get_parameter(name).numel() for name in stack.small_names)
+        blocks = self._block_costs((worst, longest))
+        tied = stack.head.weight is stack.model.get_input_embeddings().weight
+        stored = small + embedding + (0 if tied else head) + sum(cost.weight_count for cost in blocks)
+        return Workload(
+            micro_batch_tokens=micro_batch_tokens,
+            largest_rows=worst.num_rows,
+            num_rows=sum(batch.num_rows for batch in batches),
+            num_labels=self._num_labels,
+            hidden_size=stack.hidden_size,
+            vocab_size=stack.vocab_size,
+            dtype_bytes=itemsize,
+            small_bytes=small * itemsize,
+            embedding_bytes=embedding * itemsize + CAST_CHUNK_BYTES,
+            head_bytes=head * itemsize + CAST_CHUNK_BYTES,
+            blocks=blocks,
+            checkpoint_bytes=stored * self._stored_dtype_bytes,
+        )
+
+    def _block_costs(self, batches: Sequence[MicroBatch]) -> tuple[BlockCost, ...]:
+        """Probes each kind of block once: a 70B model has eighty blocks of one kind."""
+        stack = self._stack
+        known: dict[object, list[BlockProbe]] = {}
+        costs = []
+        calls = [stack.calls(len(batch.samples), batch.length) for batch in batches]
+        for index, (prefix, block) in enumerate(zip(stack.prefixes, stack.blocks, strict=True)):
+            kind = (_structure(block), tuple(_arguments(call[index]) for call in calls))
+            if kind not in known:
+                known[kind] = [
+                    probe_block(block, call[index], (len(batch.samples), batch.length, stack.hidden_size), self._dtype)
+                    for batch, call in zip(batches, calls, strict=True)
+                ]
+            probes = known[kind]
+            linears = tuple(spec for spec in self._targets.linears if spec.name.startswith(prefix + "."))
+            spec = BlockSpec(index, prefix, linears, input_groups(prefix, probes[0], linears))
+            count = _num_parameters(block)
+            costs.append(
+                BlockCost(
+                    spec=spec,
+                    weight_bytes=count * self._dtype.itemsize,
+                    weight_count=count,
+                    saved_bytes=max(probe.saved_bytes for probe in probes),
+                    largest_bytes=max(probe.largest_bytes for probe in probes),
+                )
+            )
+        return tuple(costs)
+
+
+def micro_batch_candidates(setting: str, lengths: Sequence[int], device: torch.device) -> tuple[int, ...]:
+    """Micro-batch sizes to choose from, largest first: a given one alone, or halves of a default down to one sample."""
+    if setting != "auto":
+        return (int(setting),)
+    # a thousand rows run a CPU's matrix products at full rate; a GPU wants more of them to hide its latencies
+    size = 8192 if device.type == "cuda" else 1024
+    candidates = []
+    while size > max(lengths) // 2 and size >= 32:
+        candidates.append(size)
+        size //= 2
+    return (*candidates, 1)
+
+
+def _num_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _structure(block: nn.Module) -> tuple[object, ...]:
+    shapes = tuple((name, tuple(parameter.shape)) for name, parameter in block.named_parameters())
+    return (type(block), shapes)
+
+
+def _arguments(call: BlockCall) -> tuple[object, ...]:
+    return tuple((tuple(tensor.shape), tensor.dtype) for tensor in call.tensors())

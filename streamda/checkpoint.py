@@ -305,7 +305,8 @@ def _read_tensor(handle: Any, tensor: StoredTensor, dtype: torch.dtype, device: 
         value = torch.empty(tensor.shape, dtype=dtype, device=device)
         rows = max(1, READ_CHUNK_BYTES // (tensor.num_bytes // tensor.shape[0]))
         for start in range(0, tensor.shape[0], rows):
-            value[start : start + rows] = view[start : start + rows].to(device)
+            stop = min(start + rows, tensor.shape[0])  # unlike a tensor, the file's view refuses to be cut past its end
+            value[start:stop] = view[start:stop].to(device)
     # a sum is finite only if every term is (or overflows, hence the second look)
     if not bool(torch.isfinite(value.sum(dtype=torch.float32))) and not bool(torch.isfinite(value).all()):
         raise ModelError(f"{tensor.file.name}: {tensor.key} holds NaN or Inf")

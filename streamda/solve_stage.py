@@ -61,7 +61,7 @@ class Solver:
                 solution = solve_layer(
                     name,
                     factor,
-                    reader.gradient(name, self.device),
+                    reader.gradient(name, torch.float64, self.device),
                     reader.output_moment(name, self.device),
                     self.config,
                     population_size=self.population_size,

@@ -18,9 +18,6 @@ import shutil
 import signal
 import socket
 import stat
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +44,7 @@ from streamda.config import SolveConfig
 from streamda.errors import ConfigError, DamagedError, NumericalError, StorageError
 from streamda.layers import is_linear, linear_spec
 from streamda.model_card import model_card
+from streamda.output import OutputFolder, resolved
 
 # PEFT asks transformers 5.23 for an attribute by its old name whenever it wraps a model
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -62,7 +60,7 @@ LLAMA = LlamaConfig(
     num_key_value_heads=2,
     max_position_embeddings=64,
 )
-GPT2 = GPT2Config(vocab_size=61, n_embd=32, n_layer=3, n_head=4, n_positions=64)
+GPT2 = GPT2Config(vocab_size=61, n_embd=32, n_layer=3, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2)
 CONFIGS = {"llama": LLAMA, "gpt2": GPT2}
 TOKENS = torch.arange(2 * 9).reshape(2, 9) * 7 % 61
 
@@ -614,41 +612,47 @@ def test_whichever_system_call_fails_the_old_adapter_or_the_new_one_is_there_and
     assert contents(folder) == after
 
 
-KILLED = """
-    import sys
-    sys.path.insert(0, {tests!r})
-    from pathlib import Path
-    import test_adapter
-    test_adapter.write(Path({folder!r}), "gpt2", r"h\\.1\\.attn", seed=2, overwrite=True)
-"""
+def killed_while_replacing(folder: Path, new: Path, point: str) -> int:
+    """Exit status of a child that replaces ``folder`` by a copy of ``new`` and is killed at ``point``.
+
+    A fork, because a fresh interpreter needs seconds to import torch; the child touches files only, never torch.
+    """
+    child = os.fork()
+    if child:
+        return os.waitpid(child, 0)[1]
+    try:
+        os.environ["STREAMDA_KILL_AT"] = point
+        with OutputFolder(resolved(folder), True, lambda _: True, OWN_FILES).building() as part:
+            shutil.copytree(new, part, dirs_exist_ok=True)
+    finally:
+        os._exit(0)
 
 
-def test_a_process_killed_while_replacing_leaves_an_adapter_that_the_next_run_finds(tmp_path: Path) -> None:
-    points = {
-        "output-built": {"out", "part"},
-        "output-displaced": {"trash", "part"},
-        "output-replaced": {"out", "trash"},
-    }
-    write(tmp_path / "old", "gpt2", r"h\.1\.attn", seed=1)
-    running = {}
-    for point in points:  # side by side: importing torch is nearly all the time it takes
-        folder = tmp_path / point / "out"
-        shutil.copytree(tmp_path / "old", folder)
-        script = textwrap.dedent(KILLED.format(tests=str(Path(__file__).parent), folder=str(folder)))
-        environment = os.environ | {"STREAMDA_KILL_AT": point}
-        running[point] = subprocess.Popen([sys.executable, "-c", script], env=environment, stderr=subprocess.PIPE)
-    for point, process in running.items():
-        _, stderr = process.communicate()
-        assert process.returncode == -signal.SIGKILL, stderr.decode()
-        parent = tmp_path / point
-        folder = parent / "out"
-        assert {path.name.rsplit(".", 1)[-1] for path in parent.iterdir()} == points[point]
-        require_writable_output(folder, overwrite=True)
-        assert [path.name for path in parent.iterdir()] == ["out"]
-        assert (contents(folder) == contents(tmp_path / "old")) == (point != "output-replaced")
-        check_adapter(folder, skeleton_of("gpt2"))
-        write(folder, "gpt2", r"h\.1\.attn", seed=2, overwrite=True)
-        assert [path.name for path in parent.iterdir()] == ["out"]
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # os.fork, Python 3.12
+@pytest.mark.parametrize(
+    ("point", "left"),
+    [
+        ("output-built", {"out", "part"}),
+        ("output-displaced", {"trash", "part"}),
+        ("output-replaced", {"out", "trash"}),
+    ],
+)
+def test_a_process_killed_while_replacing_leaves_an_adapter_that_the_next_run_finds(
+    point: str, left: set[str], tmp_path: Path
+) -> None:
+    parent = tmp_path / "parent"
+    folder = parent / "out"
+    write(folder, "gpt2", r"h\.1\.attn", seed=1)
+    write(tmp_path / "new", "gpt2", r"h\.1\.attn", seed=2)
+    old, new = contents(folder), contents(tmp_path / "new")
+    assert killed_while_replacing(folder, tmp_path / "new", point) == signal.SIGKILL
+    assert {path.name.rsplit(".", 1)[-1] for path in parent.iterdir()} == left
+    require_writable_output(folder, overwrite=True)
+    assert [path.name for path in parent.iterdir()] == ["out"]
+    assert contents(folder) == (new if point == "output-replaced" else old)
+    write(folder, "gpt2", r"h\.1\.attn", seed=2, overwrite=True)
+    assert [path.name for path in parent.iterdir()] == ["out"]
+    assert contents(folder) == new
 
 
 def test_the_work_of_a_living_process_beside_ours_is_left_alone(tmp_path: Path) -> None:

@@ -34,8 +34,6 @@ MAX_RAISES = 6
 """Times the damping may be raised tenfold. Float32 sums leave negative eigenvalues of about 1e-7 of the largest one."""
 MAX_RELATIVE_DAMPING = 1e-2
 """Raised damping never exceeds this share of the mean diagonal: a matrix that needs more is no second moment."""
-GRADIENT_ROWS = 1024
-"""Rows of a float32 gradient turned to float64 at a time: 1024 x 28672 are 235 MB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +114,7 @@ def solve_layer(
     Args:
         name: module name; with `seed` it fixes the eigensolver's start.
         factor: of the layer's input group; None for an input that was always zero.
-        gradient: [d_out, d_in] float32, mean over samples.
+        gradient: [d_out, d_in] float64, mean over samples.
         output_moment: [d_out], mean over tokens.
         config: the method's settings.
         population_size: N, rows of the whole training set.
@@ -146,10 +144,11 @@ def solve_layer(
         d_in, min(d_in, config.rank + eigen.GUARD_VECTORS), generator=layer_generator(name, seed), dtype=torch.float64
     ).to(gradient.device)
     start = start / start.norm(dim=0)
-    sigma = displacement.largest_singular_value(start)
-    if not math.isfinite(sigma) or sigma == 0:
+    scale = displacement.magnitude(start)
+    if not math.isfinite(scale) or scale == 0:
         raise NumericalError(f"{name}: the displacement over- or underflows in float64")
-    found = _eigenvectors(factor, displacement, sigma, float((1 / y).sum()), start, config, population_size)
+    found = _eigenvectors(factor, displacement, scale, float((1 / y).sum()), start, config, population_size)
+    sigma = displacement.largest_singular_value(found.vectors, start, scale)
     lora_a, lora_b = _split(found.vectors, displacement.transposed(found.vectors), sigma, config)
     if not (bool(torch.isfinite(lora_a).all()) and bool(torch.isfinite(lora_b).all())):
         raise NumericalError(f"{name}: the solution is not finite in float32; try a larger --damping")
@@ -180,54 +179,62 @@ class _Displacement:
     def __init__(self, factor: InputFactor | None, gradient: torch.Tensor, y: torch.Tensor | None) -> None:
         self._factor = factor
         self._gradient = gradient
-        self._y = y
+        self._inverse_y = None if y is None else 1 / y[:, None]
 
-    def transposed(self, block: torch.Tensor) -> torch.Tensor:
-        """``D^T block``: [d_in, k] -> [d_out, k]."""
-        inner = block if self._factor is None else self._factor.solve(block)
-        result = block.new_empty(self._gradient.shape[0], block.shape[1])
-        for start in range(0, self._gradient.shape[0], GRADIENT_ROWS):
-            rows = slice(start, start + GRADIENT_ROWS)
-            result[rows] = self._gradient[rows].double() @ inner
-        return -(result if self._y is None else result / self._y[:, None])
+    def precondition(self, block: torch.Tensor) -> torch.Tensor:
+        """``Z^-1 block`` for [d_in, k]."""
+        return block if self._factor is None else self._factor.solve(block)
+
+    def transposed(self, block: torch.Tensor, solved: torch.Tensor | None = None) -> torch.Tensor:
+        """``D^T block``: [d_in, k] -> [d_out, k]; `solved` is ``Z^-1 block`` where it is known already."""
+        return -self._weigh(self._gradient @ (self.precondition(block) if solved is None else solved))
 
     def times(self, block: torch.Tensor) -> torch.Tensor:
         """``D block``: [d_out, k] -> [d_in, k]."""
-        weighted = block if self._y is None else block / self._y[:, None]
-        result = block.new_zeros(self._gradient.shape[1], block.shape[1])
-        for start in range(0, self._gradient.shape[0], GRADIENT_ROWS):
-            rows = slice(start, start + GRADIENT_ROWS)
-            result.addmm_(self._gradient[rows].double().T, weighted[rows])
-        return -(result if self._factor is None else self._factor.solve(result))
+        return -self.precondition(self._gradient.T @ self._weigh(block))
 
-    def largest_singular_value(self, start: torch.Tensor) -> float:
-        """The spectral norm, to about ten digits."""
-        scale = float(self.times(self.transposed(start)).norm(dim=0).max())
-        if scale == 0 or not math.isfinite(scale):
-            return scale
+    def magnitude(self, start: torch.Tensor) -> float:
+        """A rough size of D, to bring everything to order one: at most its spectral norm."""
+        return math.sqrt(float(self.times(self.transposed(start)).norm(dim=0).max()))
+
+    def largest_singular_value(self, near: torch.Tensor, start: torch.Tensor, scale: float) -> float:
+        """The spectral norm, to about ten digits.
+
+        Args:
+            near: [d_in, k], directions that probably hold the largest one: the eigenvectors found before.
+            start: [d_in, k], random directions for the case that they do not.
+            scale: what `magnitude` gave.
+        """
         found = eigen.largest_eigenpairs(
-            lambda block: self.times(self.transposed(block)) / scale, start, 1, gap_tolerance=1e-5
+            lambda block: self.times(self.transposed(block / scale)) / scale,
+            torch.cat((near, start[:, : eigen.GUARD_VECTORS]), dim=1),
+            1,
+            gap_tolerance=1e-5,
         )
-        return math.sqrt(max(float(found.values[0]), 0.0) * scale)
+        return math.sqrt(max(float(found.values[0]), 0.0)) * scale
+
+    def _weigh(self, block: torch.Tensor) -> torch.Tensor:
+        return block if self._inverse_y is None else block * self._inverse_y
 
 
 def _eigenvectors(
     factor: InputFactor,
     displacement: _Displacement,
-    sigma: float,
+    scale: float,
     inverse_sum: float,
     start: torch.Tensor,
     config: SolveConfig,
     population_size: int,
 ) -> eigen.EigenSolution:
-    """Largest eigenpairs of ``-Omega / (alpha sigma^2)`` (of Z, over its scale, where alpha is 0)."""
+    """Largest eigenpairs of ``-Omega / (alpha scale^2)`` (of Z over its own scale, where alpha is 0)."""
     if config.bias_weight == 0:
         return eigen.largest_eigenpairs(factor.multiply, start, config.rank)
-    variance = config.variance_weight * inverse_sum / population_size / (config.bias_weight * sigma**2)
+    variance = config.variance_weight * inverse_sum / population_size / (config.bias_weight * scale**2)
 
     def apply(block: torch.Tensor) -> torch.Tensor:
-        result = displacement.times(displacement.transposed(block)) / sigma**2
-        return result - variance * factor.solve(block) if variance else result
+        solved = displacement.precondition(block)  # both terms begin with it
+        result = displacement.times(displacement.transposed(block, solved / scale) / scale)
+        return result.sub_(solved, alpha=variance) if variance else result
 
     return eigen.largest_eigenpairs(apply, start, config.rank, precondition=factor.multiply if variance else None)
 

@@ -5,9 +5,10 @@ hidden states through. The model's forward then *is* the prologue, and, with the
 our choice, the epilogue. No knowledge of any model family is needed.
 
 What makes a model streamable, checked here: every block receives one differentiable tensor, the hidden states
-[batch, tokens, hidden]; everything else it receives was made before the first block, from shapes and not from token
-ids. Samples are padded on the right and no mask is passed: in a causal decoder no real token sees what lies to its
-right, so padding changes nothing but its own rows.
+[batch, tokens, hidden], just as the block before it returned them; everything else it receives was made before the
+first block, from shapes and not from token ids; nothing is led past the blocks to the head. Samples are padded on the
+right and no mask is passed: in a causal decoder no real token sees what lies to its right, so padding changes nothing
+but its own rows.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,7 +49,7 @@ class BlockCall:
             output = block(hidden, *self.args, **self.kwargs)
         else:
             output = block(*self.args, hidden_states=hidden, **self.kwargs)
-        result = output[0] if isinstance(output, tuple) else output
+        result = output[0] if isinstance(output, (tuple, list)) else output
         if not isinstance(result, torch.Tensor) or result.shape != hidden.shape:
             raise ModelError(f"a {type(block).__name__} does not map hidden states to hidden states of the same shape")
         return result
@@ -67,7 +69,14 @@ class BlockCall:
         return BlockCall(tree_map(move, self.args), tree_map(move, self.kwargs), self.hidden_is_positional)
 
 
-class _ReachedEnd(Exception):  # noqa: N818 - not an error: it ends a forward pass whose rest is not wanted
+_EXTRA = object()
+"""Stands for what a block returns behind the hidden states; it must not reach another block."""
+MAX_EXTRAS = 3
+_FAILURES = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
+"""What the loop of a model raises that expects another form than it is given."""
+
+
+class _ReachedEnd(Exception):
     """Raised by a stand-in to leave the model's forward."""
 
 
@@ -108,7 +117,7 @@ class DecoderStack:
         """Parameters outside blocks, embeddings and head (norms, projections): resident for the whole run."""
         self.head_name = next(name for name, module in outside if module is self.head)
         self._calls: OrderedDict[tuple[int, int], tuple[BlockCall, ...]] = OrderedDict()
-        self._returns_tuple = False
+        self._num_extras: int | None = None
 
     @property
     def hidden_size(self) -> int:
@@ -131,25 +140,37 @@ class DecoderStack:
             owner._parameters[name.rpartition(".")[2]] = nn.Parameter(zeros, requires_grad=False)
 
     def find_output_form(self) -> None:
-        """Finds whether the model's loop expects a tensor or a tuple from its blocks, by trying. Needs the small parameters.
+        """Finds by trying whether the model's loop expects a tensor or a tuple from its blocks.
+
+        Needs the small parameters.
 
         Raises:
             ModelError: it works with neither.
         """
-        reasons = []
-        for self._returns_tuple in (False, True):
+        reasons: dict[int | None, str] = {}
+        for self._num_extras in (None, *range(MAX_EXTRAS + 1)):
             try:
                 self._calls.clear()
                 self.calls(1, 3)
-                return
-            except ModelError:
-                raise
-            except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-                reasons.append(str(error).splitlines()[0] if str(error) else type(error).__name__)
-        raise ModelError(
-            f"{type(self.model).__name__} cannot be streamed: its blocks exchange more than hidden states "
-            f"({'; '.join(reasons)})"
-        )
+            except (
+                AttributeError,
+                IndexError,
+                KeyError,
+                NotImplementedError,
+                RuntimeError,
+                TypeError,
+                ValueError,
+            ) as error:
+                reasons[self._num_extras] = str(error).splitlines()[0] if str(error) else type(error).__name__
+        # a model that takes short tuples may still hand on the rest of a longer one, so all forms were tried
+        works = [form for form in (None, *range(MAX_EXTRAS + 1)) if form not in reasons]
+        if not works:
+            raise ModelError(
+                f"{type(self.model).__name__} cannot be streamed: its blocks exchange more than hidden states "
+                f"({'; '.join(dict.fromkeys(reasons.values()))})"
+            )
+        self._num_extras = works[0]
+        self._calls.clear()
 
     def calls(self, batch: int, tokens: int) -> tuple[BlockCall, ...]:
         """How each block is called for a batch of that shape, without any weight of the prologue.
@@ -164,7 +185,7 @@ class DecoderStack:
         ids = torch.zeros(batch, tokens, dtype=torch.long, device=self.device)
         with self._zero_embeddings(), torch.enable_grad():
             recorded, _ = self._record(ids)
-        calls = tuple(_detached(call, self.model) for call in recorded)
+        calls = tuple(_checked(call, self.model) for call in recorded)
         while len(self._calls) >= CACHED_SHAPES:
             self._calls.popitem(last=False)
         self._calls[key] = calls
@@ -210,32 +231,38 @@ class DecoderStack:
         assert isinstance(logits, torch.Tensor)
         return logits[0]
 
-    def _wrap(self, hidden: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor]:
-        return (hidden,) if self._returns_tuple else hidden
+    def _wrap(self, hidden: torch.Tensor) -> torch.Tensor | tuple[object, ...]:
+        return hidden if self._num_extras is None else (hidden, *([_EXTRA] * self._num_extras))
 
     def _record(self, input_ids: torch.Tensor) -> tuple[list[BlockCall], torch.Tensor]:
         """Runs the prologue and notes every block's call; stops at the head. Returns block 0's hidden states too."""
         shape = (*input_ids.shape, self.hidden_size)
         recorded: list[BlockCall] = []
-        first: list[torch.Tensor] = []
+        passed: list[torch.Tensor] = []  # what enters each block
 
-        def note(*args: Any, **kwargs: Any) -> Any:
+        def note(index: int, *args: Any, **kwargs: Any) -> Any:
             hidden = args[0] if args else kwargs.pop("hidden_states")
+            if index != len(recorded):
+                raise ValueError(f"block {index} is called in the place of block {len(recorded)}")
             if tuple(hidden.shape) != shape:
-                raise ValueError(f"block {len(recorded)} receives hidden states of shape {list(hidden.shape)}")
-            first.append(hidden)
-            del first[1:]
+                raise ValueError(f"block {index} receives hidden states of shape {list(hidden.shape)}")
+            if passed and hidden is not passed[-1]:
+                raise ValueError(f"block {index} receives something else than block {index - 1} returns")
             recorded.append(BlockCall(tuple(args[1:]), dict(kwargs), bool(args)))
-            return self._wrap(hidden)
+            # behind the last block nothing hangs on the embeddings any more, unless it was led past the blocks
+            passed.append(hidden if index < len(self.blocks) - 1 else hidden.detach())
+            return self._wrap(passed[-1])
 
         def stop(hidden: torch.Tensor, *_args: Any, **_kwargs: Any) -> Any:
             if hidden.ndim != 3 or tuple(hidden.shape[:2]) != shape[:2]:
                 raise ValueError(f"the head receives hidden states of shape {list(hidden.shape)}")
+            if hidden.requires_grad:
+                raise ValueError("the head also reads what is led past the blocks")
             raise _ReachedEnd
 
         self.head.forward = stop
         try:
-            with self._replaced([note] * len(self.blocks)):
+            with self._replaced([partial(note, index) for index in range(len(self.blocks))]):
                 self.model(input_ids=input_ids, use_cache=False)
         except _ReachedEnd:
             pass
@@ -245,7 +272,7 @@ class DecoderStack:
             del self.head.forward
         if len(recorded) != len(self.blocks):
             raise ValueError(f"{len(recorded)} of {len(self.blocks)} blocks are called")
-        return recorded, first[0]
+        return recorded, passed[0]
 
     @contextmanager
     def _replaced(self, stand_ins: list[Callable[..., Any]]) -> Iterator[None]:
@@ -259,10 +286,12 @@ class DecoderStack:
 
     @contextmanager
     def _zero_embeddings(self) -> Iterator[None]:
-        """Lets every embedding return zeros that require gradients: its weights are not needed, what is computed from
-        it can be recognized, and its values never reach what is read."""
+        """Lets every embedding return zeros that require gradients.
+
+        Its weights are not needed, what is computed from it can be recognized, and its values never reach what is read.
+        """
         for module in self.embeddings.values():
-            module.forward = _zeros_like_embedding(module)
+            module.forward = _zeros_like_embedding(module, self.device)
         try:
             yield
         finally:
@@ -293,22 +322,25 @@ def find_block_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     return found[0]
 
 
-def _zeros_like_embedding(module: nn.Module) -> Callable[..., torch.Tensor]:
+def _zeros_like_embedding(module: nn.Module, device: torch.device) -> Callable[..., torch.Tensor]:
     assert isinstance(module, nn.Embedding)
 
     def forward(ids: torch.Tensor, *_args: Any, **_kwargs: Any) -> torch.Tensor:
-        shape = (*ids.shape, module.embedding_dim)
-        return torch.zeros(shape, dtype=module.weight.dtype, device=ids.device, requires_grad=True)
+        shape = (*ids.shape, module.embedding_dim)  # the ids may have been sent after the weight, to meta
+        zeros = torch.zeros(shape, dtype=module.weight.dtype, device=device, requires_grad=True)
+        return zeros.clone()  # no leaf, so that a model may scale its embeddings in place
 
     return forward
 
 
-def _detached(call: BlockCall, model: nn.Module) -> BlockCall:
+def _checked(call: BlockCall, model: nn.Module) -> BlockCall:
     for leaf in tree_leaves((call.args, call.kwargs), is_leaf=lambda value: isinstance(value, dict) and not value):
         if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
             what = "a second tensor that depends on the embeddings"
         elif isinstance(leaf, Cache) or (isinstance(leaf, dict) and not leaf):
             what = "a container that one block fills and another reads"
+        elif leaf is _EXTRA:
+            what = "more than hidden states"
         else:
             continue
         raise ModelError(f"{type(model).__name__} cannot be streamed: its blocks exchange {what}")

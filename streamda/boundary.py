@@ -110,7 +110,7 @@ class BoundaryStore:
             for shape, size, checksum in zip(self._shapes, self._sizes, checksums, strict=True):
                 buffer = torch.empty(size, dtype=torch.uint8)
                 with files.damage_errors(path):
-                    count = os.preadv(descriptor, [memoryview(buffer.numpy())], offset)
+                    count = os.preadv(descriptor, [buffer.numpy().data], offset)
                 if count != size or google_crc32c.value(buffer.numpy().tobytes()) != checksum:
                     raise DamagedError(
                         f"{path} does not have the bytes that were committed; delete the folder {path.parent} and run "

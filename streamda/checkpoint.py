@@ -50,7 +50,7 @@ def load_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
         raw = json.loads((folder / "config.json").read_bytes())
         if "auto_map" in raw and not trust_remote_code:
             raise ModelError(f"{folder} brings its own Python code; add --trust-remote-code if you trust it")
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{folder / 'config.json'} cannot be used: {_first_line(error)}") from error
     if getattr(config, "quantization_config", None) is not None:
@@ -68,7 +68,8 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype, trust_remote_co
     """
     try:
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            auto: Any = AutoModelForCausalLM
+            model = auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
         raise ModelError(
             f"no causal language model can be built from the configuration: {_first_line(error)}"
@@ -208,7 +209,7 @@ class Checkpoint:
         groups: dict[int, list[str]] = {}
         for name, parameter in self._model.named_parameters(remove_duplicate=False):
             groups.setdefault(id(parameter), []).append(name)
-        aliases = {}
+        aliases: dict[str, str] = {}
         for names in groups.values():
             stored = [name for name in names if name in self._by_target]
             aliases |= {name: stored[0] for name in names if stored and name not in self._by_target}
@@ -249,9 +250,8 @@ class Checkpoint:
     def _convert(self, tensors: dict[str, torch.Tensor]) -> None:
         """Lets transformers fuse or split one part's tensors on their way into the model."""
         dtype = next(iter(tensors.values())).dtype
-        config = LoadStateDictConfig(
-            dtype=dtype, device_map={"": str(self._device)}, weight_mapping=get_model_conversion_mapping(self._model)
-        )
+        mapping: Any = get_model_conversion_mapping(self._model)  # made anew: its entries remember what they have seen
+        config = LoadStateDictConfig(dtype=dtype, device_map={"": str(self._device)}, weight_mapping=mapping)
         with _quiet_progress():
             info, _ = convert_and_load_state_dict_in_model(self._model, tensors, config)
         if info.conversion_errors:
@@ -299,7 +299,7 @@ def _opened(shard: Path) -> Iterator[Any]:
 def _read_tensor(handle: Any, tensor: StoredTensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Reads one tensor in the target dtype; a large one by bands, so that no two whole copies exist at a time."""
     if tensor.num_bytes <= READ_CHUNK_BYTES or len(tensor.shape) < 2:
-        value = handle.get_tensor(tensor.key).to(device=device, dtype=dtype)
+        value: torch.Tensor = handle.get_tensor(tensor.key).to(device=device, dtype=dtype)
     else:
         view = handle.get_slice(tensor.key)
         value = torch.empty(tensor.shape, dtype=dtype, device=device)
@@ -316,13 +316,14 @@ def _read_tensor(handle: Any, tensor: StoredTensor, dtype: torch.dtype, device: 
 @contextmanager
 def _quiet_progress() -> Iterator[None]:
     """Hides transformers' own bar, which would open once per block."""
-    enabled = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
+    switch: Any = transformers.utils.logging
+    enabled = switch.is_progress_bar_enabled()
+    switch.disable_progress_bar()
     try:
         yield
     finally:
         if enabled:
-            transformers.utils.logging.enable_progress_bar()
+            switch.enable_progress_bar()
 
 
 def _first_line(error: BaseException) -> str:

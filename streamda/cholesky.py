@@ -64,8 +64,9 @@ def solve(factor: torch.Tensor, rhs: torch.Tensor) -> torch.Tensor:
     Returns:
         [n, k].
     """
-    half = torch.linalg.solve_triangular(factor, rhs, upper=False)
-    return torch.linalg.solve_triangular(factor.T, half, upper=True)
+    half: torch.Tensor = torch.linalg.solve_triangular(factor, rhs, upper=False)
+    solution: torch.Tensor = torch.linalg.solve_triangular(factor.T, half, upper=True)
+    return solution
 
 
 def multiply(factor: torch.Tensor, block: torch.Tensor) -> torch.Tensor:

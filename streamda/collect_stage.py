@@ -94,6 +94,9 @@ class Collection:
         report, top = self._report, len(self._specs)
         begins = grads(top) not in self._boundaries and grads(following + 1) not in self._boundaries
         last = top if begins else following
+        if 0 in self._sweep.missing_boundaries(self._lowest, last):
+            with Stopwatch(report, "prologue", self._meter):
+                self._sweep.prologue()
         missing = self._sweep.missing_boundaries(self._lowest, last)
         with (
             Stopwatch(report, "forward", self._meter),

@@ -240,8 +240,10 @@ def _coerce(entry: dataclasses.Field[Any], value: Any) -> Any:
         if isinstance(value, str):  # YAML 1.1 reads 1e-6 as text
             with contextlib.suppress(ValueError):
                 value = float(value)
-        legal = isinstance(value, (int, float)) and not isinstance(value, bool)
-        value = float(value) if legal else value
+        if isinstance(value, int) and not isinstance(value, bool):
+            with contextlib.suppress(OverflowError):  # an integer beyond any float stays one, and is refused
+                value = float(value)
+        legal = isinstance(value, float)
     else:
         if isinstance(value, (Path, int)) and not isinstance(value, bool):
             value = str(value)

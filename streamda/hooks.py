@@ -52,6 +52,9 @@ class PanelCollector:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        # the last graph's hooks lead to this object, and these inputs lead back into the graph: a ring through C++ that
+        # Python's collector cannot see and that would keep a micro-batch of activations alive per block
+        self._group_inputs = {}
 
     def begin(self, batch: Batch) -> None:
         """Announces the micro-batch that will pass next."""

@@ -6,11 +6,14 @@ for example ``model.layers.0.self_attn.q_proj``.
 
 from __future__ import annotations
 
+import copy
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from peft import LoraConfig
+import torch
+from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -76,8 +79,27 @@ class Targets:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether streamda can adapt this module: a linear layer, or GPT-2's Conv1D."""
-    return isinstance(module, (nn.Linear, Conv1D))
+    """Whether streamda can adapt this module: a linear layer, or GPT-2's Conv1D.
+
+    A router that is a linear layer by its class but returns more than a product (PhiMoE, Llama 4) is none.
+    """
+    if type(module).forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    return isinstance(module, nn.Linear) and _returns_product(module)
+
+
+def _returns_product(module: nn.Linear) -> bool:
+    """Whether a subclass of Linear maps [..., d_in] to [..., d_out] and nothing more, tried on meta."""
+    stand_ins = {
+        name: torch.empty_like(tensor, device="meta")
+        for name, tensor in (*module.named_parameters(), *module.named_buffers())
+    }
+    row = torch.empty(1, 1, module.in_features, dtype=module.weight.dtype, device="meta")
+    try:
+        output = torch.func.functional_call(module, stand_ins, (row,))
+    except (NotImplementedError, RuntimeError, TypeError, ValueError):
+        return False
+    return isinstance(output, torch.Tensor) and output.shape == (1, 1, module.out_features)
 
 
 def linear_spec(name: str, module: nn.Module) -> LinearSpec:
@@ -136,7 +158,25 @@ def find_targets(model: nn.Module, block_prefixes: Sequence[str], target_modules
         )
     if not inside:
         raise ConfigError("the decoder blocks of this model hold no linear layer to adapt")
+    _require_peft_accepts(model, inside)
     return Targets(tuple(linear_spec(name, linears[name]) for name in inside), outside)
+
+
+def _require_peft_accepts(model: nn.Module, names: Sequence[str]) -> None:
+    """Asks PEFT for an adapter on one layer of each kind: some of Mamba's it refuses, and would say so at the end only.
+
+    Raises:
+        ConfigError: with PEFT's reason.
+    """
+    kinds = {name.rsplit(".", 1)[-1]: name for name in names}
+    conv1d = any(isinstance(model.get_submodule(name), Conv1D) for name in kinds.values())
+    config = LoraConfig(r=1, target_modules="|".join(map(re.escape, kinds.values())), fan_in_fan_out=conv1d)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # where Linear and Conv1D are mixed PEFT corrects the flag per module
+            inject_adapter_in_model(config, copy.deepcopy(model), low_cpu_mem_usage=True)
+    except ValueError as error:
+        raise ConfigError(f"PEFT refuses to adapt these layers: {error}") from error
 
 
 def require_rank(linears: Sequence[LinearSpec], rank: int) -> None:

@@ -63,7 +63,12 @@ def find_model(model: str, revision: str | None, *, weights: bool) -> ModelSourc
     repositories = [model] if model.endswith("-hf") else [model, model + "-hf"]
     reasons: list[str] = []
     for repository in repositories:
-        reason = _has_config(repository, revision)
+        try:
+            reason = _has_config(repository, revision)
+        except LocalEntryNotFoundError as error:
+            if repository != repositories[-1]:
+                continue
+            raise ModelError(_offline(repositories)) from error
         if reason is None:
             notices = () if repository == model else (f"{model} is not in transformers format; using {repository}",)
             folder = _download(repository, revision, weights)
@@ -74,15 +79,15 @@ def find_model(model: str, revision: str | None, *, weights: bool) -> ModelSourc
 
 
 def _has_config(repository: str, revision: str | None) -> str | None:
-    """None if the repository has a config.json, else one clause that says why it cannot be used."""
+    """None if the repository has a config.json, else one clause that says why it cannot be used.
+
+    Raises:
+        LocalEntryNotFoundError: that cannot be told, being offline.
+    """
     try:
         hf_hub_download(repository, "config.json", revision=revision)
     except LocalEntryNotFoundError:
-        return (
-            f"{repository} is not in the local cache and the hub cannot be reached"
-            f"{' (HF_HUB_OFFLINE is set)' if os.environ.get('HF_HUB_OFFLINE') else ''}: run `hf download {repository}` "
-            "while online, or give --model a local folder"
-        )
+        raise
     except GatedRepoError:
         return f"{repository} is gated: accept its licence on the hub and run `hf auth login`"
     except RevisionNotFoundError:
@@ -96,6 +101,15 @@ def _has_config(repository: str, revision: str | None) -> str | None:
     except HfHubHTTPError as error:
         return f"{repository}: the hub answered {str(error).splitlines()[0]}"
     return None
+
+
+def _offline(repositories: list[str]) -> str:
+    why = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else "no connection"
+    names = f"neither {repositories[0]} nor {repositories[1]} is" if len(repositories) > 1 else f"{repositories[0]} is not"
+    return (
+        f"{names} in the local cache, and the hub cannot be reached ({why}): run `hf download {repositories[-1]}` while "
+        "online, or give --model a local folder"
+    )
 
 
 def _download(repository: str, revision: str | None, weights: bool) -> Path:

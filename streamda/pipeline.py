@@ -23,7 +23,7 @@ from streamda.checkpoint import Checkpoint, build_skeleton, load_config
 from streamda.collect_stage import Collection
 from streamda.config import RunConfig
 from streamda.errors import ConfigError, DamagedError
-from streamda.memory import PeakMeter, enforce_device_limit
+from streamda.memory import PeakMeter, bound_allocator, enforce_device_limit
 from streamda.plan import Plan
 from streamda.progress import Progress
 from streamda.report import REPORT_FILE, InitReport, read_report
@@ -58,6 +58,8 @@ def initialize(config: RunConfig, *, quiet: bool = False, verbose: bool = False)
     solver = _solver(config, prepared.population_size, prepared.device)
     digest = canonical_digest({"parts": parts, "solve": solver.settings})
     if not config.overwrite and (done := _finished(output, digest, prepared)) is not None:
+        if not config.keep_statistics:
+            _remove_run(work, parts)
         return done
     require_writable_output(output, config.overwrite)
     with _meter(prepared) as meter:
@@ -191,6 +193,7 @@ def _solver(config: RunConfig, population_size: int, device: torch.device) -> So
 def _meter(prepared: Prepared) -> PeakMeter:
     """Starts measuring. Imports, tokenizer and samples are behind us; the checkpoint has not given a weight yet."""
     enforce_device_limit(prepared.device, prepared.budget.device_bytes)
+    bound_allocator(prepared.device)
     return PeakMeter(prepared.device)
 
 
@@ -293,6 +296,14 @@ def _write_adapter(
         overwrite=config.overwrite,
         extra_files={REPORT_FILE: (report.to_json() + "\n").encode()},
     )
+
+
+def _remove_run(work: Path, parts: dict[str, dict[str, Any]]) -> None:
+    """Removes what a run left that was killed between putting its adapter in place and cleaning up."""
+    if (work / "run.json").is_file():
+        with RunDirectory.open_existing(work, exclusive=True) as run:
+            if canonical_digest(dict(run.parts)) == canonical_digest(parts):
+                run.remove()
 
 
 def _finished(output: Path, digest: str, prepared: Prepared) -> InitReport | None:

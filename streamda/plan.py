@@ -24,9 +24,12 @@ LOGIT_COPIES = 4
 """Float32 copies of a chunk of logits alive at once: the logits, their softmax, its gradient, and one in passing."""
 MAX_LOGIT_BYTES = 128 << 20
 """Float32 bytes of one copy of a chunk of logits. More saves products with thin operands, less saves memory."""
-WORKSPACE_BYTES = 48 << 20
-"""What a run takes beside its tensors: interpreter objects, allocator slack, buffers of the matrix library, of the
-tensor reader and of the statistics writer. Measured on CPU, see tests/test_memory_bound.py."""
+WORKSPACE_BYTES = 40 << 20
+"""What a run takes beside its tensors: interpreter objects, buffers of the matrix library, of the tensor reader and of
+the statistics writer. Measured on CPU, see tests/test_memory_bound.py."""
+FRAGMENTATION_BYTES = 80 << 20
+"""Activations of many shapes leave holes in an allocator that are as large as themselves, up to about this much: larger
+blocks are mapped one by one. Measured on CPU."""
 THIN_BLOCKS = 40
 """Blocks of rank + guard columns that the eigensolver holds at most: basis, images, and temporaries."""
 
@@ -287,7 +290,10 @@ def _fixed_peaks(workload: Workload, rank: int, logit_rows: int) -> dict[str, in
         "prologue": base + workload.embedding_bytes + 2 * hidden,
         # one block; its input, its output, and the activations of one sub-layer in passing
         "forward": base
-        + max(cost.weight_bytes + 2 * hidden + min(cost.saved_bytes, 3 * cost.largest_bytes) for cost in workload.blocks),
+        + max(
+            cost.weight_bytes + _fragmented(2 * hidden + min(cost.saved_bytes, 3 * cost.largest_bytes))
+            for cost in workload.blocks
+        ),
         # the head, one chunk of logits, and the boundary state and its gradient
         "epilogue": base
         + workload.head_bytes
@@ -316,10 +322,12 @@ def _backward_fixed(workload: Workload, cost: BlockCost) -> int:
         workload.small_bytes
         + WORKSPACE_BYTES
         + cost.weight_bytes
-        + cost.saved_bytes
-        + 3 * cost.largest_bytes
-        + 4 * _hidden_bytes(workload)
+        + _fragmented(cost.saved_bytes + 3 * cost.largest_bytes + 4 * _hidden_bytes(workload))
     )
+
+
+def _fragmented(activation_bytes: int) -> int:
+    return activation_bytes + min(activation_bytes, FRAGMENTATION_BYTES)
 
 
 def _disk_bytes(workload: Workload, in_memory: int, keep_statistics: bool) -> int:

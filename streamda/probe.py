@@ -1,23 +1,28 @@
-"""What one block does, found out by running it on the meta device: nothing is computed and no weight is needed.
+"""What one block does, found out by running it on fake tensors: nothing is computed and no weight is needed.
 
 Two things are learnt: which linear layers read the very same tensor (by the identity of the tensor, not by their
-names), and how many bytes autograd keeps alive for a batch of a given shape.
+names), and how many bytes autograd keeps alive for a batch of a given shape. Fake tensors know the device they stand
+for, so attention takes the same kernel as later; on meta it would take the one that keeps all attention weights.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map
 
 from streamda.blocks import BlockCall
 from streamda.layers import InputGroup, LinearSpec, is_linear
 
 FALLBACK_COPIES = 4
-"""Where a block cannot run on meta (data-dependent routing), this many copies of every linear layer's input and
+"""Where a block cannot run on fakes (data-dependent routing), this many copies of every linear layer's input and
 output are assumed alive. Too high refuses budgets that would do; too low would break them."""
 
 
@@ -32,26 +37,25 @@ class BlockProbe:
     largest_bytes: int
     """The largest single tensor among them."""
     exact: bool
-    """False where the block could not run on meta and all of this is an upper estimate."""
+    """False where the block could not run as it will, and the bytes are an upper estimate."""
 
 
 def probe_block(block: nn.Module, call: BlockCall, shape: tuple[int, int, int], dtype: torch.dtype) -> BlockProbe:
-    """Runs a block forward on meta.
+    """Runs a block forward on fake tensors.
 
     Args:
         block: its parameters may be on meta; it is copied, not changed.
-        call: its arguments for that shape, on any device.
+        call: its arguments for that shape, on the device that will compute.
         shape: [batch, tokens, hidden].
         dtype: of the hidden states.
     """
-    for run_dtype in dict.fromkeys((dtype, torch.bfloat16)):  # grouped expert products exist on meta for bfloat16 only
+    for run_dtype in dict.fromkeys((dtype, torch.bfloat16)):  # grouped expert products are known for bfloat16 only
         try:
-            probe = _run_on_meta(block, call, shape, run_dtype)
+            with _quiet_fakes():
+                return _run_on_fakes(block, call, shape, run_dtype, dtype)
         except (NotImplementedError, RuntimeError, ValueError, TypeError):
             # whatever keeps a block from running without data; the estimate below is safe in every case
             continue
-        factor = dtype.itemsize // run_dtype.itemsize if dtype.itemsize > run_dtype.itemsize else 1
-        return BlockProbe(probe.groups, probe.saved_bytes * factor, probe.largest_bytes * factor, exact=True)
     linears = [(name, module) for name, module in block.named_modules() if is_linear(module)]
     rows = shape[0] * shape[1]
     sides = [sum(module.weight.shape) for _, module in linears]  # type: ignore[misc, arg-type]
@@ -61,17 +65,24 @@ def probe_block(block: nn.Module, call: BlockCall, shape: tuple[int, int, int], 
     return BlockProbe(tuple((name,) for name, _ in linears), saved, largest, exact=False)
 
 
-def _run_on_meta(block: nn.Module, call: BlockCall, shape: tuple[int, int, int], dtype: torch.dtype) -> BlockProbe:
-    twin = copy.deepcopy(block).to(device="meta", dtype=dtype)
+def _run_on_fakes(
+    block: nn.Module, call: BlockCall, shape: tuple[int, int, int], run_dtype: torch.dtype, dtype: torch.dtype
+) -> BlockProbe:
+    real = [tensor.device for tensor in (*call.tensors(), *block.buffers()) if tensor.device.type != "meta"]
+    device = real[0] if real else torch.device("cpu")
+    twin = copy.deepcopy(block).to(device="meta", dtype=run_dtype)
     # held in lists, so that no tensor dies and hands its identity on to another one
     calls: dict[str, list[torch.Tensor]] = {}
-    storages: dict[int, torch.UntypedStorage] = {}
-    weights = {id(parameter) for parameter in twin.parameters()}
+    storages: dict[int, tuple[torch.UntypedStorage, torch.dtype]] = {}
+
+    def fake(leaf: object) -> object:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=device)
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if id(tensor) not in weights and not isinstance(tensor, nn.Parameter):
-            storage = tensor.untyped_storage()
-            storages[storage._cdata] = storage
+        storage = tensor.untyped_storage()
+        storages[storage._cdata] = (storage, tensor.dtype)
         return tensor
 
     def note(name: str, tensor: torch.Tensor) -> None:
@@ -82,18 +93,45 @@ def _run_on_meta(block: nn.Module, call: BlockCall, shape: tuple[int, int, int],
         if is_linear(module):
             module.register_forward_pre_hook(lambda _module, args, name=name: note(name, args[0]))
     # rotary tables follow the dtype, or attention would refuse to mix them with the hidden states
-    twin_call = call.to("meta", dtype)
-    outside = {tensor.untyped_storage()._cdata for tensor in twin_call.tensors()}
-    hidden = torch.zeros(shape, dtype=dtype, device="meta", requires_grad=True)
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = twin_call.run(twin, hidden)
-    keep(hidden)
-    keep(output)
+    meta_call = call.to("meta", run_dtype)
+    with FakeTensorMode():
+        for module in twin.modules():
+            for leaf, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[leaf] = nn.Parameter(fake(parameter), requires_grad=False)  # type: ignore[arg-type]
+            for leaf, buffer in module._buffers.items():
+                module._buffers[leaf] = fake(buffer)  # type: ignore[assignment]
+        twin_call = BlockCall(
+            tree_map(fake, meta_call.args), tree_map(fake, meta_call.kwargs), meta_call.hidden_is_positional
+        )
+        hidden = torch.zeros(shape, dtype=run_dtype, device=device, requires_grad=True)
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            output = twin_call.run(twin, hidden)
+        keep(hidden)
+        keep(output)
+        # a weight is kept as a view of itself, so it is known by its storage only
+        outside = (*twin_call.tensors(), *twin.parameters(), *twin.buffers())
+        for tensor in outside:
+            storages.pop(tensor.untyped_storage()._cdata, None)
     groups: dict[tuple[int, ...], list[str]] = {}
     for name, inputs in calls.items():
         groups.setdefault(tuple(id(tensor) for tensor in inputs), []).append(name)
-    sizes = [storage.nbytes() for key, storage in storages.items() if key not in outside]
-    return BlockProbe(tuple(map(tuple, groups.values())), sum(sizes), max(sizes), exact=True)
+    sizes = [
+        storage.nbytes() * (dtype.itemsize if kept == run_dtype else kept.itemsize) // kept.itemsize
+        for storage, kept in storages.values()
+    ]
+    return BlockProbe(tuple(map(tuple, groups.values())), sum(sizes), max(sizes), exact=run_dtype == dtype)
+
+
+@contextmanager
+def _quiet_fakes() -> Iterator[None]:
+    """Keeps torch from printing a traceback for an operation that it cannot fake, which is expected here."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    was_disabled, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = was_disabled
 
 
 def input_groups(prefix: str, probe: BlockProbe, linears: Iterable[LinearSpec]) -> tuple[InputGroup, ...]:

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Never
 
 from tqdm import tqdm
 
@@ -15,7 +16,7 @@ from streamda.memory import PeakMeter, format_size
 class PassBar:
     """The bar of one pass: block by block, with token rate and memory in use."""
 
-    def __init__(self, bar: tqdm[None], meter: PeakMeter, tokens: int) -> None:
+    def __init__(self, bar: tqdm[Never], meter: PeakMeter, tokens: int) -> None:
         self._bar = bar
         self._meter = meter
         self._tokens = tokens

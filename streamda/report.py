@@ -52,7 +52,7 @@ class InitReport:
 
     def to_json(self) -> str:
         """One JSON document; NaN and Inf cannot occur in it."""
-        return json.dumps(self.to_dict(), indent=2, sort_keys=True, allow_nan=False)
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
     def to_table(self) -> str:
         """The report for people."""

@@ -14,6 +14,7 @@ unit's manifest says what must be there, the crc32c codec guards each chunk, and
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,7 +52,10 @@ def stats_unit(index: int) -> str:
 @contextmanager
 def _zarr_limits() -> Iterator[None]:
     # Zarr's default of ten chunks at a time would be hundreds of megabytes outside any plan
-    with zarr.config.set({"async.concurrency": CHUNK_CONCURRENCY, "threading.max_workers": CHUNK_CONCURRENCY}):
+    limits = {"async.concurrency": CHUNK_CONCURRENCY, "threading.max_workers": CHUNK_CONCURRENCY}
+    with warnings.catch_warnings(), zarr.config.set(limits):
+        # of bitround, which the user asked for, at each array that is made or opened
+        warnings.filterwarnings("ignore", "Numcodecs codecs are not in the Zarr version 3 specification")
         yield
 
 
@@ -159,22 +163,29 @@ class BlockStatisticsReader:
         """Opens and checks a unit.
 
         Raises:
-            DamagedError: its manifest, names or sizes are not what was committed.
+            DamagedError: its manifest, names, sizes or descriptions are not what was committed.
         """
         self._unit = stats_unit(index)
         units.check(self._unit)
         self._path = units.path(self._unit) / ZARR_FOLDER
+        for relpath, record in units.metadata(self._unit).files.items():
+            # a chunk has its own checksum and is read once; what describes it has none, and counts stand in there
+            if relpath.endswith("zarr.json") and files.crc32c_of_file(self._path.parent / relpath) != record.crc32c:
+                raise self._damage(f"{relpath} does not have the bytes that were committed")
         with self._reading():
             root = zarr.open_group(zarr.storage.LocalStore(self._path, read_only=True), mode="r")
             self._groups = {str(group.attrs["module"]): group for _, group in sorted(root.groups())}
-        facts = {name: group.attrs.asdict() for name, group in self._groups.items()}
+        facts: dict[str, dict[str, Any]] = {name: dict(group.attrs.asdict()) for name, group in self._groups.items()}
         linears = tuple(
             LinearSpec(name, fact["d_in"], fact["d_out"], fact["transposed"]) for name, fact in facts.items()
         )
         members: dict[str, list[str]] = {}
         for name, fact in facts.items():
             members.setdefault(fact["input_group"], []).append(name)
-        groups = tuple(InputGroup(tuple(names), facts[name]["d_in"]) for name, names in members.items())
+        groups = tuple(
+            InputGroup((first, *(name for name in names if name != first)), facts[first]["d_in"])  # as it was collected
+            for first, names in members.items()
+        )
         self.spec = BlockSpec(index, units.metadata(self._unit)["prefix"], linears, groups)
         self._facts = facts
 
@@ -218,14 +229,14 @@ class BlockStatisticsReader:
         }
         # an edited zarr.json could ask for any amount of memory
         if not isinstance(array, zarr.Array) or array.shape != shapes[name] or array.dtype != np.dtype("float32"):
-            raise DamagedError(f"{self._path}: {module} {name} is not the array that was committed")
+            raise self._damage(f"{module} {name} is not the array that was committed")
         return array
 
     def _read(self, array: zarr.Array[Any], *where: slice) -> torch.Tensor:
         with self._reading():
             values = torch.from_numpy(np.asarray(array[where], dtype=np.float32))
         if not bool(torch.isfinite(values.sum())):  # sums were checked to be finite, and far from overflow, when written
-            raise DamagedError(f"{self._path}: {array.name} holds values that were never written; a chunk is missing")
+            raise self._damage(f"{array.name} holds values that were never written; a chunk is missing")
         return values
 
     @contextmanager
@@ -235,10 +246,12 @@ class BlockStatisticsReader:
             with _zarr_limits():
                 yield
         except (OSError, ValueError, RuntimeError, KeyError) as error:
-            raise DamagedError(
-                f"{self._path} cannot be read ({str(error).splitlines()[0] if str(error) else type(error).__name__}); "
-                "delete the folder around it and run the same command again"
-            ) from error
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise self._damage(f"it cannot be read ({reason})") from error
+
+    def _damage(self, what: str) -> DamagedError:
+        unit = self._path.parent
+        return DamagedError(f"{self._path}: {what}; delete the folder {unit} and run the same command again")
 
 
 class Statistics(Mapping[str, LayerStatistics]):

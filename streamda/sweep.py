@@ -68,16 +68,23 @@ class Sweep:
             first -= 1
         return range(first, last + 1)
 
+    def prologue(self) -> None:
+        """Makes the first boundary from the token ids."""
+        names = list(self._stack.embeddings)
+        self._load(names)
+        with self._boundaries.write(acts(0)) as writer:
+            for batch in self._batches:
+                writer.append(self._stack.embed(batch.input_ids))
+        self._checkpoint.release(names)
+        release_unused(self._device)
+
     def forward(self, lowest: int, last: int, bar: PassBar) -> None:
         """Makes the boundaries ``lowest ... last``; those below `lowest` are dropped as soon as they are used."""
         for index in self.missing_boundaries(lowest, last):
-            bar.working_on("embeddings" if index == 0 else f"block {index - 1}")
+            bar.working_on(f"block {index - 1}")
             if acts(index) not in self._boundaries:
-                if index == 0:
-                    self._prologue()
-                else:
-                    self._forward_block(index - 1)
-            if 0 < index <= lowest:
+                self._forward_block(index - 1)
+            if index <= lowest:
                 self._boundaries.drop(acts(index - 1))
             release_unused(self._device)
             bar.advance()
@@ -96,7 +103,7 @@ class Sweep:
         """
         name = grads(self.num_blocks)
         if name not in self._boundaries:
-            self._checkpoint.load([self._stack.head_name])
+            self._load([self._stack.head_name])
             facts: dict[str, Any] = {}
             total = torch.zeros((), dtype=torch.float64)
             with self._boundaries.write(name, durable=True, facts=facts) as writer:
@@ -128,7 +135,7 @@ class Sweep:
         """
         index = spec.index
         block = self._stack.blocks[index]
-        self._checkpoint.load([spec.prefix])
+        self._load([spec.prefix])
         facts = {
             linear.name: {
                 "num_samples": sum(batch.input_ids.shape[0] for batch in self._batches),
@@ -150,6 +157,7 @@ class Sweep:
                 for name, count in collector.num_tokens.items():
                     facts[name]["num_tokens"] = count
             collector.require_finite()
+            release_unused(self._device)
             while collector.totals:
                 panel, values = collector.totals.popitem()
                 sink(panel, values)
@@ -158,21 +166,18 @@ class Sweep:
         release_unused(self._device)
         return facts
 
+    def _load(self, names: list[str]) -> None:
+        """Loads weights, and hands back what reading them in another dtype left behind."""
+        self._checkpoint.load(names)
+        release_unused(self._device)
+
     def _over(self, name: str) -> Any:
         """Micro-batches together with their states at a boundary."""
         return zip(self._batches, self._boundaries.read(name, self._device), strict=True)
 
-    def _prologue(self) -> None:
-        names = list(self._stack.embeddings)
-        self._checkpoint.load(names)
-        with self._boundaries.write(acts(0)) as writer:
-            for batch in self._batches:
-                writer.append(self._stack.embed(batch.input_ids))
-        self._checkpoint.release(names)
-
     def _forward_block(self, index: int) -> None:
         block, prefix = self._stack.blocks[index], self._stack.prefixes[index]
-        self._checkpoint.load([prefix])
+        self._load([prefix])
         with self._boundaries.write(acts(index + 1)) as writer, torch.no_grad():
             for batch, hidden in self._over(acts(index)):
                 call = self._stack.calls(*batch.input_ids.shape)[index]
@@ -206,7 +211,7 @@ class Sweep:
             hidden = hidden.detach().requires_grad_(True)
             with torch.enable_grad():
                 output = self._stack.calls(*batch.input_ids.shape)[index].run(block, hidden)
-            output.backward(gradient)
+            torch.autograd.backward(output, gradient)
             assert hidden.grad is not None
             yield hidden.grad
 
@@ -225,7 +230,7 @@ class Sweep:
                 logits = self._stack.logits(states)
                 losses = F.cross_entropy(logits.float(), batch.label_ids[chunk], reduction="none")
                 weighted = (losses * batch.label_weights[chunk]).sum()
-            weighted.backward()
+            torch.autograd.backward(weighted)
             assert states.grad is not None
             gradient[rows] = states.grad
             loss += weighted.detach().double().cpu()

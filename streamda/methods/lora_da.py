@@ -30,9 +30,10 @@ from streamda.config import SolveConfig
 from streamda.errors import NumericalError
 from streamda.methods.solution import LayerSolution, SolveStats, SolveStatus, layer_generator, standard_start
 
-MAX_RAISES = 6
-"""Times the damping may be raised tenfold. Float32 sums leave negative eigenvalues of about 1e-7 of the largest one."""
-MAX_RELATIVE_DAMPING = 1e-2
+MIN_RAISED_DAMPING = 1e-9
+"""Share of the mean diagonal below which a raised damping need not be tried: float32 sums leave negative eigenvalues of
+about 1e-7 of the largest one. Lower costs futile factorizations where activations are large, higher damps too much."""
+MAX_RAISED_DAMPING = 1e-2
 """Raised damping never exceeds this share of the mean diagonal: a matrix that needs more is no second moment."""
 
 
@@ -60,7 +61,7 @@ class InputFactor:
 def prepare_input_factor(
     read: Callable[[], torch.Tensor], damping: float, names: tuple[str, ...]
 ) -> InputFactor | None:
-    """Damps and factorizes an input moment; raises the damping tenfold where it must, and says so.
+    """Damps and factorizes an input moment; raises the damping, tenfold at a time, where it must, and says so.
 
     Args:
         read: gives the moment [d_in, d_in] float64, lower triangle, as a tensor that may be overwritten. Called again
@@ -74,14 +75,14 @@ def prepare_input_factor(
     Raises:
         NumericalError: non-finite values, or not a second moment even with all the damping that is allowed.
     """
-    used = damping
-    for raises in range(MAX_RAISES + 1):
+    used, raises = damping, 0
+    while True:
         moment = read()
         diagonal = moment.diagonal()
         scale = float(diagonal.mean())
         if not math.isfinite(scale) or not bool(torch.isfinite(diagonal).all()):
             raise NumericalError(f"{names[0]}: the input moment is not finite")
-        if scale == 0 and not bool(diagonal.any()):
+        if scale == 0 and not bool(moment.any()):
             return None
         if scale <= 0 or bool((diagonal < 0).any()):
             raise NumericalError(f"{names[0]}: the input moment has a negative diagonal; the statistics are damaged")
@@ -89,14 +90,14 @@ def prepare_input_factor(
         diagonal.add_(used / scale)
         try:
             return InputFactor(cholesky.factorize_(moment), scale, used, raises)
-        except cholesky.NotPositiveDefiniteError:
-            used *= 10
-            if used > max(damping, MAX_RELATIVE_DAMPING * scale):
-                break
-    raise NumericalError(
-        f"{names[0]}: the input moment is not positive semidefinite (a damping of {used / 10:.1e} did not help); "
-        "the statistics hold a non-finite value or are damaged"
-    )
+        except cholesky.NotPositiveDefiniteError as error:
+            raised = max(10 * used, MIN_RAISED_DAMPING * scale)
+            if raised > MAX_RAISED_DAMPING * scale:
+                raise NumericalError(
+                    f"{names[0]}: the input moment is not positive semidefinite (a damping of {used:.1e} did not "
+                    "help); the statistics hold a non-finite value or are damaged"
+                ) from error
+            used, raises = raised, raises + 1
 
 
 def solve_layer(
@@ -147,8 +148,17 @@ def solve_layer(
     scale = displacement.magnitude(start)
     if not math.isfinite(scale) or scale == 0:
         raise NumericalError(f"{name}: the displacement over- or underflows in float64")
-    found = _eigenvectors(factor, displacement, scale, float((1 / y).sum()), start, config, population_size)
+    variance = config.variance_weight * float((1 / y).sum()) / population_size
+    found = _eigenvectors(factor, displacement, scale, variance, start, config)
     sigma = displacement.largest_singular_value(found.vectors, start, scale)
+
+    def in_units(theta: float) -> float:
+        """An eigenvalue of minus the guidance matrix, from one of the operator that stood for it."""
+        unit = sigma**2 if config.normalize else 1.0
+        if config.bias_weight == 0:
+            return -variance / unit / max(theta * factor.scale, factor.damping)
+        return theta * config.bias_weight * scale**2 / unit
+
     lora_a, lora_b = _split(found.vectors, displacement.transposed(found.vectors), sigma, config)
     if not (bool(torch.isfinite(lora_a).all()) and bool(torch.isfinite(lora_b).all())):
         raise NumericalError(f"{name}: the solution is not finite in float32; try a larger --damping")
@@ -161,8 +171,8 @@ def solve_layer(
         lora_b,
         status,
         SolveStats(
-            eigenvalues=tuple(float(value) for value in found.values),
-            next_eigenvalue=found.next_value if math.isfinite(found.next_value) else None,
+            eigenvalues=tuple(in_units(float(value)) for value in found.values),
+            next_eigenvalue=in_units(found.next_value) if math.isfinite(found.next_value) else None,
             residual=found.residual,
             steps=found.steps,
             damping=factor.damping,
@@ -221,15 +231,17 @@ def _eigenvectors(
     factor: InputFactor,
     displacement: _Displacement,
     scale: float,
-    inverse_sum: float,
+    variance: float,
     start: torch.Tensor,
     config: SolveConfig,
-    population_size: int,
 ) -> eigen.EigenSolution:
-    """Largest eigenpairs of ``-Omega / (alpha scale^2)`` (of Z over its own scale, where alpha is 0)."""
+    """Largest eigenpairs of ``-Omega / (alpha scale^2)`` (of Z over its own scale, where alpha is 0).
+
+    Omega is taken before normalization, its variance term being ``variance Z^-1``.
+    """
     if config.bias_weight == 0:
         return eigen.largest_eigenpairs(factor.multiply, start, config.rank)
-    variance = config.variance_weight * inverse_sum / population_size / (config.bias_weight * scale**2)
+    variance /= config.bias_weight * scale**2
 
     def apply(block: torch.Tensor) -> torch.Tensor:
         solved = displacement.precondition(block)  # both terms begin with it

@@ -1,0 +1,5 @@
+"""``python -m streamda`` is the command line."""
+
+from streamda.cli import main
+
+main()

@@ -1,0 +1,235 @@
+"""The command line: options become a `RunConfig`, a stage runs, its report is printed. Nothing else.
+
+Each command's signature is made from the dataclasses of `streamda.config`, so an option, its default and its help text
+exist once.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Collection
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, Literal, NoReturn, get_args, get_type_hints
+
+import typer
+import yaml
+
+from streamda import __version__, pipeline
+from streamda.config import (
+    PRESETS,
+    CollectConfig,
+    DataConfig,
+    RunConfig,
+    SolveConfig,
+    option_fields,
+)
+from streamda.errors import BudgetError, ConfigError, StoppedError, StreamdaError
+from streamda.inspection import inspect_folder
+from streamda.report import InitReport, plan_table
+
+app = typer.Typer(
+    name="streamda",
+    help="Data-aware LoRA initialization (LoRA-DA) for models far larger than the GPU at hand.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_PANELS = {"": "Run", "data": "Data", "collect": "Statistics", "solve": "Method"}
+_FLAGS = {"quiet": "No progress and no notices.", "verbose": "Show one sample with its mask; tracebacks with errors."}
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def _options(skip: Collection[str] = (), only: Collection[str] | None = None) -> list[inspect.Parameter]:
+    """Parameters for Typer, one for each option; all default to None, which is "not given"."""
+    kinds = {"": RunConfig, "data": DataConfig, "collect": CollectConfig, "solve": SolveConfig}
+    hints = {stage: get_type_hints(kind) for stage, kind in kinds.items()}
+    parameters = []
+    for stage, entry in option_fields():
+        if entry.name in skip or (only is not None and stage != "solve" and entry.name not in only):
+            continue
+        hint = hints[stage][entry.name]
+        choices = get_args(hint) if "Literal" in str(hint) else ()
+        kind = hint if choices else next((arg for arg in get_args(hint) if arg is not type(None)), hint)
+        name = "--" + (entry.metadata["flag"] or entry.name).replace("_", "-")
+        shown = entry.default if stage and entry.default is not None and kind is not bool else None
+        text = entry.metadata["help"]
+        if kind is bool:
+            flag = name if entry.name in ("trust_remote_code", "keep_statistics", "overwrite") else None
+            names = [flag] if flag else [f"{name}/--no-{name[2:]}"]
+            text += f"  [default: {'on' if entry.default else 'off'}]"
+        else:
+            names = [name]
+            text += f"  [default: {shown}]" if shown is not None else ""
+        option = typer.Option(
+            *names,
+            help=text,
+            show_default=False,
+            rich_help_panel=_PANELS[stage],
+        )
+        parameters.append(_parameter(entry.name, kind, option))
+    presets = typer.Option(
+        "--preset",
+        help="Settings of the method by name; options given beside it win.",
+        show_default=False,
+        rich_help_panel="Method",
+    )
+    parameters.append(_parameter("preset", Literal.__getitem__(tuple(PRESETS)), presets))
+    config = typer.Option("--config", help="YAML file with options; the command line wins.", show_default=False)
+    parameters.append(_parameter("config", Path, config))
+    for name, text in _FLAGS.items():
+        parameters.append(_parameter(name, bool, typer.Option(f"--{name}", help=text, show_default=False)))
+    machine = typer.Option("--json", help="One JSON object on stdout instead of a table.", show_default=False)
+    parameters.append(_parameter("as_json", bool, machine))
+    return parameters
+
+
+def _parameter(name: str, kind: Any, option: Any) -> inspect.Parameter:
+    annotation = Annotated[kind | None, option]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _with_options(parameters: list[inspect.Parameter]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a function that takes ``**options`` the signature that Typer reads."""
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        return function
+
+    return decorate
+
+
+def _run_config(options: dict[str, Any]) -> RunConfig:
+    """The configuration file, if any, under what the command line gives."""
+    path: Path | None = options.pop("config", None)
+    given = {name: value for name, value in options.items() if value is not None}
+    return RunConfig.from_options((_read_yaml(path) if path is not None else {}) | given)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"--config {path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"--config {path} must hold options as `name: value` lines")
+    flags = {entry.metadata["flag"]: entry.name for _, entry in option_fields() if entry.metadata["flag"]}
+    names = {str(key): str(key).removeprefix("--").replace("-", "_") for key in values}
+    return {flags.get(names[str(key)], names[str(key)]): value for key, value in values.items()}
+
+
+def _take_flags(options: dict[str, Any]) -> tuple[bool, bool, bool]:
+    """Removes and returns quiet, verbose and json."""
+    return bool(options.pop("quiet")), bool(options.pop("verbose")), bool(options.pop("as_json"))
+
+
+def _print_report(report: InitReport, as_json: bool) -> None:
+    if as_json:
+        typer.echo(report.to_json())
+        return
+    typer.echo(report.to_table())
+    if report.already_done:
+        typer.echo("\nalready done: the adapter is there, checked again and left as it is; --overwrite makes it anew")
+    elif report.output_dir:
+        typer.echo(f"\ntrain from it: PeftModel.from_pretrained(base, {report.output_dir!r}, is_trainable=True)")
+
+
+@app.command("init")
+@_with_options(_options(skip=("statistics",)))
+def init_command(**options: Any) -> None:
+    """Compute the starting point of a LoRA adapter: plan, collect, solve, write."""
+    quiet, verbose, as_json = _take_flags(options)
+    _print_report(pipeline.initialize(_run_config(options), quiet=quiet, verbose=verbose), as_json)
+
+
+@app.command("plan")
+@_with_options(_options(skip=("statistics",)))
+def plan_command(**options: Any) -> None:
+    """Show what `init` would do and need, from the model's configuration alone."""
+    _, _, as_json = _take_flags(options)
+    plan, facts = pipeline.plan(_run_config(options))
+    if as_json:
+        typer.echo(json.dumps({"plan": plan.to_dict()} | facts, indent=2, sort_keys=True))
+    else:
+        typer.echo(plan_table(plan.to_dict(), facts))
+
+
+@app.command("collect")
+@_with_options(_options(skip=("output_dir", "work_dir", "keep_statistics")))
+def collect_command(**options: Any) -> None:
+    """Collect the statistics of all layers and keep them, for `solve`."""
+    quiet, verbose, as_json = _take_flags(options)
+    _print_report(pipeline.collect(_run_config(options), quiet=quiet, verbose=verbose), as_json)
+
+
+@app.command("solve")
+@_with_options(
+    _options(only=("output_dir", "statistics", "device", "overwrite", "seed", "trust_remote_code", "max_gpu_mem"))
+)
+def solve_command(**options: Any) -> None:
+    """Solve an adapter from collected statistics, as often as wanted."""
+    quiet, _, as_json = _take_flags(options)
+    _print_report(pipeline.solve(_run_config(options), quiet=quiet), as_json)
+
+
+@app.command("inspect")
+def inspect_command(
+    folder: Annotated[Path, typer.Argument(help="Statistics, a work directory, or an adapter.")],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help=_FLAGS["verbose"])] = False,
+) -> None:
+    """Show what is in a folder that streamda wrote."""
+    facts, text = inspect_folder(folder)
+    typer.echo(json.dumps(facts, indent=2, sort_keys=True) if as_json else text)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"streamda {__version__}")
+        raise typer.Exit
+
+
+def _stop(number: int, _frame: FrameType | None) -> None:
+    """First signal: leave through the exits, so that half-built units are removed. A second one kills at once."""
+    for each in _STOP_SIGNALS:
+        signal.signal(each, signal.SIG_DFL)
+    raise StoppedError(f"stopped by {signal.Signals(number).name}; the same command continues from here")
+
+
+def main() -> NoReturn:
+    """Entry point: runs a command and turns errors into one line and an exit code."""
+    for each in _STOP_SIGNALS:
+        signal.signal(each, _stop)
+    verbose = "--verbose" in sys.argv
+    try:
+        app()  # exits by itself with 0, or with 2 for wrong usage
+    except StreamdaError as error:
+        code = _report_error(error, error.exit_code, verbose)
+    except BrokenPipeError:
+        # whoever read our output is gone; the work itself is done or safe on disk
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error).lower():
+            raise
+        reason = BudgetError("out of memory in spite of the plan; free some, or use a smaller --max-length")
+        code = _report_error(reason, reason.exit_code, verbose)
+    sys.exit(code)
+
+
+def _report_error(error: StreamdaError, code: int, verbose: bool) -> int:
+    if verbose:
+        traceback.print_exc()
+    line = "".join(char if char.isprintable() else repr(char)[1:-1] for char in str(error))
+    print(f"streamda: error: {line}", file=sys.stderr)
+    return code

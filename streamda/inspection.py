@@ -1,0 +1,66 @@
+"""What is in a folder that streamda wrote: statistics, a run under way, or an adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from streamda.errors import ConfigError
+from streamda.memory import format_size
+from streamda.report import REPORT_FILE, read_report, table
+from streamda.rundir import RunDirectory
+
+
+def inspect_folder(folder: Path) -> tuple[dict[str, Any], str]:
+    """Describes a folder.
+
+    Returns:
+        The same twice: as plain JSON, and as text for people.
+
+    Raises:
+        ConfigError: streamda did not write it.
+        LockedError: a run is writing it.
+        DamagedError: it does not hold what was committed.
+    """
+    if (folder / REPORT_FILE).is_file():
+        report = read_report(folder)
+        return report.to_dict(), report.to_table()
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is not a folder")
+    with RunDirectory.open_existing(folder, exclusive=False) as run:
+        return _inspect_run(run)
+
+
+def _inspect_run(run: RunDirectory) -> tuple[dict[str, Any], str]:
+    sizes = {}
+    for name in run.units.names():
+        run.units.check(name)
+        sizes[name] = sum(record.size for record in run.units.metadata(name).files.values())
+    settings = run.settings
+    kinds = {"acts": "boundary states", "grads": "boundary gradients", "stats": "statistics", "solve": "solved blocks"}
+    rows = []
+    for kind, what in kinds.items():
+        chosen = [name for name in sizes if name.startswith(kind + "-")]
+        if chosen:
+            rows.append([what, str(len(chosen)), format_size(sum(sizes[name] for name in chosen))])
+    collected = [index for index in settings["adapted_blocks"] if f"stats-{index:04d}" in sizes]
+    facts: dict[str, Any] = {
+        "model": settings["model"],
+        "data": settings["data"],
+        "method": dict(run.parts["method"]),
+        "loss": settings.get("loss"),
+        "adapted_blocks": settings["adapted_blocks"],
+        "collected_blocks": collected,
+        "units": sizes,
+    }
+    data = settings["data"]
+    lines = [
+        f"streamda run  {run.path}",
+        f"  model        {settings['model']['name']}  ({settings['model']['num_blocks']} blocks)",
+        f"  data         {data['source']}  ({data['num_samples']} samples, {data['num_tokens']} tokens)",
+        f"  layers       {len(run.parts['method']['modules'])}",
+        f"  collected    {len(collected)} of {len(settings['adapted_blocks'])} blocks",
+        "",
+        *table(["units", "number", "size"], rows),
+    ]
+    return facts, "\n".join(lines)

@@ -1,0 +1,44 @@
+"""Settings that every test shares."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# tiny matrices are faster on one thread, and two suites side by side do not fight over cores; read when torch is
+# imported, here and in the processes that tests start. Tests of the real model set their own number.
+os.environ["OMP_NUM_THREADS"] = "1"
+# nothing in the suite may reach for the hub; read by huggingface_hub and datasets when they are imported
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+import torch  # noqa: E402 - after the environment is set
+
+GOLDEN = Path(__file__).parent / "golden" / "tiny-llama"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips `gpu` tests where there is none, and tests of the real model where it has not been made."""
+    no_gpu = pytest.mark.skip(reason="needs an NVIDIA GPU, and torch sees none")
+    no_model = pytest.mark.skip(reason="needs the real model: run `make test`, or set STREAMDA_TEST_MODEL to its folder")
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(no_gpu)
+        if "smollm2" in getattr(item, "fixturenames", ()) and not os.environ.get("STREAMDA_TEST_MODEL"):
+            item.add_marker(no_model)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """Folder of the real SmolLM2-135M checkpoint."""
+    folder = Path(os.environ["STREAMDA_TEST_MODEL"]).resolve()
+    assert (folder / "config.json").is_file(), f"{folder} holds no model; run `make model`"
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _same_seed() -> Iterator[None]:
+    torch.manual_seed(0)
+    yield

@@ -1,0 +1,238 @@
+"""Bytes: sizes read and shown as people write them, and a meter that sees what was really allocated."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from streamda import memory
+from streamda.errors import ConfigError
+from streamda.memory import PeakMeter, anonymous_bytes, enforce_device_limit, format_size, parse_size, release_unused
+
+CPU = torch.device("cpu")
+MIB = 1 << 20
+FACTORS = {
+    "": 1,
+    "b": 1,
+    "k": 10**3,
+    "kb": 10**3,
+    "kib": 2**10,
+    "m": 10**6,
+    "mb": 10**6,
+    "mib": 2**20,
+    "g": 10**9,
+    "gb": 10**9,
+    "gib": 2**30,
+    "t": 10**12,
+    "tb": 10**12,
+    "tib": 2**40,
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("24GB", 24_000_000_000),
+        ("24gb", 24_000_000_000),  # not gigabits, as Accelerate has it
+        ("24GiB", 25_769_803_776),
+        ("24gIb", 25_769_803_776),
+        ("22.5 GB", 22_500_000_000),
+        ("0.5GiB", 536_870_912),
+        (" 512m ", 512_000_000),
+        ("512MiB", 536_870_912),
+        ("1000", 1000),
+        (1000, 1000),
+        ("1TB", 10**12),
+        ("1.5k", 1500),
+        ("7B", 7),
+        ("9007199254740993", 9007199254740993),  # more digits than a float has
+    ],
+)
+def test_a_size_is_read_as_people_write_it(text: str | int, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " ",
+        "GB",
+        "-1GB",
+        "+1GB",
+        "1e9",
+        "1,5GB",
+        "24Gbit",
+        "24 G B",
+        "24GBs",
+        ".5GB",
+        "5.GB",
+        "nan",
+        "inf",
+        "0x10",
+        "1_000",
+        "\u0661GB",
+        "\u00b2GB",
+        "1\u00a0000",
+        "24GB\n24GB",
+        -5,
+        2.5e30,
+    ],
+)
+def test_what_is_no_size_is_refused_with_its_name_and_an_example(text: str | int) -> None:
+    with pytest.raises(ConfigError, match=r"^--max-disk is .*; expected a size such as 24GB") as caught:
+        parse_size(text, "--max-disk")
+    assert repr(text) in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["0", "0GB", "0.0001", "0.4 b"])
+def test_a_size_of_less_than_a_byte_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="must be above zero"):
+        parse_size(text)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.integers(1, 10**6), st.sampled_from(sorted(FACTORS)), st.booleans(), st.sampled_from(["", " ", "  "]))
+def test_a_size_is_its_number_times_its_unit_in_any_case(number: int, unit: str, upper: bool, space: str) -> None:
+    assert parse_size(f"{number}{space}{unit.upper() if upper else unit}") == number * FACTORS[unit]
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.00 kB"),
+        (1536, "1.54 kB"),
+        (24e9, "24.00 GB"),
+        (440_000_000_000, "440 GB"),
+        (1.5e12, "1.50 TB"),
+        (-2_500_000, "-2.50 MB"),
+    ],
+)
+def test_a_size_is_shown_in_decimal_units(size: float, text: str) -> None:
+    assert format_size(size) == text
+
+
+@pytest.mark.xfail(reason="from 999500 of a unit on it shows 1e+03, which is no size", strict=True)
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    st.one_of(
+        st.integers(1, 10**15), st.integers(1, 5).flatmap(lambda k: st.integers(10 ** (3 * k) - 999, 10 ** (3 * k)))
+    )
+)
+def test_a_shown_size_reads_back_as_nearly_the_same_size(size: int) -> None:
+    """Three digits are shown, so at most half a percent is lost; and what is shown is a legal size again."""
+    assert abs(parse_size(format_size(size)) - size) <= 0.0051 * size
+
+
+def touched(size: int) -> torch.Tensor:
+    """Memory that is really resident: pages that were never written do not count."""
+    return torch.ones(size, dtype=torch.uint8)
+
+
+def test_anonymous_memory_counts_what_is_written_to_and_nothing_else() -> None:
+    before = anonymous_bytes()
+    untouched = torch.empty(256 * MIB, dtype=torch.uint8)
+    assert anonymous_bytes() - before < 16 * MIB
+    held = touched(64 * MIB)
+    assert 56 * MIB < anonymous_bytes() - before < 96 * MIB
+    del held, untouched
+    release_unused(CPU)
+    assert anonymous_bytes() - before < 16 * MIB
+
+
+def test_the_meter_sees_an_allocation_that_is_gone_when_it_is_asked() -> None:
+    release_unused(CPU)
+    with PeakMeter(CPU, interval_seconds=0.002) as meter:
+        held = touched(96 * MIB)
+        time.sleep(0.1)
+        assert meter.current() > 88 * MIB
+        del held
+        release_unused(CPU)
+        assert meter.current() < 48 * MIB
+        assert 88 * MIB < meter.take_peak() < 160 * MIB
+        assert meter.take_peak() < 48 * MIB  # a new period, which saw nothing
+
+
+def test_the_meter_counts_from_its_own_baseline() -> None:
+    held = touched(96 * MIB)
+    with PeakMeter(CPU, interval_seconds=0.002) as meter:
+        more = touched(32 * MIB)
+        time.sleep(0.05)
+        assert 24 * MIB < meter.take_peak() < 80 * MIB
+    assert held.numel() == 3 * more.numel()
+
+
+HEAP_SCRIPT = """
+import sys, types
+package = types.ModuleType("streamda")  # the real one imports all that there is, which takes seconds
+package.__path__ = [sys.argv[1]]
+sys.modules["streamda"] = package
+import torch
+from streamda.memory import anonymous_bytes, bound_allocator
+
+def touched(size):
+    return torch.ones(size, dtype=torch.uint8)
+
+def kept():
+    before = anonymous_bytes()
+    held = [(touched(20 << 20), touched(100 << 10)) for _ in range(10)]
+    pins.extend(small for _, small in held)  # so that what is freed does not lie at the end of the heap
+    del held
+    return anonymous_bytes() - before
+
+pins = []
+touched(31 << 20)  # once it is freed, glibc takes blocks of up to 31 MiB from its heap
+alone = kept()
+bound_allocator(torch.device("cpu"))
+print(alone, kept())
+"""
+
+
+def test_a_bounded_heap_gives_large_blocks_back_when_they_are_freed() -> None:
+    """In a process of its own, since it holds for the rest of it."""
+    command = [sys.executable, "-c", HEAP_SCRIPT, str(Path(memory.__file__).parent)]
+    alone, bounded = map(int, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
+    assert bounded < 8 * MIB
+    assert alone > 100 * MIB  # or there would be nothing to bound
+
+
+def meter_and_fail() -> None:
+    with PeakMeter(CPU) as meter:
+        assert "streamda-peak-meter" in {thread.name for thread in threading.enumerate()}
+        raise KeyError(meter.current())
+
+
+def test_the_meter_s_thread_ends_with_it() -> None:
+    with pytest.raises(KeyError):
+        meter_and_fail()
+    assert "streamda-peak-meter" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_without_an_accelerator_there_is_no_cap_to_set() -> None:
+    before = torch.ones(8)
+    enforce_device_limit(CPU, 1)  # a cap of one byte would show at once
+    assert bool((before + touched(MIB)[:8] == 2).all())
+
+
+@pytest.mark.gpu
+def test_on_cuda_the_meter_reads_the_allocator_s_reserved_peak() -> None:
+    device = torch.device("cuda")
+    release_unused(device)
+    before = torch.cuda.memory_reserved(device)
+    with PeakMeter(device) as meter:
+        held = torch.ones(64 * MIB, dtype=torch.uint8, device=device)
+        assert meter.current() == before + held.numel()
+        del held
+        release_unused(device)
+        assert meter.take_peak() == before + 64 * MIB
+        assert meter.take_peak() == torch.cuda.memory_reserved(device)

@@ -1,0 +1,166 @@
+"""A run that is killed, at whatever point, is finished by the same command with the same bits."""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from streamda.errors import ConfigError, MismatchError
+from streamda.files import read_json
+
+import streamda
+from tests.golden_options import golden_options
+
+# STREAMDA_KILL_AT makes the process kill itself with SIGKILL the N-th time that it reaches a named point
+KILLS = [
+    "unit-committed:1",  # the first boundary
+    "unit-renamed:3",
+    "files-synced:5",
+    "unit-committed:6",
+    "unit-sealed:7",
+    "drop-renamed:2",
+    "unit-committed:9",
+    "drop-removed:4",
+    "unit-committed:11",
+    "output-built:1",
+    "output-renamed:1",
+    "run-retired:1",
+]
+
+
+# a server that has streamda imported forks a process per kill, which spares each its six seconds of imports
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["streamda"])
+
+
+def run_until(point: str, options: dict[str, Any]) -> int | None:
+    """Runs `initialize` in a process of its own that kills itself at a point; its exit code."""
+    process = PROCESSES.Process(target=_run_until, args=(point, options))
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def _run_until(point: str, options: dict[str, Any]) -> None:
+    os.environ["STREAMDA_KILL_AT"] = point
+    streamda.initialize(**options)
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    folder = tmp_path_factory.mktemp("whole")
+    streamda.initialize(**golden_options(folder))
+    return weights(folder)
+
+
+def test_a_repeated_run_gives_the_same_bits(tmp_path: Path, uninterrupted: bytes) -> None:
+    streamda.initialize(**golden_options(tmp_path))
+    assert weights(tmp_path) == uninterrupted
+
+
+@pytest.mark.parametrize("point", KILLS)
+def test_a_killed_run_continues_to_the_same_bits(tmp_path: Path, uninterrupted: bytes, point: str) -> None:
+    options = golden_options(tmp_path)
+    assert run_until(point, options) == -signal.SIGKILL
+    report = streamda.initialize(**options)
+    assert report.resumed or report.already_done or not point.startswith("unit-committed")
+    assert weights(tmp_path) == uninterrupted
+    assert not (tmp_path / "adapter.work").exists() or point == "run-retired:1"
+
+
+def test_two_kills_in_a_row_lose_nothing(tmp_path: Path, uninterrupted: bytes) -> None:
+    options = golden_options(tmp_path)
+    assert run_until("unit-committed:7", options) == -signal.SIGKILL
+    assert run_until("unit-sealed:1", options) == -signal.SIGKILL
+    streamda.initialize(**options)
+    assert weights(tmp_path) == uninterrupted
+
+
+def test_boundaries_lost_with_the_memory_they_were_in_are_made_again(tmp_path: Path, uninterrupted: bytes) -> None:
+    options = golden_options(tmp_path, max_host_mem="50MB")
+    assert run_until("unit-committed:4", options) == -signal.SIGKILL
+    assert not list((tmp_path / "adapter.work" / "units").glob("acts-*"))
+    report = streamda.initialize(**options)
+    assert report.resumed
+    assert weights(tmp_path) == uninterrupted
+
+
+def test_a_killed_collection_continues_to_the_same_statistics(tmp_path: Path, uninterrupted: bytes) -> None:
+    options = golden_options(tmp_path, keep_statistics=True)
+    assert run_until("unit-committed:7", golden_options(tmp_path)) == -signal.SIGKILL
+    streamda.initialize(**options)
+    assert weights(tmp_path) == uninterrupted
+
+
+def test_sigterm_stops_with_75_and_the_same_command_continues(tmp_path: Path, uninterrupted: bytes) -> None:
+    options = golden_options(tmp_path)
+    arguments = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "streamda", "init", *arguments], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    units = tmp_path / "adapter.work" / "units"
+    deadline = time.monotonic() + 60
+    while not list(units.glob("acts-0001*")) and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 75, stderr
+    assert "continues from here" in stderr
+    streamda.initialize(**options)
+    assert weights(tmp_path) == uninterrupted
+    assert not units.exists()
+
+
+def test_a_finished_run_is_not_done_again(tmp_path: Path) -> None:
+    options = golden_options(tmp_path)
+    streamda.initialize(**options)
+    before = (tmp_path / "adapter" / "adapter_model.safetensors").stat()
+    report = streamda.initialize(**options)
+    after = (tmp_path / "adapter" / "adapter_model.safetensors").stat()
+    assert report.already_done
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+
+
+def test_other_options_are_refused_by_name_and_nothing_is_touched(tmp_path: Path) -> None:
+    options = golden_options(tmp_path)
+    assert run_until("unit-committed:7", options) == -signal.SIGKILL
+    with pytest.raises(MismatchError, match="token_mask"):
+        streamda.initialize(**options, token_mask="labels")
+    with pytest.raises(ConfigError, match="overwrite"):
+        streamda.initialize(**options, resume=False)
+    assert read_json(tmp_path / "adapter.work" / "run.json")["parts"]["method"]["token_mask"] == "attention"
+
+
+def test_solved_blocks_are_not_mixed_with_blocks_solved_otherwise(tmp_path: Path) -> None:
+    options = golden_options(tmp_path)
+    # by the tenth unit the last block is solved and its statistics are freed, and the next one's are committed
+    assert run_until("unit-committed:10", options) == -signal.SIGKILL
+    assert list((tmp_path / "adapter.work" / "units").glob("solve-*"))
+    with pytest.raises(MismatchError, match="other settings of the method"):
+        streamda.initialize(**options, rank=4)
+
+
+def test_overwrite_starts_over(tmp_path: Path, uninterrupted: bytes) -> None:
+    options = golden_options(tmp_path)
+    assert run_until("unit-committed:8", options) == -signal.SIGKILL
+    report = streamda.initialize(**options, overwrite=True)
+    assert not report.resumed
+    assert weights(tmp_path) == uninterrupted
+    assert json.loads((tmp_path / "adapter" / "streamda_report.json").read_text())["modules"]
+
+
+def test_another_budget_continues_the_same_run(tmp_path: Path, uninterrupted: bytes) -> None:
+    assert run_until("unit-committed:7", golden_options(tmp_path)) == -signal.SIGKILL
+    report = streamda.initialize(**golden_options(tmp_path, max_gpu_mem="900MB"))
+    assert report.resumed
+    assert weights(tmp_path) == uninterrupted

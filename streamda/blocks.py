@@ -100,13 +100,13 @@ class DecoderStack:
                 module._buffers[name] = buffer.to(device)
         self.prefix, self.blocks = find_block_list(model)
         self.prefixes = tuple(f"{self.prefix}.{index}" for index in range(len(self.blocks)))
-        head = model.get_output_embeddings()
+        head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
         if head is None:
             raise ModelError(f"{type(model).__name__} has no output embeddings; it is no causal language model")
         self.head: nn.Module = head
         inside = {id(module) for module in self.blocks.modules()}
         outside = [(name, module) for name, module in model.named_modules() if id(module) not in inside]
-        self.embeddings = {name: module for name, module in outside if isinstance(module, nn.Embedding)}
+        self.embeddings: dict[str, nn.Module] = {name: part for name, part in outside if isinstance(part, nn.Embedding)}
         owners = {id(module) for module in self.embeddings.values()} | {id(self.head)}
         self.small_names = tuple(
             f"{name}.{leaf}" if name else leaf
@@ -334,7 +334,8 @@ def _zeros_like_embedding(module: nn.Module, device: torch.device) -> Callable[.
 
 
 def _checked(call: BlockCall, model: nn.Module) -> BlockCall:
-    for leaf in tree_leaves((call.args, call.kwargs), is_leaf=lambda value: isinstance(value, dict) and not value):
+    given = (*call.args, *call.kwargs.values())
+    for leaf in tree_leaves(given, is_leaf=lambda value: isinstance(value, dict) and not value):
         if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
             what = "a second tensor that depends on the embeddings"
         elif isinstance(leaf, Cache) or (isinstance(leaf, dict) and not leaf):

@@ -94,7 +94,9 @@ class PanelCollector:
             elif not any(args[0] is seen for seen in self._group_inputs.get(group.name, ())):
                 raise ModelError(f"{name} does not read the input of {group.name}, though it did when planned")
             if (gradients or outputs) and output.requires_grad:
-                output.register_hook(lambda g: self._add_output(gradients, outputs, x, g, rows))
+                output.register_hook(  # type: ignore[no-untyped-call]
+                    lambda g: self._add_output(gradients, outputs, x, g, rows)
+                )
 
         return hook
 

@@ -11,6 +11,7 @@ import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -137,7 +138,8 @@ def find_targets(model: nn.Module, block_prefixes: Sequence[str], target_modules
         ConfigError: nothing matches, or a named layer lies outside the decoder blocks.
     """
     linears = {name: module for name, module in model.named_modules() if is_linear(module)}
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    get_head: Any = getattr(model, "get_output_embeddings", None)
+    head = get_head() if get_head is not None else None
     if target_modules == ALL_LINEAR:
         # PEFT leaves the output layer out of all-linear
         chosen = [name for name, module in linears.items() if module is not head]

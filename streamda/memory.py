@@ -41,8 +41,9 @@ def parse_size(text: str | int, name: str = "size") -> int:
 def format_size(size: float) -> str:
     """A size for people, in decimal units: ``24.0 GB``."""
     for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if abs(size) >= factor:
-            return f"{size / factor:.3g} {unit}" if size / factor >= 100 else f"{size / factor:.2f} {unit}"
+        # 999.5 and more would be shown as 1000 of the smaller unit
+        if abs(size) >= 0.9995 * factor:
+            return f"{size / factor:.0f} {unit}" if abs(size) >= 99.5 * factor else f"{size / factor:.2f} {unit}"
     return f"{size:.0f} B"
 
 

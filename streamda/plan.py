@@ -63,7 +63,7 @@ class Replay:
     @property
     def needs_backward(self) -> bool:
         """Whether output gradients are needed; input moments come from the forward half."""
-        return any(panel.statistic != "input_moment" for panel in self.panels)
+        return not self.panels or any(panel.statistic != "input_moment" for panel in self.panels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +220,8 @@ def make_plan(
 
 def minimum_bytes(workload: Workload, rank: int, host_bytes: int) -> int:
     """The smallest budget at this micro-batch size: a block, one panel of its statistics, and what else must be."""
-    kept = host_bytes // max(1, _boundary_bytes(workload)) * _boundary_bytes(workload)
+    boundary = _boundary_bytes(workload)
+    kept = min(len(workload.blocks) + 1, host_bytes // max(1, boundary)) * boundary
     phases = _fixed_peaks(workload, rank, _logit_rows(workload, None))
     for cost in workload.blocks:
         panel = max((panel.num_bytes for panel in block_panels(cost.spec)), default=0)
@@ -344,7 +345,7 @@ def _flops(workload: Workload, schedule: Sequence[tuple[Replay, ...]], rank: int
     forward = sum(2 * cost.weight_count * rows for cost in workload.blocks)
     replay = statistics = solve = 0
     for cost, replays in zip(workload.blocks, schedule, strict=True):
-        for item in replays:
+        for item in replays or (Replay(()),):
             replay += (4 if item.needs_backward else 2) * cost.weight_count * rows
         statistics += sum(2 * (p.stop - p.start) * (p.columns + p.start) // 2 * rows for r in replays for p in r.panels
                           if p.statistic == "input_moment")
@@ -352,5 +353,5 @@ def _flops(workload: Workload, schedule: Sequence[tuple[Replay, ...]], rank: int
                           if p.statistic == "gradient")
         if rank:
             solve += sum(group.d_in**3 // 3 for group in cost.spec.groups)
-    head = 6 * workload.num_labels * workload.vocab_size * workload.hidden_size
+    head = 4 * workload.num_labels * workload.vocab_size * workload.hidden_size
     return {"forward": forward, "epilogue": head, "replay": replay, "statistics": statistics, "solve": solve}

@@ -58,7 +58,7 @@ def probe_block(block: nn.Module, call: BlockCall, shape: tuple[int, int, int], 
             continue
     linears = [(name, module) for name, module in block.named_modules() if is_linear(module)]
     rows = shape[0] * shape[1]
-    sides = [sum(module.weight.shape) for _, module in linears]  # type: ignore[misc, arg-type]
+    sides = [sum(module.weight.shape) for _, module in linears]
     # expert weights are no linear layers; the hidden size stands for what they keep
     saved = FALLBACK_COPIES * rows * (sum(sides) + 8 * shape[2]) * dtype.itemsize
     largest = rows * max([*sides, shape[2]]) * dtype.itemsize

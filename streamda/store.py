@@ -76,7 +76,7 @@ def _slugs(spec: BlockSpec) -> dict[str, str]:
     slugs = {}
     for index, linear in enumerate(spec.linears):
         short = re.sub(r"[^a-z0-9_.-]", "_", linear.name.removeprefix(spec.prefix + ".").lower())
-        slugs[linear.name] = f"{index:03d}.{short[:48].strip('.')}"
+        slugs[linear.name] = f"{index:04d}.{short[:48].strip('.')}"
     return slugs
 
 

@@ -392,7 +392,6 @@ class TestBoundaries:
             plan_for("Llama-2-7B", smallest, host_bytes=3 * self.BOUNDARY, host_is_device=True).peak_bytes <= smallest
         )
 
-    @pytest.mark.xfail(reason="counts what the host could hold, and not what there is to hold", strict=True)
     def test_the_smallest_budget_holds_no_more_boundaries_than_there_are(self) -> None:
         """Blocks and one, however much host memory is offered beside them."""
         workload = llama_workload(MODELS["Llama-2-7B"], 1)

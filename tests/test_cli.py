@@ -1,0 +1,180 @@
+"""The command line as a user meets it: exit codes, one line per error, output for people and for programs."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from streamda import cli
+from streamda.config import PRESETS, option_fields
+from tests.conftest import GOLDEN
+from tests.golden_options import golden_options
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """Runs `streamda ...` in this process; the exit code."""
+    monkeypatch.setattr("sys.argv", ["streamda", *arguments])
+    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return int(ended.value.code or 0)
+
+
+def flags(options: dict[str, object]) -> list[str]:
+    return [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def test_init_inspect_solve_and_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "init", *flags(golden_options(tmp_path)), "--keep-statistics", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert len(report["modules"]) == 21
+    assert run(monkeypatch, "inspect", str(tmp_path / "adapter")) == 0
+    assert "21 ok" in capsys.readouterr().out
+    work = tmp_path / "adapter.work"
+    assert run(monkeypatch, "inspect", str(work), "--json") == 0
+    assert json.loads(capsys.readouterr().out)["collected_blocks"] == [0, 1, 2]
+    arguments = ["--statistics", str(work), "--output-dir", str(tmp_path / "other"), "--rank", "4"]
+    assert run(monkeypatch, "solve", *arguments) == 0
+    assert "train from it" in capsys.readouterr().out
+    assert json.loads((tmp_path / "other" / "adapter_config.json").read_text())["r"] == 4
+    # the same settings again: the same bits as init wrote
+    assert run(monkeypatch, "solve", "--statistics", str(work), "--output-dir", str(tmp_path / "again")) == 0
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "adapter" / name).read_bytes()
+
+
+def test_plan_needs_no_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_bytes((GOLDEN / "model" / "config.json").read_bytes())
+    options = golden_options(tmp_path, model=str(model))
+    assert run(monkeypatch, "plan", *flags(options)) == 0
+    assert "backward" in capsys.readouterr().out
+    assert run(monkeypatch, "plan", *flags(options), "--json") == 0
+    assert json.loads(capsys.readouterr().out)["plan"]["peak_bytes"] > 0
+    assert run(monkeypatch, "init", *flags(options)) == 3
+    assert "holds no model.safetensors" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["--model", "/nowhere/at/all"], 3, "is not a folder"),
+        (["--max-gpu-mem", "24 bananas"], 2, "--max-gpu-mem is '24 bananas'"),
+        (["--max-gpu-mem", "5MB"], 8, "smallest|at least"),
+        (["--rank", "49"], 2, r"above the smaller side of model\.layers\.0"),
+        (["--rank", "0"], 2, "rank is 0"),
+        (["--target-modules", "nothing"], 2, "matches no linear layer; this model has"),
+        (["--target-modules", "lm_head"], 2, "outside the decoder blocks"),
+        (["--dataset", "missing.jsonl"], 4, r"missing\.jsonl"),
+        (["--device", "cuda:99"], 2, "no CUDA device|CUDA"),
+        (["--gamma", "-1"], 2, "gamma is -1"),
+        (["--no-fisher"], 2, "--variance-weight 0"),
+        (["--config", "missing.yaml"], 2, "cannot be read"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_their_exit_code(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    code: int,
+    says: str,
+) -> None:
+    given = dict(zip(arguments[::2], arguments[1::2], strict=False)) if len(arguments) > 1 else {}
+    options = {k: v for k, v in golden_options(tmp_path).items() if f"--{k.replace('_', '-')}" not in given}
+    assert run(monkeypatch, "init", *flags(options), *arguments) == code
+    error = capsys.readouterr().err
+    assert re.search(says, error)
+    assert len([line for line in error.splitlines() if not line.startswith("note:")]) == 1
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_an_unknown_option_names_the_near_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "init", "--rnk", "3") == 2
+    assert "--rank" in capsys.readouterr().err
+
+
+def test_a_config_file_gives_options_and_the_command_line_wins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("rank: 4\nmax-gpu-mem: 300MB\ndamping: 1e-5\ntarget_modules: [q_proj, v_proj]\nfisher: true\n")
+    options = {k: v for k, v in golden_options(tmp_path).items() if k != "max_gpu_mem"}
+    assert run(monkeypatch, "init", "--config", str(file), *flags(options), "--rank", "2", "--json") == 0
+    config = json.loads(capsys.readouterr().out)["config"]
+    assert config["solve"]["rank"] == 2
+    assert config["solve"]["damping"] == 1e-5
+    assert config["collect"]["target_modules"] == "q_proj,v_proj"
+    file.write_text("rnak: 4\n")
+    assert run(monkeypatch, "init", "--config", str(file), *flags(golden_options(tmp_path))) == 2
+    assert "did you mean 'rank'" in capsys.readouterr().err
+
+
+def test_verbose_shows_one_sample_with_its_mask(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "init", *flags(golden_options(tmp_path)), "--verbose") == 0
+    assert "[no loss]" in capsys.readouterr().err
+
+
+def test_help_names_every_option_and_its_default(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert run(monkeypatch, "init", "--help") == 0
+    text = capsys.readouterr().out
+    for _, entry in option_fields():
+        if entry.name != "statistics":
+            assert f"--{(entry.metadata['flag'] or entry.name).replace('_', '-')}" in text, entry.name
+    assert all(preset in text for preset in PRESETS)
+
+
+def test_the_command_of_the_mission_runs_on_a_cached_sibling(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`streamda init --model meta-llama/Llama-2-13b --max-gpu-mem 24GB`, offline, with only the -hf sibling cached."""
+    import shutil
+
+    from huggingface_hub import constants
+
+    repository = tmp_path / "hub" / "models--meta-llama--Llama-2-13b-hf"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    shutil.copytree(GOLDEN / "model", snapshot)
+    _write_tokenizer(snapshot)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    command = ["init", "--model", "meta-llama/Llama-2-13b", "--max-gpu-mem", "24GB"]
+    assert run(monkeypatch, *command, "--num-samples", "4") == 0
+    error = capsys.readouterr().err
+    assert "using meta-llama/Llama-2-13b-hf" in error
+    assert "small general set" in error
+    config = json.loads((tmp_path / "Llama-2-13b-lora-da" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "meta-llama/Llama-2-13b-hf"
+    assert sorted(os.listdir(tmp_path)) == ["Llama-2-13b-lora-da", "hub"]
+
+
+def _write_tokenizer(folder: Path) -> None:
+    """A tokenizer of single bytes, which fits the golden model's 320 tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {char: 3 + index for index, char in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    ).save_pretrained(folder)

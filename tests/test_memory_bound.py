@@ -1,0 +1,120 @@
+"""The budget holds: by a limit that the kernel enforces, and by the meter where growth is the question.
+
+What is not proven here: anything about a GPU's memory.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import streamda
+from streamda.errors import BudgetError
+
+# Everything that is imported counts as baseline; from there on private writable memory, thread stacks and allocator
+# reserves included, cannot grow by more than the limit: the kernel refuses.
+LIMITED = """
+import json, resource, sys
+import streamda
+options, limit = json.loads(sys.argv[1]), int(sys.argv[2])
+for line in open("/proc/self/status"):
+    if line.startswith("VmData:"):
+        baseline = int(line.split()[1]) * 1024
+resource.setrlimit(resource.RLIMIT_DATA, (baseline + limit, baseline + limit))
+report = streamda.initialize(**options)
+print(json.dumps({"peaks": report.peaks, "plan": report.plan["peaks"], "samples": report.data["num_samples"]}))
+"""
+
+
+def run_limited(options: dict[str, object], limit_bytes: int) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", LIMITED, json.dumps(options), str(limit_bytes)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+def test_512_megabytes_hold_on_a_real_model_with_256_samples(smollm2: Path, tmp_path: Path) -> None:
+    options = {
+        "model": str(smollm2),
+        "output_dir": str(tmp_path / "adapter"),
+        "num_samples": 256,
+        "max_length": 32,
+        "max_gpu_mem": "512MB",
+    }
+    run = run_limited(options, 512_000_000)
+    assert run.returncode == 0, run.stderr[-2000:]
+    result = json.loads(run.stdout)
+    assert result["samples"] == 256
+    assert max(result["peaks"].values()) <= 512_000_000
+    for phase, planned in result["plan"].items():
+        assert result["peaks"][phase] <= planned, phase
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_the_limit_of_the_test_above_is_one_that_bites(smollm2: Path, tmp_path: Path) -> None:
+    """A limit far below what the plan needs must make the run fail, or the test above proves nothing."""
+    options = {
+        "model": str(smollm2),
+        "output_dir": str(tmp_path / "adapter"),
+        "num_samples": 4,
+        "max_length": 32,
+        "max_gpu_mem": "512MB",
+    }
+    assert run_limited(options, 60_000_000).returncode != 0
+
+
+def make_model(folder: Path, num_blocks: int) -> Path:
+    config = LlamaConfig(
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=num_blocks,
+        num_attention_heads=4,
+        vocab_size=512,
+        max_position_embeddings=128,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def measured_peak(model: Path, num_samples: int, folder: Path) -> int:
+    """Peak of a run in a process of its own, by the meter."""
+    rows = torch.randint(3, 512, (num_samples, 64), generator=torch.Generator().manual_seed(0)).tolist()
+    data = folder / f"{model.name}-{num_samples}.jsonl"
+    data.write_text("".join(json.dumps({"input_ids": row, "labels": row}) + "\n" for row in rows))
+    options = {
+        "model": str(model),
+        "dataset": str(data),
+        "output_dir": str(folder / f"out-{model.name}-{num_samples}"),
+        "num_samples": num_samples,
+        "micro_batch_tokens": "256",
+        "max_gpu_mem": "1GB",
+    }
+    run = run_limited(options, 2_000_000_000)
+    assert run.returncode == 0, run.stderr[-2000:]
+    return max(json.loads(run.stdout)["peaks"].values())
+
+
+@pytest.mark.slow
+def test_the_peak_does_not_grow_with_samples_or_blocks(tmp_path: Path) -> None:
+    """Held in memory, the boundary states of the larger runs would be 62 MB more; the meter is good to about 15 MB."""
+    shallow, deep = make_model(tmp_path / "shallow", 2), make_model(tmp_path / "deep", 16)
+    few = measured_peak(deep, 8, tmp_path)
+    assert measured_peak(deep, 64, tmp_path) - few < 25_000_000
+    assert few - measured_peak(shallow, 8, tmp_path) < 25_000_000
+
+
+def test_a_budget_that_cannot_do_is_refused_with_the_one_that_can(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", 2)
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"input_ids": [5, 6, 7, 8, 9], "labels": [5, 6, 7, 8, 9]}\n')
+    options = {"model": str(model), "dataset": str(data), "output_dir": str(tmp_path / "adapter")}
+    with pytest.raises(BudgetError, match=r"budget of 20.00 MB is too small.* need .* at least; use --max-gpu-mem") as refusal:
+        streamda.initialize(**options, max_gpu_mem="20MB")
+    assert not (tmp_path / "adapter.work").exists()
+    smallest = str(refusal.value).split("--max-gpu-mem ")[1].split(" ")[0]
+    report = streamda.initialize(**options, max_gpu_mem=smallest)
+    assert report.budget_bytes >= max(report.peaks.values())

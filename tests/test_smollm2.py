@@ -1,0 +1,137 @@
+"""The real thing: SmolLM2-135M, samples of the shipped set, against dense float64 and against itself.
+
+Sixteen samples have about as many tokens as the widest layer has inputs: the hardest conditioning that the defaults
+are meant for.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import streamda
+from tests.oracles import dense_lora_da
+
+pytestmark = pytest.mark.slow
+OPTIONS = {"num_samples": 16, "max_length": 160, "max_gpu_mem": "512MB"}
+CHECKED_BLOCKS = (0, 15, 29)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _all_cores() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def run(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[streamda.InitReport, Path]:
+    folder = tmp_path_factory.mktemp("smollm2")
+    report = streamda.initialize(
+        model=str(smollm2), output_dir=str(folder / "adapter"), keep_statistics=True, **OPTIONS
+    )
+    return report, folder
+
+
+def products(folder: Path) -> dict[str, torch.Tensor]:
+    """B A [d_out, d_in] of every module of an adapter, float64."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    names = [key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")]
+    return {
+        name.removeprefix("base_model.model."): tensors[f"{name}.lora_B.weight"].double()
+        @ tensors[f"{name}.lora_A.weight"].double()
+        for name in names
+    }
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual.double() - expected.double()).norm() / expected.double().norm())
+
+
+def test_every_layer_is_solved_and_weights_are_read_twice(run: tuple[streamda.InitReport, Path]) -> None:
+    report, _ = run
+    assert len(report.modules) == 210
+    assert {facts["status"] for facts in report.modules.values()} == {"ok"}
+    assert report.bytes["weights_read"] <= 2.02 * report.bytes["checkpoint"]
+    assert max(report.peaks.values()) <= 512_000_000
+
+
+def test_products_equal_the_dense_float64_solution(run: tuple[streamda.InitReport, Path]) -> None:
+    report, folder = run
+    solved = products(folder / "adapter")
+    with streamda.open_statistics(folder / "adapter.work") as statistics:
+        chosen = [name for name in statistics if int(name.split(".")[2]) in CHECKED_BLOCKS]
+        assert len(chosen) == 7 * len(CHECKED_BLOCKS)
+        for name in chosen:
+            layer = statistics[name]
+            dense = dense_lora_da(
+                layer.gradient,
+                layer.input_moment,
+                layer.output_moment,
+                rank=8,
+                population_size=report.data["population_size"],
+            )
+            assert relative_error(solved[name], dense.lora_b @ dense.lora_a) < 1e-3, name
+
+
+def test_batching_and_the_place_of_boundary_states_do_not_matter(
+    run: tuple[streamda.InitReport, Path], smollm2: Path
+) -> None:
+    _, folder = run
+    streamda.initialize(
+        model=str(smollm2),
+        output_dir=str(folder / "other"),
+        keep_statistics=True,
+        micro_batch_tokens="1",
+        max_host_mem="60MB",
+        **OPTIONS | {"max_gpu_mem": "400MB"},
+    )
+    first, second = products(folder / "adapter"), products(folder / "other")
+    assert max(relative_error(second[name], first[name]) for name in first) < 5e-3
+    with (
+        streamda.open_statistics(folder / "adapter.work") as ours,
+        streamda.open_statistics(folder / "other.work") as theirs,
+    ):
+        for name in [name for name in ours if int(name.split(".")[2]) in CHECKED_BLOCKS]:
+            left, right = ours[name], theirs[name]
+            assert left.num_tokens == right.num_tokens
+            assert relative_error(right.gradient, left.gradient) < 1e-4, name
+            assert relative_error(right.input_moment, left.input_moment) < 1e-4, name
+            assert relative_error(right.output_moment, left.output_moment) < 1e-4, name
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT calls a name that transformers is renaming
+def test_logits_are_those_of_the_weights_changed_by_hand(
+    run: tuple[streamda.InitReport, Path], smollm2: Path
+) -> None:
+    _, folder = run
+    ids = AutoTokenizer.from_pretrained(smollm2)("Rivers carry sand to the sea.", return_tensors="pt").input_ids
+    base = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    unchanged = base(ids).logits
+    scaling = 16 / 8**0.5
+    with torch.no_grad():
+        for name, product in products(folder / "adapter").items():
+            base.get_submodule(name).weight += (scaling * product).float()
+    expected = base(ids).logits
+    adapted = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32), folder / "adapter", is_trainable=True
+    ).eval()
+    torch.testing.assert_close(adapted(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(unchanged, expected, atol=1e-3)
+
+
+def test_solve_serves_other_ranks_without_the_model(run: tuple[streamda.InitReport, Path]) -> None:
+    _, folder = run
+    report = streamda.solve(statistics=str(folder / "adapter.work"), output_dir=str(folder / "rank-2"), rank=2)
+    smaller, larger = products(folder / "rank-2"), products(folder / "adapter")
+    assert {facts["status"] for facts in report.modules.values()} == {"ok"}
+    for name, product in smaller.items():
+        # the two best directions of eight: projecting the larger product onto them gives the smaller one
+        _, _, rows = torch.linalg.svd(product, full_matrices=False)
+        directions = rows[:2]
+        assert relative_error(larger[name] @ directions.T @ directions, product) < 1e-3, name

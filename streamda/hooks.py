@@ -18,7 +18,7 @@ from streamda.batches import Batch
 from streamda.errors import ModelError, NumericalError
 from streamda.factors import add_gradient_, add_input_moment_, add_output_moment_
 from streamda.layers import BlockSpec
-from streamda.plan import Panel
+from streamda.panels import Panel
 
 
 class PanelCollector:

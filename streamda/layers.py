@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -160,15 +161,18 @@ def find_targets(model: nn.Module, block_prefixes: Sequence[str], target_modules
         )
     if not inside:
         raise ConfigError("the decoder blocks of this model hold no linear layer to adapt")
-    _require_peft_accepts(model, inside)
+    _require_peft_adapts(model, inside)
     return Targets(tuple(linear_spec(name, linears[name]) for name in inside), outside)
 
 
-def _require_peft_accepts(model: nn.Module, names: Sequence[str]) -> None:
-    """Asks PEFT for an adapter on one layer of each kind: some of Mamba's it refuses, and would say so at the end only.
+def _require_peft_adapts(model: nn.Module, names: Sequence[str]) -> None:
+    """Asks PEFT for an adapter on one layer of each kind, for what it refuses it would refuse at the end of a run only.
+
+    Some of Mamba's layers it does not adapt. Of mixtures of experts that transformers fused, it takes names that once
+    were an expert's (``gate_proj``) for the fused weights, wherever a layer of that name lies.
 
     Raises:
-        ConfigError: with PEFT's reason.
+        ConfigError: with PEFT's reason, or the layers that it does not adapt.
     """
     kinds = {name.rsplit(".", 1)[-1]: name for name in names}
     conv1d = any(isinstance(model.get_submodule(name), Conv1D) for name in kinds.values())
@@ -176,9 +180,17 @@ def _require_peft_accepts(model: nn.Module, names: Sequence[str]) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # where Linear and Conv1D are mixed PEFT corrects the flag per module
-            inject_adapter_in_model(config, copy.deepcopy(model), low_cpu_mem_usage=True)
+            adapted = inject_adapter_in_model(config, copy.deepcopy(model), low_cpu_mem_usage=True)
     except ValueError as error:
         raise ConfigError(f"PEFT refuses to adapt these layers: {error}") from error
+    reached = {name for name, module in adapted.named_modules() if isinstance(module, LoraLayer)}
+    lost = [kind for kind, name in kinds.items() if name not in reached]
+    if lost:
+        rest = ",".join(kind for kind in kinds if kind not in lost)
+        raise ConfigError(
+            f"PEFT takes {', '.join(lost)} of this model for the weights of its experts and does not adapt the layers "
+            f"of that name; use --target-modules {rest or 'with other names'}"
+        )
 
 
 def require_rank(linears: Sequence[LinearSpec], rank: int) -> None:

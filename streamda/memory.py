@@ -48,6 +48,9 @@ def format_size(size: float) -> str:
 
 
 LARGE_BLOCK_BYTES = 4 << 20
+SMALL_BLOCK_BYTES = 256 << 10
+"""Threshold while a skeleton is built: each weight is allocated, never touched, and dropped, and would stretch the heap
+by the size of the model."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
@@ -71,16 +74,20 @@ def anonymous_bytes() -> int:
     raise OSError("/proc/self/status names no RssAnon")
 
 
-def bound_allocator(device: torch.device) -> None:
+def bound_allocator(device: torch.device, large_block_bytes: int = LARGE_BLOCK_BYTES) -> None:
     """Makes the C heap of a CPU run give large blocks back when they are freed, for the rest of the process.
 
     glibc raises its own threshold with every large block that is freed, up to 32 MB, and then keeps what lies below it.
     A fixed 4 MiB costs about 6 % of a block's time in page faults and bounds what is kept.
+
+    Args:
+        device: nothing is done for a CUDA device.
+        large_block_bytes: blocks from this size on are mapped one by one.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if device.type == "cpu" and mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
-        mallopt(_M_TRIM_THRESHOLD, LARGE_BLOCK_BYTES)
+        mallopt(_M_MMAP_THRESHOLD, large_block_bytes)
+        mallopt(_M_TRIM_THRESHOLD, large_block_bytes)
 
 
 def release_unused(device: torch.device) -> None:

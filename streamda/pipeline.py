@@ -22,8 +22,8 @@ from streamda.calibration import describe_sample
 from streamda.checkpoint import Checkpoint, build_skeleton, load_config
 from streamda.collect_stage import Collection
 from streamda.config import RunConfig
-from streamda.errors import ConfigError, DamagedError
-from streamda.memory import PeakMeter, bound_allocator, enforce_device_limit
+from streamda.errors import ConfigError, DamagedError, StorageError
+from streamda.memory import PeakMeter, bound_allocator, enforce_device_limit, format_size
 from streamda.plan import Plan
 from streamda.progress import Progress
 from streamda.report import REPORT_FILE, InitReport, read_report
@@ -34,6 +34,8 @@ from streamda.solve_stage import Solver
 from streamda.stopwatch import Stopwatch
 from streamda.store import stats_unit
 
+DISK_RESERVE_BYTES = 500_000_000
+"""Left free beside what a run needs, so that a full disk stops us before it stops others."""
 CONFIG_COPY = "model"
 """Folder inside a run with a copy of the model's config.json, all that `solve` needs of the model."""
 
@@ -53,6 +55,7 @@ def initialize(config: RunConfig, *, quiet: bool = False, verbose: bool = False)
     work = Path(config.work_dir or f"{output}.work")
     _require_apart(config, output=output, work=work)
     prepared = prepare(config, weights=True)
+    made = prepared.plan(solves=True, keep_statistics=config.keep_statistics)
     checkpoint = Checkpoint(prepared.source.folder, prepared.stack.model, prepared.device)
     parts = fingerprint_parts(prepared, checkpoint.fingerprint())
     solver = _solver(config, prepared.population_size, prepared.device)
@@ -65,10 +68,9 @@ def initialize(config: RunConfig, *, quiet: bool = False, verbose: bool = False)
     with _meter(prepared) as meter:
         progress = Progress(meter, quiet=quiet)
         _announce(progress, prepared, verbose)
-        with _open_run(work, prepared, parts, keeps=config.keep_statistics, solves=True) as (run, plan):
-            report = _new_report(prepared, plan)
-            collection = Collection(prepared, checkpoint, run, plan, meter, progress, report)
-            collection.collect(solver)
+        with _open_run(work, prepared, parts, made, solves=True) as (run, made):
+            report = _new_report(prepared, made)
+            Collection(prepared, checkpoint, run, made, meter, progress, report).collect(solver)
             report.output_dir = str(output)
             report.statistics_dir = str(work) if config.keep_statistics else None
             report.model["fingerprint"] = digest
@@ -86,14 +88,15 @@ def collect(config: RunConfig, *, quiet: bool = False, verbose: bool = False) ->
     work = Path(config.statistics)
     _require_apart(config, output=None, work=work)
     prepared = prepare(config, weights=True)
+    made = prepared.plan(solves=False, keep_statistics=True)
     checkpoint = Checkpoint(prepared.source.folder, prepared.stack.model, prepared.device)
     parts = fingerprint_parts(prepared, checkpoint.fingerprint())
     with _meter(prepared) as meter:
         progress = Progress(meter, quiet=quiet)
         _announce(progress, prepared, verbose)
-        with _open_run(work, prepared, parts, keeps=True, solves=False) as (run, plan):
-            report = _new_report(prepared, plan)
-            Collection(prepared, checkpoint, run, plan, meter, progress, report).collect(None)
+        with _open_run(work, prepared, parts, made, solves=False) as (run, made):
+            report = _new_report(prepared, made)
+            Collection(prepared, checkpoint, run, made, meter, progress, report).collect(None)
             report.statistics_dir = str(work)
     return report
 
@@ -199,16 +202,17 @@ def _meter(prepared: Prepared) -> PeakMeter:
 
 @contextmanager
 def _open_run(
-    work: Path, prepared: Prepared, parts: dict[str, dict[str, Any]], *, keeps: bool, solves: bool
+    work: Path, prepared: Prepared, parts: dict[str, dict[str, Any]], made: Plan, *, solves: bool
 ) -> Iterator[tuple[RunDirectory, Plan]]:
     """Opens or continues a run directory, with the plan that it was, or will be, run with."""
     config = prepared.config
-    # planned before the directory is made, so that a refused budget leaves nothing behind
-    made = prepared.plan(solves=solves, keep_statistics=keeps)
+    if not (work / "run.json").exists():
+        _require_space(work, made)
     with RunDirectory.open(work, parts, settings={}, resume=config.resume, restart=config.overwrite) as run:
         chosen = run.settings.get("micro_batch_tokens")
         if chosen is not None and chosen != made.micro_batch_tokens:
             # the bits of a run depend on its micro-batches, so a continued one keeps them under any budget
+            keeps = config.keep_statistics or not solves
             made = prepared.plan(solves=solves, keep_statistics=keeps, micro_batch_tokens=chosen)
         run.update_settings(_run_facts(prepared, made))
         files.make_folders(run.path / CONFIG_COPY)
@@ -216,6 +220,16 @@ def _open_run(
             run.path / CONFIG_COPY / "config.json", files.read_json(prepared.source.folder / "config.json")
         )
         yield run, made
+
+
+def _require_space(work: Path, made: Plan) -> None:
+    """Refuses to begin what the disk cannot hold."""
+    free = files.free_bytes(work)
+    if free < made.disk_bytes + DISK_RESERVE_BYTES:
+        raise StorageError(
+            f"{work} has {format_size(free)} free and the run needs {format_size(made.disk_bytes)} and a reserve of "
+            f"{format_size(DISK_RESERVE_BYTES)}; give --work-dir on a larger disk, or use fewer or shorter samples"
+        )
 
 
 def _run_facts(prepared: Prepared, made: Plan) -> dict[str, Any]:
@@ -286,7 +300,7 @@ def _write_adapter(
         is_shipped_data=report.data["is_shipped"],
         solve=config.solve,
         version=report.versions["streamda"],
-        step_zero_change={name: facts["step_zero_change"] for name, facts in report.modules.items()},
+        step_zero_change={name: facts["step_zero_change"] or 0.0 for name, facts in report.modules.items()},
     )
     write_adapter(
         output,

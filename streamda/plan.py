@@ -1,25 +1,20 @@
 """The planner: what a run needs, and how it is cut so that it fits. Plain integers; no tensor, no file, no device.
 
-A block's statistics are cut into *panels* of rows. If they do not all fit beside the block, they are packed into
-several *replays*: each runs the block over all samples again and accumulates its own panels. Panels of input moments
-need the forward half of a replay only, so they are packed last, and what overflows costs a forward pass and no more.
-
-Every peak is a sum of what is alive at the worst moment of a phase; the terms stand beside their names below.
+How a block's statistics are cut is in `streamda.panels`. Every peak is a sum of what is alive at the worst moment of a phase; the terms stand beside their names below.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
-from streamda.errors import BudgetError
+from streamda.errors import BudgetError, StorageError
 from streamda.layers import BlockSpec
 from streamda.memory import MemoryBudget, format_size
+from streamda.panels import FLOAT32_BYTES, PANEL_ROWS, Replay, block_panels, pack_replays, statistics_bytes
 
-PANEL_ROWS = 2048
-"""Rows of a panel, and side of a stored tile: 2048 x 28672 float32 are 235 MB."""
-FLOAT32_BYTES, FLOAT64_BYTES = 4, 8
+FLOAT64_BYTES = 8
 LOGIT_COPIES = 4
 """Float32 copies of a chunk of logits alive at once: the logits, their softmax, its gradient, and one in passing."""
 MAX_LOGIT_BYTES = 128 << 20
@@ -32,38 +27,6 @@ FRAGMENTATION_BYTES = 80 << 20
 blocks are mapped one by one. Measured on CPU."""
 THIN_BLOCKS = 40
 """Blocks of rank + guard columns that the eigensolver holds at most: basis, images, and temporaries."""
-
-
-Statistic = Literal["gradient", "output_moment", "input_moment"]
-
-
-@dataclass(frozen=True, slots=True)
-class Panel:
-    """Rows ``[start, stop)`` of one statistic of one module (for an input moment: of the group's first module)."""
-
-    statistic: Statistic
-    module: str
-    start: int
-    stop: int
-    columns: int
-    """1 for an output moment; `stop` for an input moment, whose upper triangle is not kept."""
-
-    @property
-    def num_bytes(self) -> int:
-        """Float32 bytes."""
-        return (self.stop - self.start) * self.columns * FLOAT32_BYTES
-
-
-@dataclass(frozen=True, slots=True)
-class Replay:
-    """One more pass of all samples through a block, and the panels that it accumulates."""
-
-    panels: tuple[Panel, ...]
-
-    @property
-    def needs_backward(self) -> bool:
-        """Whether output gradients are needed; input moments come from the forward half."""
-        return not self.panels or any(panel.statistic != "input_moment" for panel in self.panels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,45 +98,6 @@ class Plan:
         return plain | {"peak_bytes": self.peak_bytes, "replays": [len(block) for block in self.replays]}
 
 
-def block_panels(spec: BlockSpec) -> tuple[Panel, ...]:
-    """All panels of a block: those that need gradients first, in the order of its layers."""
-    panels: list[Panel] = []
-    for linear in spec.linears:
-        panels.append(Panel("output_moment", linear.name, 0, linear.d_out, 1))
-        for start in range(0, linear.d_out, PANEL_ROWS):
-            stop = min(start + PANEL_ROWS, linear.d_out)
-            panels.append(Panel("gradient", linear.name, start, stop, linear.d_in))
-    for group in spec.groups:
-        for start in range(0, group.d_in, PANEL_ROWS):
-            stop = min(start + PANEL_ROWS, group.d_in)
-            panels.append(Panel("input_moment", group.name, start, stop, stop))
-    return tuple(panels)
-
-
-def statistics_bytes(spec: BlockSpec) -> int:
-    """Float32 bytes of a block's statistics."""
-    return sum(panel.num_bytes for panel in block_panels(spec))
-
-
-def pack_replays(panels: Sequence[Panel], capacity_bytes: int) -> tuple[Replay, ...] | None:
-    """Packs panels into as few replays as their order allows; None if one alone does not fit."""
-    replays: list[list[Panel]] = []
-    used: list[int] = []
-    for panel in panels:
-        if panel.num_bytes > capacity_bytes:
-            return None
-        # first fit: a small input moment may still fit beside the gradients of an earlier replay
-        for index, filled in enumerate(used):
-            if filled + panel.num_bytes <= capacity_bytes:
-                replays[index].append(panel)
-                used[index] += panel.num_bytes
-                break
-        else:
-            replays.append([panel])
-            used.append(panel.num_bytes)
-    return tuple(Replay(tuple(replay)) for replay in replays)
-
-
 def make_plan(
     budget: MemoryBudget,
     candidates: Sequence[int],
@@ -195,6 +119,7 @@ def make_plan(
 
     Raises:
         BudgetError: naming need, have, and the smallest budget that would do.
+        StorageError: the work directory would outgrow the budget's disk.
     """
     best: Plan | None = None
     smallest = 0
@@ -211,7 +136,7 @@ def make_plan(
             "--max-length"
         )
     if budget.disk_bytes is not None and best.disk_bytes > budget.disk_bytes:
-        raise BudgetError(
+        raise StorageError(
             f"the run needs {format_size(best.disk_bytes)} of disk and --max-disk allows "
             f"{format_size(budget.disk_bytes)}; use fewer or shorter samples, or leave out --keep-statistics"
         )

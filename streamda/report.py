@@ -110,7 +110,7 @@ class InitReport:
         for status in counts:
             if status != SolveStatus.OK.value:
                 lines.append(f"  {status}: {SolveStatus(status).advice}")
-        ranked = sorted(self.modules, key=lambda name: -self.modules[name].get("step_zero_change", 0.0))
+        ranked = sorted(self.modules, key=lambda name: -(self.modules[name].get("step_zero_change") or 0.0))
         unusual = [name for name in self.modules if self.modules[name]["status"] != SolveStatus.OK.value]
         shown = list(dict.fromkeys([*unusual[:_SHOWN_MODULES], *ranked[:_SHOWN_MODULES], *ranked[-1:]]))
         rows = [_module_row(name, self.modules[name]) for name in shown]

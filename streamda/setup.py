@@ -21,7 +21,7 @@ from streamda.checkpoint import build_skeleton, load_config
 from streamda.config import RunConfig
 from streamda.errors import BudgetError, ConfigError, DataError
 from streamda.layers import Targets, find_targets, require_rank
-from streamda.memory import MemoryBudget, parse_size
+from streamda.memory import SMALL_BLOCK_BYTES, MemoryBudget, bound_allocator, parse_size
 from streamda.model_source import ModelSource, find_model
 from streamda.plan import Plan, Workload, make_plan, minimum_bytes
 from streamda.workload import WorkloadModel, micro_batch_candidates
@@ -121,9 +121,11 @@ def prepare(config: RunConfig, *, weights: bool) -> Prepared:
         raise ConfigError("no model is given; use --model with a hub id or a local folder")
     device = choose_device(config.device)
     budget = choose_budget(config, device)
+    bound_allocator(device, SMALL_BLOCK_BYTES)
     source = find_model(config.model, config.revision, weights=weights)
     model_config = load_config(source.folder, config.trust_remote_code)
     dtype = choose_dtype(config.collect.dtype, device)
+    stored_bytes = _stored_dtype_bytes(model_config)  # building the skeleton writes the compute dtype over it
     stack = DecoderStack(build_skeleton(model_config, dtype, config.trust_remote_code), device)
     stack.fill_small_parameters()
     stack.find_output_form()
@@ -135,7 +137,7 @@ def prepare(config: RunConfig, *, weights: bool) -> Prepared:
     )
     num_labels = sum(sample.num_label_tokens for sample in calibration.samples)
     lengths = [sample.num_tokens for sample in calibration.samples]
-    work = WorkloadModel(stack, targets, lengths, num_labels, _stored_dtype_bytes(model_config))
+    work = WorkloadModel(stack, targets, lengths, num_labels, stored_bytes)
     notices = [*source.notices]
     if calibration.is_shipped:
         notices.append(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -71,7 +72,8 @@ class Solver:
                 stored = reader.facts(name)
                 change = relative_change(solution.lora_a, solution.lora_b, self.config.scaling, stored["weight_norm"])
                 facts[name] = {
-                    "step_zero_change": change,
+                    # a zero weight has no relative change, and JSON no infinity
+                    "step_zero_change": change if math.isfinite(change) else None,
                     "num_tokens": stored["num_tokens"],
                     "num_samples": stored["num_samples"],
                 }

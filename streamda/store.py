@@ -2,7 +2,7 @@
 
     units/stats-0012/COMMIT.json
     units/stats-0012/statistics.zarr/    a Zarr group
-        000.self_attn.q_proj/            attributes: module name, counts, norm of the weight, group of its input
+        0000.self_attn.q_proj/           attributes: module name, counts, norm of the weight, group of its input
             gradient_sum                 [d_out, d_in] float32, tiles of 2048 x 2048
             output_moment_sum            [d_out]
             input_moment_sum             [d_in, d_in]; in the first module of each input group; its lower tiles only
@@ -33,7 +33,7 @@ from streamda.config import StatisticsCodec
 from streamda.errors import DamagedError
 from streamda.factors import LayerStatistics, mirror_lower_
 from streamda.layers import BlockSpec, InputGroup, LinearSpec
-from streamda.plan import PANEL_ROWS, Panel
+from streamda.panels import PANEL_ROWS, Panel
 from streamda.rundir import RunDirectory
 from streamda.units import UnitStore
 

@@ -22,7 +22,7 @@ from streamda.errors import NumericalError
 from streamda.hooks import PanelCollector
 from streamda.layers import BlockSpec
 from streamda.memory import release_unused
-from streamda.plan import Panel, Replay
+from streamda.panels import Panel, Replay
 from streamda.progress import PassBar
 
 PanelSink = Callable[[Panel, torch.Tensor], None]

@@ -124,6 +124,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     # no attention, or not only
     "mamba": {"state_size": 4, "time_step_rank": 4, "intermediate_size": 64, "expand": 2},
     "mamba2": {"state_size": 4, "num_heads": 8, "head_dim": 8, "expand": 2, "n_groups": 1, "chunk_size": 8},
+    "recurrent_gemma": {"lru_width": 32, "attention_window_size": 4, "block_types": ["recurrent", "attention"]},
     "lfm2": {"layer_types": ["conv", "full_attention"], "block_ff_dim": 56, "conv_L_cache": 3},
     "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_expand": 2, "attn_layer_indices": [1]},
     "granitemoehybrid": {
@@ -183,8 +184,6 @@ REFUSED: dict[str, dict[str, Any]] = {
     },
     # a state goes from block to block, and hidden states are rescaled between them
     "rwkv": {"context_length": 64, "attention_hidden_size": 32},
-    # every block keeps a state from one call to the next
-    "recurrent_gemma": {"lru_width": 32, "attention_window_size": 4, "block_types": ["recurrent", "attention"]},
 }
 
 SIMILAR = {  # to another family as far as blocks and their calls go; marked slow
@@ -209,9 +208,13 @@ SIMILAR = {  # to another family as far as blocks and their calls go; marked slo
     "xglm",
 }
 
-TARGETS = {  # all-linear elsewhere; PEFT refuses Mamba's out_proj
+TARGETS = {  # all-linear elsewhere; the layers left out PEFT does not adapt
     "mamba": "in_proj,x_proj",
     "mamba2": "in_proj",
+    "deepseek_v2": "q_a_proj,q_b_proj,kv_a_proj_with_mqa,kv_b_proj,o_proj",
+    "deepseek_v3": "q_a_proj,q_b_proj,kv_a_proj_with_mqa,kv_b_proj,o_proj",
+    "glm4_moe": "q_proj,k_proj,v_proj,o_proj",
+    "qwen3_next": "q_proj,k_proj,v_proj,o_proj,in_proj_qkvz,in_proj_ba,out_proj,shared_expert_gate",
 }
 
 

@@ -16,7 +16,7 @@ from streamda.batches import Batch, collate
 from streamda.errors import ModelError, NumericalError
 from streamda.hooks import PanelCollector
 from streamda.layers import BlockSpec, InputGroup, LinearSpec
-from streamda.plan import Panel
+from streamda.panels import Panel
 
 CPU = torch.device("cpu")
 SIZE = 6

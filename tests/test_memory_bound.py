@@ -15,6 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import streamda
 from streamda.errors import BudgetError
 
+SHIPPED = Path(streamda.__file__).with_name("calibration_set.jsonl")
+
 # Everything that is imported counts as baseline; from there on private writable memory, thread stacks and allocator
 # reserves included, cannot grow by more than the limit: the kernel refuses.
 LIMITED = """
@@ -40,6 +42,8 @@ def test_512_megabytes_hold_on_a_real_model_with_256_samples(smollm2: Path, tmp_
     options = {
         "model": str(smollm2),
         "output_dir": str(tmp_path / "adapter"),
+        "dataset": str(SHIPPED),
+        "text_column": "prompt",
         "num_samples": 256,
         "max_length": 32,
         "max_gpu_mem": "512MB",

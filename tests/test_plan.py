@@ -12,22 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streamda import plan as planner
-from streamda.errors import BudgetError
+from streamda import panels as panels_module
+from streamda.errors import BudgetError, StorageError
 from streamda.layers import BlockSpec, InputGroup, LinearSpec
 from streamda.memory import MemoryBudget, parse_size
-from streamda.plan import (
-    PANEL_ROWS,
-    BlockCost,
-    Panel,
-    Plan,
-    Workload,
-    block_panels,
-    make_plan,
-    minimum_bytes,
-    pack_replays,
-    statistics_bytes,
-)
+from streamda.panels import PANEL_ROWS, Panel, block_panels, pack_replays, statistics_bytes
+from streamda.plan import BlockCost, Plan, Workload, make_plan, minimum_bytes
 
 GB = 10**9
 CANDIDATES = (8192, 4096, 2048, 1024, 1)
@@ -140,7 +130,7 @@ class TestPanels:
     def test_every_entry_of_every_statistic_is_in_exactly_one_panel(self, sides: list[tuple[int, int]]) -> None:
         spec = drawn_block(sides)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(planner, "PANEL_ROWS", 7)
+            patch.setattr(panels_module, "PANEL_ROWS", 7)
             panels = block_panels(spec)
         wanted = {
             ("gradient", linear.name, row, column)
@@ -365,7 +355,7 @@ class TestRefusals:
     def test_too_little_disk_is_refused_with_need_and_have_and_enough_is_not(self) -> None:
         need = plan_for("Llama-2-7B", 24 * GB).disk_bytes
         assert plan_for("Llama-2-7B", 24 * GB, disk=need).disk_bytes == need
-        with pytest.raises(BudgetError, match=r"needs .* GB of disk and --max-disk allows 1\.00 GB"):
+        with pytest.raises(StorageError, match=r"needs .* GB of disk and --max-disk allows 1\.00 GB"):
             plan_for("Llama-2-7B", 24 * GB, disk=GB)
 
 

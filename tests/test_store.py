@@ -16,11 +16,11 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streamda import plan, store
+from streamda import panels, store
 from streamda.config import StatisticsCodec
 from streamda.errors import ConfigError, DamagedError, LockedError
 from streamda.layers import BlockSpec, InputGroup, LinearSpec
-from streamda.plan import block_panels
+from streamda.panels import block_panels
 from streamda.rundir import RunDirectory
 from streamda.store import ZARR_FOLDER, BlockStatisticsReader, BlockStatisticsWriter, open_statistics, stats_unit
 
@@ -79,7 +79,7 @@ def a_run(folder: Path, tile: int = 16) -> Iterator[RunDirectory]:
     """An open run directory, with small tiles and panels."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(store, "TILE", tile)
-        patch.setattr(plan, "PANEL_ROWS", tile)
+        patch.setattr(panels, "PANEL_ROWS", tile)
         with RunDirectory.open(folder, {"model": {"id": "m"}}, settings={}) as run:
             yield run
 
@@ -144,7 +144,7 @@ def test_lossless_codecs_return_the_very_bits(tmp_path: Path, codec: StatisticsC
     with a_run(tmp_path) as run:
         write(run, spec, draw(spec), codec)
         folder = run.units.path(stats_unit(0)) / ZARR_FOLDER
-        stored = zarr.open_group(folder, mode="r")["000.self_attn.q_proj/gradient_sum"][:]
+        stored = zarr.open_group(folder, mode="r")["0000.self_attn.q_proj/gradient_sum"][:]
     assert np.array_equal(stored, draw(spec)[spec.linears[0].name]["gradient"].numpy())
 
 
@@ -193,7 +193,7 @@ class TestOtherTools:
             write(run, spec, draw(spec))
         root = zarr.open(tmp_path / "units" / "stats-0000" / "statistics.zarr", mode="r")
         assert root.attrs["format"] == "streamda-statistics"
-        assert sorted(root) == ["000.self_attn.q_proj", "001.self_attn.k_proj", "002.self_attn.o_proj"]
+        assert sorted(root) == ["0000.self_attn.q_proj", "0001.self_attn.k_proj", "0002.self_attn.o_proj"]
         q, k, o = (root[name] for name in sorted(root))
         assert sorted(q) == ["gradient_sum", "input_moment_sum", "output_moment_sum"]
         assert sorted(k) == ["gradient_sum", "output_moment_sum"]  # its input moment is that of its group
@@ -214,7 +214,7 @@ class TestOtherTools:
         spec = block(40, 20)
         with a_run(tmp_path) as run:
             write(run, spec, draw(spec))
-            folder = run.units.path(stats_unit(0)) / ZARR_FOLDER / "000.self_attn.q_proj"
+            folder = run.units.path(stats_unit(0)) / ZARR_FOLDER / "0000.self_attn.q_proj"
         tiles = {tuple(map(int, path.parts[-2:])) for path in (folder / "input_moment_sum" / "c").glob("*/*")}
         assert tiles == {(row, column) for row in range(3) for column in range(row + 1)}
         assert len(list((folder / "gradient_sum" / "c").glob("*/*"))) == 2 * 3
@@ -236,7 +236,7 @@ class TestOtherTools:
             write(run, spec, draw(spec))
             folders = [path.name for path in (run.units.path(stats_unit(0)) / ZARR_FOLDER).iterdir() if path.is_dir()]
         assert len({name.lower() for name in folders}) == 4
-        assert all(len(name) <= 52 and name.isascii() and " " not in name for name in folders)
+        assert all(len(name) <= 53 and name.isascii() and " " not in name for name in folders)
         assert_holds(tmp_path, [spec], [draw(spec)])
 
 
@@ -345,14 +345,14 @@ class TestDamage:
     def test_an_edited_attribute_of_the_same_length_is_noticed(
         self, run: RunDirectory, before: str, after: str
     ) -> None:
-        path = self.folder(run) / "000.self_attn.q_proj" / "zarr.json"
+        path = self.folder(run) / "0000.self_attn.q_proj" / "zarr.json"
         text = path.read_text()
         assert before in text
         path.write_text(text.replace(before, after))
         self.assert_damaged(run)
 
     def test_an_edited_shape_does_not_ask_for_any_amount_of_memory(self, run: RunDirectory) -> None:
-        path = self.folder(run) / "000.self_attn.q_proj" / "gradient_sum" / "zarr.json"
+        path = self.folder(run) / "0000.self_attn.q_proj" / "gradient_sum" / "zarr.json"
         record = json.loads(path.read_text())
         record["shape"] = [10**9, 10**9]
         path.write_text(json.dumps(record))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import streamda
-from streamda import plan, store, workload
+from streamda import panels, plan, store, workload
 from streamda.checkpoint import Checkpoint
 from streamda.config import RunConfig
 from streamda.errors import ConfigError, ModelError
@@ -163,6 +163,32 @@ def test_blocks_that_exchange_more_than_hidden_states_are_refused_in_one_line(fa
     assert not (tmp_path / "statistics").exists()
 
 
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("mamba2", r"^PEFT refuses to adapt these layers: .*'out_proj' is incompatible"),
+        ("deepseek_v3", r"^PEFT takes gate_proj, up_proj, down_proj of this model .* use --target-modules q_a_proj,"),
+    ],
+)
+def test_layers_that_peft_does_not_adapt_are_refused_before_any_work(family: str, reason: str, tmp_path: Path) -> None:
+    case = make_case(tmp_path, family)
+    with pytest.raises(ConfigError, match=reason) as caught:
+        case.initialize("adapter")
+    assert "\n" not in str(caught.value)
+    assert {file.name for file in tmp_path.iterdir()} == {"model", "samples.jsonl"}
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt-projected", "phimoe", "deepseek_v3", "qwen2_moe", "mamba"])
+def test_an_adapter_has_the_layers_whose_statistics_were_collected(family: str, tmp_path: Path) -> None:
+    """`initialize` loads the adapter with PEFT before it lets it stand; unusual names are where that could fail."""
+    case = make_case(tmp_path, family)
+    targets = TARGETS.get(family, "all-linear")
+    statistics, _ = case.collect("statistics", target_modules=targets)
+    adapter = case.initialize("adapter", target_modules=targets)
+    assert set(adapter) == {f"base_model.model.{name}" for name in statistics}
+    assert all(product.any() for product in adapter.values())
+
+
 def test_a_layer_that_is_never_called_has_no_tokens_and_no_gradient(tmp_path: Path) -> None:
     """Jamba reads the weight of dt_proj behind the module's back, where an adapter would have no effect either."""
     statistics, _ = make_case(tmp_path, "jamba").collect("statistics")
@@ -242,7 +268,7 @@ def test_a_small_budget_costs_replays_and_changes_nothing(
     # what a run takes beside its tensors hides the tensors of so tiny a model; nothing here measures memory
     monkeypatch.setattr(plan, "WORKSPACE_BYTES", 0)
     monkeypatch.setattr(workload, "CAST_CHUNK_BYTES", 0)
-    monkeypatch.setattr(plan, "PANEL_ROWS", 32)
+    monkeypatch.setattr(panels, "PANEL_ROWS", 32)
     monkeypatch.setattr(store, "TILE", 32)
     monkeypatch.setattr(plan, "THIN_BLOCKS", 0)
     options = llama.options(output_dir=str(llama.folder / "unused"))

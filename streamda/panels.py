@@ -1,0 +1,88 @@
+"""Panels and replays: how the statistics of a block are cut when they do not all fit beside it. Plain integers.
+
+A *panel* is a band of rows of one statistic, the unit of accumulation and of storage. Panels are packed into *replays*:
+each runs the block over all samples again and accumulates its own panels. Panels of input moments need the forward half
+of a replay only, so they are packed last, and what overflows costs a forward pass and no more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from streamda.layers import BlockSpec
+
+PANEL_ROWS = 2048
+"""Rows of a panel, and side of a stored tile: 2048 x 28672 float32 are 235 MB."""
+FLOAT32_BYTES = 4
+
+Statistic = Literal["gradient", "output_moment", "input_moment"]
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """Rows ``[start, stop)`` of one statistic of one module (for an input moment: of the group's first module)."""
+
+    statistic: Statistic
+    module: str
+    start: int
+    stop: int
+    columns: int
+    """1 for an output moment; `stop` for an input moment, whose upper triangle is not kept."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Float32 bytes."""
+        return (self.stop - self.start) * self.columns * FLOAT32_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """One more pass of all samples through a block, and the panels that it accumulates."""
+
+    panels: tuple[Panel, ...]
+
+    @property
+    def needs_backward(self) -> bool:
+        """Whether output gradients are needed; input moments come from the forward half."""
+        return not self.panels or any(panel.statistic != "input_moment" for panel in self.panels)
+
+
+def block_panels(spec: BlockSpec) -> tuple[Panel, ...]:
+    """All panels of a block: those that need gradients first, in the order of its layers."""
+    panels: list[Panel] = []
+    for linear in spec.linears:
+        panels.append(Panel("output_moment", linear.name, 0, linear.d_out, 1))
+        for start in range(0, linear.d_out, PANEL_ROWS):
+            stop = min(start + PANEL_ROWS, linear.d_out)
+            panels.append(Panel("gradient", linear.name, start, stop, linear.d_in))
+    for group in spec.groups:
+        for start in range(0, group.d_in, PANEL_ROWS):
+            stop = min(start + PANEL_ROWS, group.d_in)
+            panels.append(Panel("input_moment", group.name, start, stop, stop))
+    return tuple(panels)
+
+
+def statistics_bytes(spec: BlockSpec) -> int:
+    """Float32 bytes of a block's statistics."""
+    return sum(panel.num_bytes for panel in block_panels(spec))
+
+
+def pack_replays(panels: Sequence[Panel], capacity_bytes: int) -> tuple[Replay, ...] | None:
+    """Packs panels into as few replays as their order allows; None if one alone does not fit."""
+    replays: list[list[Panel]] = []
+    used: list[int] = []
+    for panel in panels:
+        if panel.num_bytes > capacity_bytes:
+            return None
+        # first fit: a small input moment may still fit beside the gradients of an earlier replay
+        for index, filled in enumerate(used):
+            if filled + panel.num_bytes <= capacity_bytes:
+                replays[index].append(panel)
+                used[index] += panel.num_bytes
+                break
+        else:
+            replays.append([panel])
+            used.append(panel.num_bytes)
+    return tuple(Replay(tuple(replay)) for replay in replays)

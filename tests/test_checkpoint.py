@@ -1,0 +1,369 @@
+"""Weights arrive as transformers loads them, one part at a time, and damage is refused by name.
+
+The oracle is `from_pretrained`, or the file read by safetensors' own loader. Not covered: how much memory it takes.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from streamda import checkpoint as checkpoint_module
+from streamda.checkpoint import Checkpoint, build_skeleton, load_config
+from streamda.errors import ModelError
+from tests.models import make_config, write_checkpoint
+
+CPU = torch.device("cpu")
+Edit = Callable[[dict[str, Tensor]], None]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("llama"), "llama")
+
+
+def opened(folder: Path, dtype: torch.dtype = torch.float32) -> Checkpoint:
+    return Checkpoint(folder, build_skeleton(load_config(folder, False), dtype), CPU)
+
+
+def stored(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, by their names in the files."""
+    tensors: dict[str, Tensor] = {}
+    for shard in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(shard)
+    return tensors
+
+
+def edited(source: Path, target: Path, edit: Edit) -> Path:
+    """A copy in one file, its tensors edited."""
+    target.mkdir()
+    shutil.copy(source / "config.json", target)
+    tensors = stored(source)
+    edit(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, target / "model.safetensors")
+    return target
+
+
+def on_meta(checkpoint: Checkpoint) -> set[str]:
+    return {name for name, tensor in checkpoint._model.named_parameters() if tensor.is_meta}
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["llama", "gpt2", "qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "granitemoe", "jamba", "qwen3_next", "phimoe"],
+)
+def test_a_block_is_loaded_as_from_pretrained_loads_it(family: str, tmp_path: Path) -> None:
+    """Also where the files hold single experts and the model holds them fused."""
+    write_checkpoint(tmp_path, family)
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    checkpoint = opened(tmp_path)
+    prefix = {"gpt2": "transformer.h.1"}.get(family, "model.layers.1")
+    checkpoint.load([prefix])
+    block, expected = checkpoint._model.get_submodule(prefix), whole.get_submodule(prefix)
+    ours, theirs = dict(block.named_parameters()), dict(expected.named_parameters())
+    assert set(ours) == set(theirs)
+    for name, value in theirs.items():
+        assert torch.equal(ours[name], value), name
+    assert not any(parameter.requires_grad for parameter in block.parameters())
+    # nothing else was loaded
+    assert on_meta(checkpoint) == {name for name, _ in whole.named_parameters() if not name.startswith(prefix + ".")}
+    # and from the release on nothing is left of it
+    gone = [weakref.ref(parameter) for parameter in block.parameters()]
+    del ours, block
+    checkpoint.release([prefix])
+    gc.collect()
+    assert all(reference() is None for reference in gone)
+    assert on_meta(checkpoint) == {name for name, _ in whole.named_parameters()}
+
+
+def test_every_byte_read_is_counted(llama: Path) -> None:
+    checkpoint = opened(llama)
+    assert checkpoint.bytes_read == 0
+    sizes = {name: tensor.nbytes for name, tensor in stored(llama).items()}
+    block = sum(size for name, size in sizes.items() if name.startswith("model.layers.1."))
+    checkpoint.load(["model.layers.1"])
+    assert checkpoint.bytes_read == block
+    checkpoint.release(["model.layers.1"])
+    checkpoint.load(["model.layers.1", "model.norm.weight"])
+    assert checkpoint.bytes_read == 2 * block + sizes["model.norm.weight"]
+    assert checkpoint.total_bytes == sum(sizes.values())
+    assert len(checkpoint.shards) > 2
+
+
+@pytest.mark.parametrize("kept", [torch.bfloat16, torch.float16, torch.float64])
+def test_another_precision_in_the_files_is_cast_once(kept: torch.dtype, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "llama", dtype=kept)
+    checkpoint = opened(tmp_path)
+    checkpoint.load(["model.layers.0"])
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert stored(tmp_path)[name].dtype == kept
+    assert torch.equal(checkpoint._model.get_parameter(name), stored(tmp_path)[name].float())
+
+
+@pytest.mark.parametrize("kept", [torch.bfloat16, torch.float32])
+def test_a_large_tensor_read_by_bands_is_the_same(
+    kept: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_checkpoint(tmp_path, "llama", dtype=kept)
+    monkeypatch.setattr(checkpoint_module, "READ_CHUNK_BYTES", 1000)  # of the 3584 or 7168 bytes of up_proj
+    checkpoint = opened(tmp_path)
+    checkpoint.load(["model.layers.0"])
+    for name, value in stored(tmp_path).items():
+        if name.startswith("model.layers.0."):
+            assert torch.equal(checkpoint._model.get_parameter(name), value.float()), name
+
+
+def test_a_tied_head_is_read_under_the_name_of_the_embedding(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "llama-tied")
+    tensors = stored(tmp_path)
+    assert "lm_head.weight" not in tensors
+    checkpoint = opened(tmp_path)
+    checkpoint.load(["lm_head"])
+    assert torch.equal(checkpoint._model.lm_head.weight, tensors["model.embed_tokens.weight"])
+    assert checkpoint.bytes_read == tensors["model.embed_tokens.weight"].nbytes
+    checkpoint.release(["lm_head"])
+    checkpoint.load(["model.embed_tokens"])
+    assert torch.equal(checkpoint._model.get_input_embeddings().weight, tensors["model.embed_tokens.weight"])
+    checkpoint.release(["model.embed_tokens"])
+    assert on_meta(checkpoint) >= {"model.embed_tokens.weight"}
+
+
+def test_tensors_that_the_model_does_not_have_are_passed_over(llama: Path, tmp_path: Path) -> None:
+    """Old checkpoints hold rotary buffers."""
+
+    def edit(tensors: dict[str, Tensor]) -> None:
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+        tensors["something.else"] = torch.ones(2, dtype=torch.int64)
+
+    checkpoint = opened(edited(llama, tmp_path / "more", edit))
+    checkpoint.load(["model.layers.0"])
+    assert checkpoint.total_bytes == opened(llama).total_bytes
+
+
+def lacks_a_weight(tensors: dict[str, Tensor]) -> None:
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+
+
+def has_another_shape(tensors: dict[str, Tensor]) -> None:
+    tensors["model.layers.1.mlp.up_proj.weight"] = torch.ones(32, 56)
+
+
+def has_whole_numbers(tensors: dict[str, Tensor]) -> None:
+    tensors["model.layers.1.mlp.up_proj.weight"] = torch.ones(56, 32, dtype=torch.int8)
+
+
+@pytest.mark.parametrize(
+    ("edit", "reason"),
+    [
+        (lacks_a_weight, r"lacks 1 tensors that config\.json asks for: model\.layers\.1\.mlp\.up_proj\.weight$"),
+        (dict.clear, r"lacks 21 tensors that config\.json asks for: lm_head\.weight, .* \.\.\.$"),
+        (has_another_shape, r"up_proj\.weight has shape \[32, 56\], config\.json asks for \[56, 32\]"),
+        (has_whole_numbers, r"up_proj\.weight is stored as I8, which is not a weight"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused_before_any_is_read(
+    edit: Edit, reason: str, llama: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ModelError, match=reason):
+        opened(edited(llama, tmp_path / "edited", edit))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_weight_that_is_not_finite_is_refused_when_it_is_read(value: float, llama: Path, tmp_path: Path) -> None:
+    def edit(tensors: dict[str, Tensor]) -> None:
+        tensors["model.layers.1.mlp.up_proj.weight"][55, 31] = value
+
+    checkpoint = opened(edited(llama, tmp_path / "edited", edit))
+    checkpoint.load(["model.layers.0"])
+    with pytest.raises(
+        ModelError, match=r"model\.safetensors: model\.layers\.1\.mlp\.up_proj\.weight holds NaN or Inf"
+    ):
+        checkpoint.load(["model.layers.1"])
+
+
+def test_huge_weights_are_not_taken_for_infinite_ones(llama: Path, tmp_path: Path) -> None:
+    """Their sum overflows."""
+
+    def edit(tensors: dict[str, Tensor]) -> None:
+        tensors["model.layers.1.mlp.up_proj.weight"].fill_(3e38)
+
+    checkpoint = opened(edited(llama, tmp_path / "edited", edit))
+    checkpoint.load(["model.layers.1"])
+    assert float(checkpoint._model.get_parameter("model.layers.1.mlp.up_proj.weight").max()) == pytest.approx(3e38)
+
+
+def test_a_tensor_in_two_shards_is_refused(llama: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "twice"
+    shutil.copytree(llama, folder)
+    first, second = sorted(folder.glob("*.safetensors"))[:2]
+    name, value = next(iter(load_file(first).items()))
+    save_file(load_file(second) | {name: value}, second)
+    with pytest.raises(ModelError, match=rf"tensor {name} is in {first.name} and again in {second.name}"):
+        opened(folder)
+
+
+def git_lfs_pointer(folder: Path) -> None:
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    shard.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 40000\n")
+
+
+def truncated(folder: Path) -> None:
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-1])
+
+
+def shard_lost(folder: Path) -> None:
+    sorted(folder.glob("*.safetensors"))[1].unlink()
+
+
+def index_leads_outside(folder: Path) -> None:
+    index = folder / "model.safetensors.index.json"
+    names = json.loads(index.read_text())
+    names["weight_map"]["lm_head.weight"] = "../elsewhere.safetensors"
+    index.write_text(json.dumps(names))
+
+
+def index_is_garbage(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": [1, 2]}')
+
+
+def only_pickles(folder: Path) -> None:
+    for file in folder.glob("model*"):
+        file.unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"never opened")
+
+
+def no_weights(folder: Path) -> None:
+    for file in folder.glob("model*"):
+        file.unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (git_lfs_pointer, r"model-00002-of-.* cannot be read: .* \(a git-lfs pointer: run `git lfs pull`\)$"),
+        (truncated, r"model-00002-of-.* cannot be read: "),
+        (shard_lost, r"lacks the shard model-00002-of-.* that its index names"),
+        (index_leads_outside, r"names the shard '\.\./elsewhere\.safetensors'; it must be a plain file name"),
+        (index_is_garbage, r"is no index of a sharded checkpoint"),
+        (only_pickles, r"holds pickled weights only; convert them once"),
+        (no_weights, r"holds no model\.safetensors and no model\.safetensors\.index\.json"),
+    ],
+)
+def test_damaged_files_are_refused_in_one_line(
+    damage: Callable[[Path], None], reason: str, llama: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(llama, folder)
+    damage(folder)
+    with pytest.raises(ModelError, match=reason) as caught:
+        opened(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_shard_that_is_cut_while_the_run_goes_on_is_an_error_and_no_crash(llama: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "cut"
+    shutil.copytree(llama, folder)
+    checkpoint = opened(folder)
+    for shard in checkpoint.shards:
+        shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+    with pytest.raises(ModelError, match=r"cannot be read"):
+        checkpoint.load(["model.layers.0", "model.layers.1"])
+
+
+def lacks_an_expert(tensors: dict[str, Tensor]) -> None:
+    del tensors["model.layers.1.mlp.experts.3.up_proj.weight"]
+
+
+def expert_of_another_shape(tensors: dict[str, Tensor]) -> None:
+    tensors["model.layers.1.mlp.experts.3.up_proj.weight"] = torch.ones(24, 16)
+
+
+@pytest.mark.parametrize("edit", [lacks_an_expert, expert_of_another_shape])
+def test_experts_that_cannot_be_fused_are_refused(edit: Edit, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "whole", "qwen3_moe")
+    folder = edited(tmp_path / "whole", tmp_path / "edited", edit)
+
+    def read() -> None:
+        opened(folder).load(["model.layers.1"])
+
+    with pytest.raises(ModelError) as caught:
+        read()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_fingerprint_tells_weights_apart_and_not_places(llama: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "elsewhere"
+    shutil.copytree(llama, folder)
+    assert opened(folder).fingerprint() == opened(llama).fingerprint()
+    shard = sorted(folder.glob("*.safetensors"))[-1]
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    assert opened(folder).fingerprint() != opened(llama).fingerprint()
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rope_theta": 5.0}))
+    assert opened(folder).fingerprint() != opened(llama).fingerprint()
+
+
+def test_a_skeleton_has_shapes_and_buffers_and_nothing_else() -> None:
+    model = build_skeleton(make_config("gpt_neo"), torch.bfloat16)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    buffers = dict(model.named_buffers())
+    assert buffers
+    assert not any(buffer.is_meta for buffer in buffers.values())
+    assert not any(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("{", r"config\.json cannot be used: "),
+        ("[]", r"config\.json cannot be used: "),
+        ('{"hidden_size": 8}', r"config\.json cannot be used: "),
+        ('{"model_type": "no_such_model"}', r"config\.json cannot be used: .*no_such_model"),
+        ('{"model_type": "t5"}', r"is an encoder-decoder model; streamda reads decoder-only"),
+        ('{"model_type": "bart"}', r"is an encoder-decoder model"),
+        (
+            '{"model_type": "llama", "quantization_config": {"quant_method": "gptq", "bits": 4}}',
+            r"is a quantized checkpoint; gradients need the original weights",
+        ),
+        (
+            '{"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}',
+            r"brings its own Python code; add --trust-remote-code if you trust it",
+        ),
+    ],
+)
+def test_a_configuration_that_cannot_be_used_is_refused(content: str, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(content)
+    (tmp_path / "own.py").write_text("raise SystemExit('never run')\n")
+    with pytest.raises(ModelError, match=reason) as caught:
+        load_config(tmp_path, trust_remote_code=False)
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 3
+
+
+def test_a_folder_without_configuration_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"config\.json cannot be used"):
+        load_config(tmp_path, trust_remote_code=False)
+
+
+def test_a_model_that_is_no_language_model_is_refused() -> None:
+    config = AutoConfig.for_model("vit", hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
+    with pytest.raises(ModelError, match=r"no causal language model can be built") as caught:
+        build_skeleton(config, torch.float32)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,174 @@
+"""Imports point one way, and third parties have homes. Read from the source; nothing is imported.
+
+A module may import from layers below its own, and within its layer only where `WITHIN` says so. Imports for type
+checking count like all others, those of the standard library do not.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "streamda"
+MAX_LINES = 350
+
+LAYERS = (
+    {"errors", "files", "units", "rundir", "config"},
+    # pure: tensors and integers
+    {"layers", "memory", "batches", "plan", "factors", "cholesky", "eigen", "methods"},
+    # edges: files, data sets, the hub
+    {
+        "model_source", "checkpoint", "rows", "samples", "calibration", "boundary", "store", "solutions", "adapter",
+        "output", "model_card", "report",
+    },
+    {"blocks", "probe", "workload", "hooks", "sweep", "progress", "stopwatch"},
+    {"setup", "solve_stage", "collect_stage"},
+    {"pipeline"},
+    {"api", "inspection"},
+    {"cli", "__init__"},
+    {"__main__"},
+)  # fmt: skip
+
+WITHIN = {
+    # each step on the one before it
+    "files": {"errors"},
+    "units": {"errors", "files"},
+    "rundir": {"errors", "files", "units"},
+    "config": {"errors"},
+    "plan": {"layers", "memory"},
+    "eigen": {"cholesky"},
+    "methods": {"cholesky", "eigen", "factors"},
+    # the families of a noun
+    "samples": {"rows"},
+    "calibration": {"rows", "samples"},
+    "adapter": {"output", "model_card"},
+    # the two passes, from the bottom up
+    "probe": {"blocks"},
+    "workload": {"blocks", "probe"},
+    "sweep": {"blocks", "hooks", "progress"},
+    "collect_stage": {"setup", "solve_stage"},
+    "api": {"pipeline"},
+    "cli": {"__init__"},
+}
+
+HOMES = {
+    "accelerate": {"checkpoint"},
+    "datasets": {"rows"},
+    "google_crc32c": {"boundary", "files", "units"},
+    "huggingface_hub": {"model_source", "rows"},
+    "jinja2": {"samples"},
+    "numpy": {"store"},
+    "peft": {"adapter", "layers"},
+    "safetensors": {"adapter", "checkpoint", "solutions"},
+    "tqdm": {"progress"},
+    "transformers": {"adapter", "blocks", "calibration", "checkpoint", "layers", "samples", "setup"},
+    "typer": {"cli"},
+    "yaml": {"cli"},
+    "zarr": {"store"},  # and numcodecs, through it
+}
+"""Where each dependency is imported, no more and no less; torch is at home everywhere."""
+
+
+def module_name(path: Path) -> str:
+    """The first part below the package: a folder is one noun."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@cache
+def sources() -> dict[Path, ast.Module]:
+    return {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imported(tree: ast.Module) -> set[tuple[str, ...]]:
+    """All modules that a file imports, split at the dots; of ``from streamda import x`` also x."""
+    found: set[tuple[str, ...]] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {tuple(alias.name.split(".")) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            parts = tuple((node.module or "").split("."))
+            found |= {(*parts, alias.name) for alias in node.names} if parts == ("streamda",) else {parts}
+    return found
+
+
+def edges() -> set[tuple[str, str]]:
+    """Which module imports which, within the package."""
+    names = {module_name(path) for path in sources()}
+    return {
+        (module_name(path), parts[1] if len(parts) > 1 and parts[1] in names else "__init__")
+        for path, tree in sources().items()
+        for parts in imported(tree)
+        if parts[0] == "streamda"
+    }
+
+
+def test_every_module_has_its_layer() -> None:
+    placed = [name for layer in LAYERS for name in layer]
+    assert len(placed) == len(set(placed))
+    assert {module_name(path) for path in sources()} == set(placed)
+
+
+def test_imports_point_one_way() -> None:
+    layer_of = {name: number for number, layer in enumerate(LAYERS) for name in layer}
+    found = {(source, target) for source, target in edges() if source != target}
+    assert len(found) > 60
+    wrong = {
+        f"{source} imports {target}"
+        for source, target in found
+        if layer_of[target] > layer_of[source]
+        or (layer_of[target] == layer_of[source] and target not in WITHIN.get(source, set()))
+    }
+    assert not wrong
+
+
+def test_edges_do_not_know_each_other() -> None:
+    """Only the families of a noun, and what is kept in units."""
+    found = {(source, target) for source, target in edges() if {source, target} <= LAYERS[2] and source != target}
+    assert found <= {(source, target) for source, targets in WITHIN.items() for target in targets}
+    assert ("calibration", "samples") in found
+
+
+def test_third_parties_have_homes() -> None:
+    places: dict[str, set[str]] = {}
+    for path, tree in sources().items():
+        for parts in imported(tree):
+            if parts[0] not in sys.stdlib_module_names | {"streamda", "torch"}:
+                places.setdefault(parts[0], set()).add(module_name(path))
+    assert places == HOMES
+
+
+def test_cuda_is_spoken_to_in_one_place() -> None:
+    """`memory` measures and limits; `setup.choose_device` asks whether there is any."""
+    found: set[tuple[str, str]] = set()
+    for path, tree in sources().items():
+        for function in [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]:
+            for node in ast.walk(function):
+                if isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.cuda":
+                    found.add((module_name(path), function.name))
+    assert {module for module, _ in found} == {"memory", "setup"}
+    assert {function for module, function in found if module == "setup"} == {"choose_device"}
+    text = {module_name(path) for path in sources() if "torch.cuda" in path.read_text(encoding="utf-8")}
+    assert text == {"memory", "setup"}
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_module_is_one_noun_of_readable_size(path: Path) -> None:
+    assert path.stem not in {"utils", "helpers", "common", "misc"}
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_LINES
+    assert ast.get_docstring(sources()[path])
+
+
+def test_the_root_holds_no_logic() -> None:
+    tree = sources()[PACKAGE / "__init__.py"]
+    kinds = {type(node) for node in tree.body}
+    assert kinds <= {ast.Expr, ast.ImportFrom, ast.Assign}
+    assert ast.ImportFrom in kinds
+
+
+def test_the_package_never_reads_the_oracles() -> None:
+    assert not [path for path, tree in sources().items() for parts in imported(tree) if parts[0] == "tests"]

@@ -1,11 +1,11 @@
 """streamda: data-aware LoRA initialization for models far larger than the GPU at hand.
 
-    import streamda
+import streamda
 
-    report = streamda.initialize(model="meta-llama/Llama-2-13b-hf", dataset="my_task.jsonl",
-                                 output_dir="adapter", max_gpu_mem="24GB")
-    print(report.to_table())
-    # later, anywhere: PeftModel.from_pretrained(base, "adapter", is_trainable=True)
+report = streamda.initialize(model="meta-llama/Llama-2-13b-hf", dataset="my_task.jsonl",
+output_dir="adapter", max_gpu_mem="24GB")
+print(report.to_table())
+# later, anywhere: PeftModel.from_pretrained(base, "adapter", is_trainable=True)
 """
 
 from streamda.api import collect, initialize, solve
@@ -16,7 +16,7 @@ from streamda.store import Statistics, open_statistics
 
 __version__ = "0.1.0"
 
-__all__ = [
+__all__ = [  # noqa: RUF022 - in groups, as a table of contents
     # stages
     "collect",
     "initialize",

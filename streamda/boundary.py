@@ -66,7 +66,9 @@ class BoundaryStore:
         return name in self._held or name in self._units
 
     @contextmanager
-    def write(self, name: str, *, durable: bool = False, facts: dict[str, Any] | None = None) -> Iterator[BoundaryWriter]:
+    def write(
+        self, name: str, *, durable: bool = False, facts: dict[str, Any] | None = None
+    ) -> Iterator[BoundaryWriter]:
         """Opens a boundary for writing; it exists once the block is left normally.
 
         Args:

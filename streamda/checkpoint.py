@@ -142,7 +142,7 @@ class Checkpoint:
             for target in self._targets_below(name):
                 wanted += [(tensor, target) for tensor in self._by_target[self._aliases.get(target, target)]]
         plain = [(tensor, target) for tensor, target in wanted if not tensor.converted]
-        for tensor, value, target in self._values(plain):
+        for _, value, target in self._values(plain):
             set_module_tensor_to_device(
                 self._model, target, self._device, value=value, dtype=value.dtype, clear_cache=False
             )

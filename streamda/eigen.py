@@ -19,7 +19,7 @@ Operator = Callable[[torch.Tensor], torch.Tensor]
 """Maps a block [n, k] to [n, k]."""
 
 GUARD_VECTORS = 8
-"""Vectors carried beside the wanted ones. Fewer converge slower where eigenvalues crowd at the cut; more cost products."""
+"""Vectors carried beside the wanted ones. Fewer converge slower where eigenvalues crowd at the cut; more cost work."""
 DEPENDENT = 1e-13
 """Squared length, relative to the longest direction and to one, below which a direction is rounding."""
 PLAIN_STEPS = 6

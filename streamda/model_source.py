@@ -105,10 +105,12 @@ def _has_config(repository: str, revision: str | None) -> str | None:
 
 def _offline(repositories: list[str]) -> str:
     why = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else "no connection"
-    names = f"neither {repositories[0]} nor {repositories[1]} is" if len(repositories) > 1 else f"{repositories[0]} is not"
+    names = (
+        f"neither {repositories[0]} nor {repositories[1]} is" if len(repositories) > 1 else f"{repositories[0]} is not"
+    )
     return (
-        f"{names} in the local cache, and the hub cannot be reached ({why}): run `hf download {repositories[-1]}` while "
-        "online, or give --model a local folder"
+        f"{names} in the local cache, and the hub cannot be reached ({why}): run `hf download {repositories[-1]}` "
+        "while online, or give --model a local folder"
     )
 
 

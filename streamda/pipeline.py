@@ -1,10 +1,10 @@
 """The stages, each as one page: plan, collect, solve, and `initialize`, which is all of them.
 
-    skeleton, samples, plan          nothing is read yet, and every refusal happens here
-    prologue, blocks up, epilogue    pass 1a: boundary states are spilled
-    blocks down                      pass 1b: statistics of a block are committed ...
-      solve                          pass 2:  ... and solved, and freed unless they are kept
-    adapter, report
+skeleton, samples, plan          nothing is read yet, and every refusal happens here
+prologue, blocks up, epilogue    pass 1a: boundary states are spilled
+blocks down                      pass 1b: statistics of a block are committed ...
+solve                          pass 2:  ... and solved, and freed unless they are kept
+adapter, report
 """
 
 from __future__ import annotations
@@ -129,9 +129,10 @@ def solve(config: RunConfig, *, quiet: bool = False) -> InitReport:
         report.data = dict(facts["data"])
         report.notices = list(facts["notices"])
         report.loss = facts.get("loss")
-        with Stopwatch(report, "solve", meter), Progress(meter, quiet=quiet).pass_over(
-            "solve", len(facts["adapted_blocks"]), 0
-        ) as bar:
+        with (
+            Stopwatch(report, "solve", meter),
+            Progress(meter, quiet=quiet).pass_over("solve", len(facts["adapted_blocks"]), 0) as bar,
+        ):
             for index in facts["adapted_blocks"]:
                 bar.working_on(f"block {index}")
                 if not solver.is_solved(run.units, index):
@@ -281,9 +282,7 @@ def _announce(progress: Progress, prepared: Prepared, verbose: bool) -> None:
         progress.say(describe_sample(prepared.calibration.samples[0], prepared.tokenizer))
 
 
-def _write_adapter(
-    output: Path, run: RunDirectory, report: InitReport, config: RunConfig, skeleton: Any
-) -> None:
+def _write_adapter(output: Path, run: RunDirectory, report: InitReport, config: RunConfig, skeleton: Any) -> None:
     """Gathers the solved blocks into a PEFT adapter with the report beside it."""
     factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     for index in run.settings["adapted_blocks"]:

@@ -1,6 +1,7 @@
 """The planner: what a run needs, and how it is cut so that it fits. Plain integers; no tensor, no file, no device.
 
-How a block's statistics are cut is in `streamda.panels`. Every peak is a sum of what is alive at the worst moment of a phase; the terms stand beside their names below.
+How a block's statistics are cut is in `streamda.panels`. Every peak is a sum of what is alive at the worst moment of a
+phase; the terms stand beside their names below.
 """
 
 from __future__ import annotations
@@ -228,7 +229,8 @@ def _fixed_peaks(workload: Workload, rank: int, logit_rows: int) -> dict[str, in
     }
     if rank:
         peaks["solve"] = base + max(
-            (_solve_bytes(group.d_in, cost.spec, rank) for cost in workload.blocks for group in cost.spec.groups), default=0
+            (_solve_bytes(group.d_in, cost.spec, rank) for cost in workload.blocks for group in cost.spec.groups),
+            default=0,
         )
     return peaks
 
@@ -272,10 +274,15 @@ def _flops(workload: Workload, schedule: Sequence[tuple[Replay, ...]], rank: int
     for cost, replays in zip(workload.blocks, schedule, strict=True):
         for item in replays or (Replay(()),):
             replay += (4 if item.needs_backward else 2) * cost.weight_count * rows
-        statistics += sum(2 * (p.stop - p.start) * (p.columns + p.start) // 2 * rows for r in replays for p in r.panels
-                          if p.statistic == "input_moment")
-        statistics += sum(2 * (p.stop - p.start) * p.columns * rows for r in replays for p in r.panels
-                          if p.statistic == "gradient")
+        statistics += sum(
+            2 * (p.stop - p.start) * (p.columns + p.start) // 2 * rows
+            for r in replays
+            for p in r.panels
+            if p.statistic == "input_moment"
+        )
+        statistics += sum(
+            2 * (p.stop - p.start) * p.columns * rows for r in replays for p in r.panels if p.statistic == "gradient"
+        )
         if rank:
             solve += sum(group.d_in**3 // 3 for group in cost.spec.groups)
     head = 4 * workload.num_labels * workload.vocab_size * workload.hidden_size

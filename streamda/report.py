@@ -61,11 +61,14 @@ class InitReport:
     def _overview(self) -> list[str]:
         lines = ["streamda: LoRA-DA initialization"]
         if self.model:
-            lines.append(f"  model        {self.model['name']}  ({self.model['num_blocks']} blocks, {self.model['dtype']})")
+            lines.append(
+                f"  model        {self.model['name']}  ({self.model['num_blocks']} blocks, {self.model['dtype']})"
+            )
         if self.data:
             lines.append(
                 f"  data         {self.data['source']}  ({self.data['num_samples']} samples, "
-                f"{self.data['num_tokens']} tokens; {self.data['num_truncated']} cut, {self.data['num_skipped']} skipped)"
+                f"{self.data['num_tokens']} tokens; {self.data['num_truncated']} cut, "
+                f"{self.data['num_skipped']} skipped)"
             )
         if self.loss is not None:
             lines.append(f"  loss         {self.loss:.4f}  (base model, mean over samples)")
@@ -90,9 +93,7 @@ class InitReport:
         if not self.seconds:
             return []
         longest = max(max(self.seconds.values()), 1e-9)
-        rows = [
-            [phase, f"{value:.1f} s", "#" * round(_BAR * value / longest)] for phase, value in self.seconds.items()
-        ]
+        rows = [[phase, f"{value:.1f} s", "#" * round(_BAR * value / longest)] for phase, value in self.seconds.items()]
         read = self.bytes.get("weights_read", 0)
         stored = self.bytes.get("checkpoint", 0)
         lines = ["", "time", *table(["phase", "seconds", ""], rows)]
@@ -160,7 +161,8 @@ def plan_table(plan: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     rows = [[phase, format_size(peak)] for phase, peak in plan["peaks"].items()]
     flops = [[phase, f"{count / 1e12:.3g}"] for phase, count in plan["flops"].items()]
     lines = [
-        f"plan for {facts['model']}  ({facts['num_blocks']} blocks, {facts['num_layers']} adapted layers, {facts['dtype']})",
+        f"plan for {facts['model']}  ({facts['num_blocks']} blocks, {facts['num_layers']} adapted layers, "
+        f"{facts['dtype']})",
         f"  budget             {format_size(facts['budget_bytes'])}; smallest that would do "
         f"{format_size(facts['smallest_budget_bytes'])}",
         f"  data               {facts['num_samples']} samples, {facts['num_tokens']} tokens, "

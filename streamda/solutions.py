@@ -20,7 +20,11 @@ def solve_unit(index: int) -> str:
 
 
 def write_solutions(
-    units: UnitStore, index: int, digest: str, solutions: Sequence[LayerSolution], facts: Mapping[str, Mapping[str, Any]]
+    units: UnitStore,
+    index: int,
+    digest: str,
+    solutions: Sequence[LayerSolution],
+    facts: Mapping[str, Mapping[str, Any]],
 ) -> None:
     """Commits the solutions of a block.
 

@@ -88,7 +88,9 @@ class BlockStatisticsWriter:
         self._slugs = _slugs(spec)
         self._spec = spec
         with self._writing():
-            root = zarr.create_group(zarr.storage.LocalStore(self._folder), attributes={"format": "streamda-statistics"})
+            root = zarr.create_group(
+                zarr.storage.LocalStore(self._folder), attributes={"format": "streamda-statistics"}
+            )
             self._groups = {name: root.create_group(slug) for name, slug in self._slugs.items()}
             for linear in spec.linears:
                 self._create(linear.name, "gradient_sum", (linear.d_out, linear.d_in), codec)
@@ -235,7 +237,9 @@ class BlockStatisticsReader:
     def _read(self, array: zarr.Array[Any], *where: slice) -> torch.Tensor:
         with self._reading():
             values = torch.from_numpy(np.asarray(array[where], dtype=np.float32))
-        if not bool(torch.isfinite(values.sum())):  # sums were checked to be finite, and far from overflow, when written
+        if not bool(
+            torch.isfinite(values.sum())
+        ):  # sums were checked to be finite, and far from overflow, when written
             raise self._damage(f"{array.name} holds values that were never written; a chunk is missing")
         return values
 

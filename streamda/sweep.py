@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - torch's own convention
+import torch.nn.functional as F
 
 from streamda.batches import Batch
 from streamda.blocks import DecoderStack
@@ -141,7 +141,9 @@ class Sweep:
                 "num_samples": sum(batch.input_ids.shape[0] for batch in self._batches),
                 "num_tokens": 0,
                 "weight_norm": float(
-                    torch.linalg.vector_norm(self._stack.model.get_parameter(f"{linear.name}.weight"), dtype=torch.float64)
+                    torch.linalg.vector_norm(
+                        self._stack.model.get_parameter(f"{linear.name}.weight"), dtype=torch.float64
+                    )
                 ),
             }
             for linear in spec.linears
@@ -215,9 +217,7 @@ class Sweep:
             assert hidden.grad is not None
             yield hidden.grad
 
-    def _loss_gradient(
-        self, batch: Batch, hidden: torch.Tensor, logit_rows: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _loss_gradient(self, batch: Batch, hidden: torch.Tensor, logit_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Sum of the per-sample mean losses of a micro-batch, and its gradient [batch, tokens, hidden]."""
         flat = hidden.reshape(-1, hidden.shape[-1])  # [rows, hidden]
         gradient = torch.zeros_like(flat)

@@ -1,7 +1,6 @@
 """Settings that every test shares."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-import torch  # noqa: E402 - after the environment is set
+import torch
 
 GOLDEN = Path(__file__).parent / "golden" / "tiny-llama"
 
@@ -22,7 +21,9 @@ GOLDEN = Path(__file__).parent / "golden" / "tiny-llama"
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skips `gpu` tests where there is none, and tests of the real model where it has not been made."""
     no_gpu = pytest.mark.skip(reason="needs an NVIDIA GPU, and torch sees none")
-    no_model = pytest.mark.skip(reason="needs the real model: run `make test`, or set STREAMDA_TEST_MODEL to its folder")
+    no_model = pytest.mark.skip(
+        reason="needs the real model: run `make test`, or set STREAMDA_TEST_MODEL to its folder"
+    )
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(no_gpu)
@@ -39,6 +40,5 @@ def smollm2() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _same_seed() -> Iterator[None]:
+def _same_seed() -> None:
     torch.manual_seed(0)
-    yield

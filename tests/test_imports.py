@@ -19,7 +19,7 @@ MAX_LINES = 350
 LAYERS = (
     {"errors", "files", "units", "rundir", "config"},
     # pure: tensors and integers
-    {"layers", "memory", "batches", "plan", "factors", "cholesky", "eigen", "methods"},
+    {"layers", "memory", "batches", "panels", "plan", "factors", "cholesky", "eigen", "methods"},
     # edges: files, data sets, the hub
     {
         "model_source", "checkpoint", "rows", "samples", "calibration", "boundary", "store", "solutions", "adapter",
@@ -39,7 +39,8 @@ WITHIN = {
     "units": {"errors", "files"},
     "rundir": {"errors", "files", "units"},
     "config": {"errors"},
-    "plan": {"layers", "memory"},
+    "panels": {"layers"},
+    "plan": {"layers", "memory", "panels"},
     "eigen": {"cholesky"},
     "methods": {"cholesky", "eigen", "factors"},
     # the families of a noun

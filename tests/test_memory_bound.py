@@ -116,7 +116,9 @@ def test_a_budget_that_cannot_do_is_refused_with_the_one_that_can(tmp_path: Path
     data = tmp_path / "data.jsonl"
     data.write_text('{"input_ids": [5, 6, 7, 8, 9], "labels": [5, 6, 7, 8, 9]}\n')
     options = {"model": str(model), "dataset": str(data), "output_dir": str(tmp_path / "adapter")}
-    with pytest.raises(BudgetError, match=r"budget of 20.00 MB is too small.* need .* at least; use --max-gpu-mem") as refusal:
+    with pytest.raises(
+        BudgetError, match=r"budget of 20.00 MB is too small.* need .* at least; use --max-gpu-mem"
+    ) as refusal:
         streamda.initialize(**options, max_gpu_mem="20MB")
     assert not (tmp_path / "adapter.work").exists()
     smallest = str(refusal.value).split("--max-gpu-mem ")[1].split(" ")[0]

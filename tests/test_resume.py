@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from streamda.errors import ConfigError, MismatchError
-from streamda.files import read_json
 
 import streamda
+from streamda.errors import ConfigError, MismatchError
+from streamda.files import read_json
 from tests.golden_options import golden_options
 
 # STREAMDA_KILL_AT makes the process kill itself with SIGKILL the N-th time that it reaches a named point
@@ -106,7 +106,10 @@ def test_sigterm_stops_with_75_and_the_same_command_continues(tmp_path: Path, un
     options = golden_options(tmp_path)
     arguments = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     process = subprocess.Popen(
-        [sys.executable, "-m", "streamda", "init", *arguments], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "streamda", "init", *arguments],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     units = tmp_path / "adapter.work" / "units"
     deadline = time.monotonic() + 60

@@ -106,9 +106,7 @@ def test_batching_and_the_place_of_boundary_states_do_not_matter(
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT calls a name that transformers is renaming
-def test_logits_are_those_of_the_weights_changed_by_hand(
-    run: tuple[streamda.InitReport, Path], smollm2: Path
-) -> None:
+def test_logits_are_those_of_the_weights_changed_by_hand(run: tuple[streamda.InitReport, Path], smollm2: Path) -> None:
     _, folder = run
     ids = AutoTokenizer.from_pretrained(smollm2)("Rivers carry sand to the sea.", return_tensors="pt").input_ids
     base = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)

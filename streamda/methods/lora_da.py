@@ -11,9 +11,9 @@ Normalizing D by its largest singular value sigma scales Omega as a whole, hence
 
 The operator at work is ``-Omega`` scaled to order one: ``v -> alpha D (D^T v) - c Z^-1 v``. Applying it costs two
 triangular solves and four thin products; the Cholesky factorization, shared by the layers that read one input, is
-nearly all that is left. Where beta is large, the wanted eigenvectors lie where ``Z^-1`` is small and the operator hardly
-tells them apart; there ``Z`` itself, applied to the residuals, is the preconditioner that does. With alpha = 0 they are
-the top eigenvectors of ``Z``, and ``Z`` is the operator.
+nearly all that is left. Where beta is large, the wanted eigenvectors lie where ``Z^-1`` is small and the operator
+hardly tells them apart; there ``Z`` itself, applied to the residuals, is the preconditioner that does. With alpha = 0
+they are the top eigenvectors of ``Z``, and ``Z`` is the operator.
 """
 
 from __future__ import annotations

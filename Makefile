@@ -27,10 +27,10 @@ demo: $(VENV)/.ready $(MODEL)/config.json  ## a real 135M model from checkpoint 
 	$(BIN)/python tools/demo.py $(MODEL)
 
 test: $(VENV)/.ready $(MODEL)/config.json  ## all tests, the real model included
-	STREAMDA_TEST_MODEL=$(MODEL) $(BIN)/python -m pytest -q
+	STREAMDA_TEST_MODEL=$(MODEL) $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-fast: $(VENV)/.ready  ## tests without the real model
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow"
 
 lint: $(VENV)/.ready  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -87,7 +87,7 @@ def collect(config: RunConfig, *, quiet: bool = False, verbose: bool = False) ->
         raise ConfigError("no folder for the statistics is given; use --statistics DIR")
     work = Path(config.statistics)
     _require_apart(config, output=None, work=work)
-    prepared = prepare(config, weights=True)
+    prepared = prepare(config, weights=True, solves=False)
     made = prepared.plan(solves=False, keep_statistics=True)
     checkpoint = Checkpoint(prepared.source.folder, prepared.stack.model, prepared.device)
     parts = fingerprint_parts(prepared, checkpoint.fingerprint())

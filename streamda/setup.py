@@ -107,12 +107,13 @@ class Prepared:
         return micro_batch_candidates(self.config.collect.micro_batch_tokens, self.lengths, self.device)
 
 
-def prepare(config: RunConfig, *, weights: bool) -> Prepared:
+def prepare(config: RunConfig, *, weights: bool, solves: bool = True) -> Prepared:
     """Finds and checks everything that a run needs, without reading a weight.
 
     Args:
         config: the run.
         weights: whether the weights will be read, and so must be there (or downloaded).
+        solves: whether the run solves, and so needs a rank that fits every layer.
 
     Raises:
         StreamdaError: of the kind that fits; always before any work.
@@ -130,7 +131,8 @@ def prepare(config: RunConfig, *, weights: bool) -> Prepared:
     stack.fill_small_parameters()
     stack.find_output_form()
     targets = find_targets(stack.model, stack.prefixes, config.collect.target_modules)
-    require_rank(targets.linears, config.solve.rank)
+    if solves:
+        require_rank(targets.linears, config.solve.rank)
     tokenizer = load_tokenizer(source.folder, config.trust_remote_code)
     calibration = load_calibration(
         config.data, tokenizer, vocab_size=stack.vocab_size, max_positions=max_positions(model_config)

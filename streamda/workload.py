@@ -38,9 +38,16 @@ class WorkloadModel:
         self._num_labels = num_labels
         self._stored_dtype_bytes = stored_dtype_bytes
         self._dtype = stack.model.dtype
+        self._probes: dict[object, BlockProbe] = {}
+        self._known: dict[int, Workload] = {}
 
     def at(self, micro_batch_tokens: int) -> Workload:
         """Costs with micro-batches of at most so many tokens."""
+        if micro_batch_tokens not in self._known:
+            self._known[micro_batch_tokens] = self._measure(micro_batch_tokens)
+        return self._known[micro_batch_tokens]
+
+    def _measure(self, micro_batch_tokens: int) -> Workload:
         stack, itemsize = self._stack, self._dtype.itemsize
         batches = make_micro_batches(self._lengths, micro_batch_tokens)
         worst = max(batches, key=lambda batch: batch.num_rows)
@@ -69,17 +76,10 @@ class WorkloadModel:
     def _block_costs(self, batches: Sequence[MicroBatch]) -> tuple[BlockCost, ...]:
         """Probes each kind of block once: a 70B model has eighty blocks of one kind."""
         stack = self._stack
-        known: dict[object, list[BlockProbe]] = {}
         costs = []
         calls = [stack.calls(len(batch.samples), batch.length) for batch in batches]
         for index, (prefix, block) in enumerate(zip(stack.prefixes, stack.blocks, strict=True)):
-            kind = (_structure(block), tuple(_arguments(call[index]) for call in calls))
-            if kind not in known:
-                known[kind] = [
-                    probe_block(block, call[index], (len(batch.samples), batch.length, stack.hidden_size), self._dtype)
-                    for batch, call in zip(batches, calls, strict=True)
-                ]
-            probes = known[kind]
+            probes = [self._probe(block, call[index], batch) for batch, call in zip(batches, calls, strict=True)]
             linears = tuple(spec for spec in self._targets.linears if spec.name.startswith(prefix + "."))
             spec = BlockSpec(index, prefix, linears, input_groups(prefix, probes[0], linears))
             count = _num_parameters(block)
@@ -93,6 +93,13 @@ class WorkloadModel:
                 )
             )
         return tuple(costs)
+
+    def _probe(self, block: nn.Module, call: BlockCall, batch: MicroBatch) -> BlockProbe:
+        shape = (len(batch.samples), batch.length, self._stack.hidden_size)
+        kind = (_structure(block), _arguments(call), shape)
+        if kind not in self._probes:
+            self._probes[kind] = probe_block(block, call, shape, self._dtype)
+        return self._probes[kind]
 
 
 def micro_batch_candidates(setting: str, lengths: Sequence[int], device: torch.device) -> tuple[int, ...]:

@@ -152,15 +152,7 @@ class DecoderStack:
             try:
                 self._calls.clear()
                 self.calls(1, 3)
-            except (
-                AttributeError,
-                IndexError,
-                KeyError,
-                NotImplementedError,
-                RuntimeError,
-                TypeError,
-                ValueError,
-            ) as error:
+            except _FAILURES as error:
                 reasons[self._num_extras] = str(error).splitlines()[0] if str(error) else type(error).__name__
         # a model that takes short tuples may still hand on the rest of a longer one, so all forms were tried
         works = [form for form in (None, *range(MAX_EXTRAS + 1)) if form not in reasons]

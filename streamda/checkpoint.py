@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -289,7 +289,8 @@ def _opened(shard: Path) -> Iterator[Any]:
         with safe_open(shard, framework="pt", backend="pread") as handle:
             yield handle
     except (SafetensorError, OSError) as error:
-        with shard.open("rb") as stream:
+        hint = ""
+        with suppress(OSError), shard.open("rb") as stream:
             hint = (
                 " (a git-lfs pointer: run `git lfs pull`)" if stream.read(20).startswith(b"version https://git") else ""
             )

@@ -7,8 +7,6 @@ GEMM rate on two cores, and needs a second matrix for its result.
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 BLOCK_ROWS = 512
@@ -91,8 +89,3 @@ def multiply(factor: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
         result[start:stop].addmm_(factor[start:stop, :start], half[:start])
         result[start:stop].addmm_(factor[start:stop, start:stop].tril(), half[start:stop])
     return result
-
-
-def factorization_flops(size: int) -> int:
-    """Multiplications and additions of a factorization of order `size`."""
-    return math.ceil(size**3 / 3)

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, Literal, NoReturn, get_args, get_type_hints
 
+import torch
 import typer
 import yaml
 
@@ -170,9 +171,7 @@ def collect_command(**options: Any) -> None:
 
 
 @app.command("solve")
-@_with_options(
-    _options(only=("output_dir", "statistics", "device", "overwrite", "seed", "trust_remote_code", "max_gpu_mem"))
-)
+@_with_options(_options(only=("output_dir", "statistics", "device", "overwrite", "seed", "trust_remote_code")))
 def solve_command(**options: Any) -> None:
     """Solve an adapter from collected statistics, as often as wanted."""
     quiet, _, as_json = _take_flags(options)
@@ -220,7 +219,8 @@ def main() -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error).lower():
+        out = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error).lower()
+        if not out:
             raise
         reason = BudgetError("out of memory in spite of the plan; free some, or use a smaller --max-length")
         code = _report_error(reason, reason.exit_code, verbose)

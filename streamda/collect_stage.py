@@ -50,6 +50,7 @@ class Collection:
         self._sweep = Sweep(prepared.stack, checkpoint, self._batches, self._boundaries)
         self._specs = [cost.spec for cost in prepared.work.at(plan.micro_batch_tokens).blocks]
         self._lowest = prepared.lowest_block
+        self._keeps = bool(run.settings["keeps_statistics"])
 
     def collect(self, solver: Solver | None) -> None:
         """Runs both passes from wherever an earlier run stopped.
@@ -115,7 +116,7 @@ class Collection:
         below = index == self._lowest or grads(index) in self._boundaries or self._is_past(index - 1)
         if not self._specs[index].linears:
             return below
-        solved = solver is not None and solver.is_solved(units, index)
+        solved = solver is not None and not self._keeps and solver.is_solved(units, index)
         return below and (solved or stats_unit(index) in units)
 
     def _is_past(self, index: int) -> bool:
@@ -123,7 +124,8 @@ class Collection:
         if index < self._lowest:
             return True
         units = self._run.units
-        here = stats_unit(index) in units or solve_unit(index) in units or not self._specs[index].linears
+        solved = not self._keeps and solve_unit(index) in units
+        here = solved or stats_unit(index) in units or not self._specs[index].linears
         return here and (index == self._lowest or grads(index) in self._boundaries or self._is_past(index - 1))
 
     def _collect_block(self, spec: BlockSpec) -> None:
@@ -150,7 +152,7 @@ class Collection:
         if not solver.is_solved(units, index):
             with Stopwatch(self._report, "solve", self._meter):
                 solver.solve(units, index)
-        if not self._prepared.config.keep_statistics and stats_unit(index) in units:
+        if not self._keeps and stats_unit(index) in units:
             units.drop(stats_unit(index))
 
     def _forget(self, index: int) -> None:

@@ -20,6 +20,8 @@ from huggingface_hub.errors import (
 from streamda.errors import ModelError
 
 CONFIG_FILES = ("*.json", "tokenizer*", "*.jinja", "*.model", "*.txt")
+OTHER_FORMATS = ["consolidated*", "original/*"]
+"""The same weights once more, in their makers' own format."""
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 
 
@@ -37,7 +39,7 @@ class ModelSource:
     """What the user should know about how it was found."""
 
 
-def find_model(model: str, revision: str | None, *, weights: bool) -> ModelSource:
+def find_model(model: str, revision: str | None, *, weights: bool, code: bool = False) -> ModelSource:
     """Finds a model locally or on the hub; downloads what is missing unless offline.
 
     Args:
@@ -45,6 +47,7 @@ def find_model(model: str, revision: str | None, *, weights: bool) -> ModelSourc
             (``meta-llama/Llama-2-13b``) stands for that sibling.
         revision: branch, tag or commit on the hub.
         weights: whether the weights are needed, or the configuration and tokenizer only.
+        code: whether the model's own Python code is trusted, and so needed.
 
     Raises:
         ModelError: not found, gated, or offline and not in the cache.
@@ -71,7 +74,7 @@ def find_model(model: str, revision: str | None, *, weights: bool) -> ModelSourc
             raise ModelError(_offline(repositories)) from error
         if reason is None:
             notices = () if repository == model else (f"{model} is not in transformers format; using {repository}",)
-            folder = _download(repository, revision, weights)
+            folder = _download(repository, revision, weights, code)
             commit = folder.name if folder.parent.name == "snapshots" else revision
             return ModelSource(folder, repository, commit, notices)
         reasons.append(reason)
@@ -99,7 +102,7 @@ def _has_config(repository: str, revision: str | None) -> str | None:
     except HFValidationError:
         return f"{repository} is neither a local folder nor a valid hub id"
     except HfHubHTTPError as error:
-        return f"{repository}: the hub answered {str(error).splitlines()[0]}"
+        return f"{repository}: the hub answered {(str(error).splitlines() or ['an error'])[0]}"
     return None
 
 
@@ -114,11 +117,12 @@ def _offline(repositories: list[str]) -> str:
     )
 
 
-def _download(repository: str, revision: str | None, weights: bool) -> Path:
-    patterns = [*CONFIG_FILES, *(WEIGHT_FILES if weights else ())]
+def _download(repository: str, revision: str | None, weights: bool, code: bool) -> Path:
+    patterns = [*CONFIG_FILES, *(WEIGHT_FILES if weights else ()), *(("*.py",) if code else ())]
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+        return Path(
+            snapshot_download(repository, revision=revision, allow_patterns=patterns, ignore_patterns=OTHER_FORMATS)
+        )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ModelError(
-            f"{repository}: the download did not finish ({str(error).splitlines()[0]}); run the same command again"
-        ) from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{repository}: the download did not finish ({reason}); run the same command again") from error

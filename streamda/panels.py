@@ -69,6 +69,21 @@ def statistics_bytes(spec: BlockSpec) -> int:
     return sum(panel.num_bytes for panel in block_panels(spec))
 
 
+def stored_bytes(spec: BlockSpec) -> int:
+    """Bytes of a block's statistics on disk: tiles at the edge of a statistic are stored whole."""
+
+    def padded(side: int) -> int:
+        tile = min(PANEL_ROWS, side)
+        return -(-side // tile) * tile
+
+    return FLOAT32_BYTES * sum(
+        padded(panel.stop - panel.start) * padded(panel.columns)
+        if panel.start == 0
+        else PANEL_ROWS * padded(panel.columns)
+        for panel in block_panels(spec)
+    )
+
+
 def pack_replays(panels: Sequence[Panel], capacity_bytes: int) -> tuple[Replay, ...] | None:
     """Packs panels into as few replays as their order allows; None if one alone does not fit."""
     replays: list[list[Panel]] = []

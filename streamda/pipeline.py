@@ -9,35 +9,29 @@ adapter, report
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from streamda import files
 from streamda.adapter import AdapterFacts, check_adapter, require_writable_output, write_adapter
 from streamda.calibration import describe_sample
 from streamda.checkpoint import Checkpoint, build_skeleton, load_config
 from streamda.collect_stage import Collection
 from streamda.config import RunConfig
-from streamda.errors import ConfigError, DamagedError, StorageError
-from streamda.memory import PeakMeter, bound_allocator, enforce_device_limit, format_size
+from streamda.errors import ConfigError, DamagedError
+from streamda.layers import require_rank
+from streamda.memory import PeakMeter, bound_allocator, enforce_device_limit
 from streamda.plan import Plan
 from streamda.progress import Progress
 from streamda.report import REPORT_FILE, InitReport, read_report
 from streamda.rundir import RunDirectory, canonical_digest
+from streamda.session import CONFIG_COPY, new_report, open_run, remove_leftover
 from streamda.setup import Prepared, choose_device, fingerprint_parts, measure_flops, prepare, versions
-from streamda.solutions import read_factors, read_summaries
+from streamda.solutions import SolvedFactors, read_summaries
 from streamda.solve_stage import Solver
 from streamda.stopwatch import Stopwatch
-from streamda.store import stats_unit
-
-DISK_RESERVE_BYTES = 500_000_000
-"""Left free beside what a run needs, so that a full disk stops us before it stops others."""
-CONFIG_COPY = "model"
-"""Folder inside a run with a copy of the model's config.json, all that `solve` needs of the model."""
+from streamda.store import BlockStatisticsReader, stats_unit
 
 
 def initialize(config: RunConfig, *, quiet: bool = False, verbose: bool = False) -> InitReport:
@@ -61,22 +55,22 @@ def initialize(config: RunConfig, *, quiet: bool = False, verbose: bool = False)
     solver = _solver(config, prepared.population_size, prepared.device)
     digest = canonical_digest({"parts": parts, "solve": solver.settings})
     if not config.overwrite and (done := _finished(output, digest, prepared)) is not None:
-        if not config.keep_statistics:
-            _remove_run(work, parts)
+        remove_leftover(work, parts)
         return done
     require_writable_output(output, config.overwrite)
     with _meter(prepared) as meter:
         progress = Progress(meter, quiet=quiet)
         _announce(progress, prepared, verbose)
-        with _open_run(work, prepared, parts, made, solves=True) as (run, made):
-            report = _new_report(prepared, made)
+        with open_run(work, prepared, parts, made, solves=True) as (run, made):
+            report = new_report(prepared, made)
             Collection(prepared, checkpoint, run, made, meter, progress, report).collect(solver)
             report.output_dir = str(output)
-            report.statistics_dir = str(work) if config.keep_statistics else None
+            keeps = bool(run.settings["keeps_statistics"])
+            report.statistics_dir = str(work) if keeps else None
             report.model["fingerprint"] = digest
             with Stopwatch(report, "write", meter):
                 _write_adapter(output, run, report, config, prepared.stack.model)
-            if not config.keep_statistics:
+            if not keeps:
                 run.remove()
     return report
 
@@ -94,8 +88,8 @@ def collect(config: RunConfig, *, quiet: bool = False, verbose: bool = False) ->
     with _meter(prepared) as meter:
         progress = Progress(meter, quiet=quiet)
         _announce(progress, prepared, verbose)
-        with _open_run(work, prepared, parts, made, solves=False) as (run, made):
-            report = _new_report(prepared, made)
+        with open_run(work, prepared, parts, made, solves=False) as (run, made):
+            report = new_report(prepared, made)
             Collection(prepared, checkpoint, run, made, meter, progress, report).collect(None)
             report.statistics_dir = str(work)
     return report
@@ -124,6 +118,9 @@ def solve(config: RunConfig, *, quiet: bool = False) -> InitReport:
                 f"{config.statistics} lacks the statistics of {len(missing)} blocks; finish `collect` with the same "
                 "options first"
             )
+        for index in facts["adapted_blocks"]:
+            require_rank(BlockStatisticsReader(run.units, index).spec.linears, config.solve.rank)
+        bound_allocator(device)
         solver = _solver(config, config.solve.population_size or facts["population_size"], device)
         report = InitReport(config=config.to_dict(), versions=versions(), model=dict(facts["model"]))
         report.data = dict(facts["data"])
@@ -141,7 +138,9 @@ def solve(config: RunConfig, *, quiet: bool = False) -> InitReport:
         report.output_dir, report.statistics_dir = str(output), config.statistics
         report.model["fingerprint"] = canonical_digest({"parts": dict(run.parts), "solve": solver.settings})
         model_config = load_config(run.path / CONFIG_COPY, config.trust_remote_code)
-        _write_adapter(output, run, report, config, build_skeleton(model_config, torch.float32))
+        _write_adapter(
+            output, run, report, config, build_skeleton(model_config, torch.float32, config.trust_remote_code)
+        )
     return report
 
 
@@ -182,8 +181,12 @@ def _require_apart(config: RunConfig, output: Path | None, work: Path) -> None:
     """The model, the adapter and the run's state each have a folder of their own."""
     places = {"--work-dir or --statistics": work} | ({} if output is None else {"--output-dir": output})
     resolved = {name: path.resolve() for name, path in places.items()}
-    if len(set(resolved.values())) < len(resolved):
-        raise ConfigError(f"--output-dir and the run's folder are both {work}; give them different folders")
+    if output is not None:
+        inner, outer = output.resolve(), work.resolve()
+        if inner == outer or inner in outer.parents or outer in inner.parents:
+            raise ConfigError(
+                f"--output-dir {output} and the run's folder {work} must lie beside each other, not in one"
+            )
     model = Path(config.model).resolve() if config.model is not None and Path(config.model).is_dir() else None
     for name, path in resolved.items():
         if model is not None and (path == model or model in path.parents):
@@ -201,80 +204,6 @@ def _meter(prepared: Prepared) -> PeakMeter:
     return PeakMeter(prepared.device)
 
 
-@contextmanager
-def _open_run(
-    work: Path, prepared: Prepared, parts: dict[str, dict[str, Any]], made: Plan, *, solves: bool
-) -> Iterator[tuple[RunDirectory, Plan]]:
-    """Opens or continues a run directory, with the plan that it was, or will be, run with."""
-    config = prepared.config
-    if not (work / "run.json").exists():
-        _require_space(work, made)
-    with RunDirectory.open(work, parts, settings={}, resume=config.resume, restart=config.overwrite) as run:
-        chosen = run.settings.get("micro_batch_tokens")
-        if chosen is not None and chosen != made.micro_batch_tokens:
-            # the bits of a run depend on its micro-batches, so a continued one keeps them under any budget
-            keeps = config.keep_statistics or not solves
-            made = prepared.plan(solves=solves, keep_statistics=keeps, micro_batch_tokens=chosen)
-        run.update_settings(_run_facts(prepared, made))
-        files.make_folders(run.path / CONFIG_COPY)
-        files.write_json_atomic(
-            run.path / CONFIG_COPY / "config.json", files.read_json(prepared.source.folder / "config.json")
-        )
-        yield run, made
-
-
-def _require_space(work: Path, made: Plan) -> None:
-    """Refuses to begin what the disk cannot hold."""
-    free = files.free_bytes(work)
-    if free < made.disk_bytes + DISK_RESERVE_BYTES:
-        raise StorageError(
-            f"{work} has {format_size(free)} free and the run needs {format_size(made.disk_bytes)} and a reserve of "
-            f"{format_size(DISK_RESERVE_BYTES)}; give --work-dir on a larger disk, or use fewer or shorter samples"
-        )
-
-
-def _run_facts(prepared: Prepared, made: Plan) -> dict[str, Any]:
-    """What a run remembers of itself, so that `solve` needs nothing else."""
-    report = _new_report(prepared, made)
-    return {
-        "micro_batch_tokens": made.micro_batch_tokens,
-        "population_size": prepared.population_size,
-        "adapted_blocks": [index for index, replays in enumerate(made.replays) if replays],
-        "model": report.model,
-        "data": report.data,
-        "notices": report.notices,
-    }
-
-
-def _new_report(prepared: Prepared, made: Plan) -> InitReport:
-    calibration = prepared.calibration
-    return InitReport(
-        config=prepared.config.to_dict(),
-        versions=versions(),
-        model={
-            "name": prepared.source.name,
-            "revision": prepared.source.revision,
-            "num_blocks": len(prepared.stack.blocks),
-            "num_layers": len(prepared.targets.linears),
-            "dtype": str(prepared.dtype).removeprefix("torch."),
-        },
-        data={
-            "source": calibration.source,
-            "is_shipped": calibration.is_shipped,
-            "num_samples": len(calibration.samples),
-            "num_tokens": sum(prepared.lengths),
-            "num_rows": prepared.num_rows(made.micro_batch_tokens),
-            "num_label_tokens": sum(sample.num_label_tokens for sample in calibration.samples),
-            "num_truncated": calibration.num_truncated,
-            "num_skipped": calibration.num_skipped,
-            "population_size": prepared.population_size,
-        },
-        plan=made.to_dict(),
-        budget_bytes=prepared.budget.device_bytes,
-        notices=list(prepared.notices),
-    )
-
-
 def _announce(progress: Progress, prepared: Prepared, verbose: bool) -> None:
     for notice in prepared.notices:
         progress.say(f"note: {notice}")
@@ -284,10 +213,9 @@ def _announce(progress: Progress, prepared: Prepared, verbose: bool) -> None:
 
 def _write_adapter(output: Path, run: RunDirectory, report: InitReport, config: RunConfig, skeleton: Any) -> None:
     """Gathers the solved blocks into a PEFT adapter with the report beside it."""
-    factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     for index in run.settings["adapted_blocks"]:
-        factors |= read_factors(run.units, index)
         report.modules |= read_summaries(run.units, index)
+    factors = SolvedFactors(run.units, run.settings["adapted_blocks"])
     expected = set(run.parts["method"]["modules"])
     if set(factors) != expected:
         raise DamagedError(f"{run.path} holds solutions of {len(factors)} layers, not of {len(expected)}")
@@ -311,21 +239,13 @@ def _write_adapter(output: Path, run: RunDirectory, report: InitReport, config: 
     )
 
 
-def _remove_run(work: Path, parts: dict[str, dict[str, Any]]) -> None:
-    """Removes what a run left that was killed between putting its adapter in place and cleaning up."""
-    if (work / "run.json").is_file():
-        with RunDirectory.open_existing(work, exclusive=True) as run:
-            if canonical_digest(dict(run.parts)) == canonical_digest(parts):
-                run.remove()
-
-
 def _finished(output: Path, digest: str, prepared: Prepared) -> InitReport | None:
     """The report of a finished run with these very settings, its adapter checked again; None if there is none."""
     if not (output / REPORT_FILE).is_file():
         return None
     try:
         report = read_report(output)
-    except (ValueError, TypeError):
+    except DamagedError:
         return None  # not ours to judge; the refusal to overwrite names the folder
     if report.model.get("fingerprint") != digest:
         return None

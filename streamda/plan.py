@@ -13,14 +13,16 @@ from typing import Any
 from streamda.errors import BudgetError, StorageError
 from streamda.layers import BlockSpec
 from streamda.memory import MemoryBudget, format_size
-from streamda.panels import FLOAT32_BYTES, PANEL_ROWS, Replay, block_panels, pack_replays, statistics_bytes
+from streamda.panels import FLOAT32_BYTES, PANEL_ROWS, Replay, block_panels, pack_replays, stored_bytes
 
 FLOAT64_BYTES = 8
 LOGIT_COPIES = 4
 """Float32 copies of a chunk of logits alive at once: the logits, their softmax, its gradient, and one in passing."""
+MAX_LOGIT_ROWS = 1024
+"""Label positions pass the epilogue as one sequence, and some models make a mask of its length squared."""
 MAX_LOGIT_BYTES = 128 << 20
 """Float32 bytes of one copy of a chunk of logits. More saves products with thin operands, less saves memory."""
-WORKSPACE_BYTES = 40 << 20
+WORKSPACE_BYTES = 64 << 20
 """What a run takes beside its tensors: interpreter objects, buffers of the matrix library, of the tensor reader and of
 the statistics writer. Measured on CPU, see tests/test_memory_bound.py."""
 FRAGMENTATION_BYTES = 80 << 20
@@ -205,7 +207,7 @@ def _logit_rows(workload: Workload, available: int | None) -> int:
         room = min(room, max(0, left) // (2 * LOGIT_COPIES))
     else:
         room = 0
-    return max(16, min(workload.largest_rows, room // (workload.vocab_size * FLOAT32_BYTES)))
+    return max(16, min(workload.largest_rows, MAX_LOGIT_ROWS, room // (workload.vocab_size * FLOAT32_BYTES)))
 
 
 def _fixed_peaks(workload: Workload, rank: int, logit_rows: int) -> dict[str, int]:
@@ -261,7 +263,7 @@ def _fragmented(activation_bytes: int) -> int:
 def _disk_bytes(workload: Workload, in_memory: int, keep_statistics: bool) -> int:
     """Boundary states that are not in memory, two gradients of boundaries, and statistics of one block or of all."""
     boundaries = len(workload.blocks) + 1 - in_memory + 2
-    sizes = [statistics_bytes(cost.spec) for cost in workload.blocks]
+    sizes = [stored_bytes(cost.spec) for cost in workload.blocks]
     kept = sum(sizes) if keep_statistics else max(sizes)
     return boundaries * _boundary_bytes(workload) + kept
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from streamda.errors import DamagedError
 from streamda.memory import format_size
 from streamda.methods import SolveStatus
 
@@ -183,5 +184,14 @@ def plan_table(plan: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
 
 
 def read_report(folder: Path) -> InitReport:
-    """The report inside an adapter folder."""
-    return InitReport.from_dict(json.loads((folder / REPORT_FILE).read_text(encoding="utf-8")))
+    """The report inside an adapter folder.
+
+    Raises:
+        DamagedError: it is no report.
+    """
+    try:
+        return InitReport.from_dict(json.loads((folder / REPORT_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise DamagedError(
+            f"{folder / REPORT_FILE} is no report of a run; delete it, or make the adapter anew"
+        ) from error

@@ -123,7 +123,7 @@ def prepare(config: RunConfig, *, weights: bool, solves: bool = True) -> Prepare
     device = choose_device(config.device)
     budget = choose_budget(config, device)
     bound_allocator(device, SMALL_BLOCK_BYTES)
-    source = find_model(config.model, config.revision, weights=weights)
+    source = find_model(config.model, config.revision, weights=weights, code=config.trust_remote_code)
     model_config = load_config(source.folder, config.trust_remote_code)
     dtype = choose_dtype(config.collect.dtype, device)
     stored_bytes = _stored_dtype_bytes(model_config)  # building the skeleton writes the compute dtype over it
@@ -159,12 +159,16 @@ def choose_device(name: str) -> torch.device:
     Raises:
         ConfigError: CUDA is asked for and not there.
     """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
+    device = torch.device("cuda" if name == "auto" and torch.cuda.is_available() else name.replace("auto", "cpu"))
+    if device.type == "cpu":
+        return device
+    if not torch.cuda.is_available():
         raise ConfigError(f"device is {name!r}, but torch sees no CUDA device here; use --device cpu")
-    return device
+    torch.cuda.init()  # type: ignore[no-untyped-call]  # the memory functions need it, and a device with its number
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index >= torch.cuda.device_count():
+        raise ConfigError(f"device is {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices here")
+    return torch.device("cuda", index)
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

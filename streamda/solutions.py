@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,6 +56,27 @@ def read_factors(units: UnitStore, index: int) -> dict[str, tuple[torch.Tensor, 
     tensors = load_file(units.path(solve_unit(index)) / FACTORS_FILE)
     names = [key.removesuffix(".lora_A") for key in tensors if key.endswith(".lora_A")]
     return {name: (tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"]) for name in names}
+
+
+class SolvedFactors(Mapping[str, tuple[torch.Tensor, torch.Tensor]]):
+    """lora_A and lora_B of all solved blocks by module name, one block in memory at a time."""
+
+    def __init__(self, units: UnitStore, indices: Sequence[int]) -> None:
+        self._units = units
+        self._blocks = {name: index for index in indices for name in read_summaries(units, index)}
+        self._loaded: tuple[int, dict[str, tuple[torch.Tensor, torch.Tensor]]] | None = None
+
+    def __getitem__(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        index = self._blocks[name]
+        if self._loaded is None or self._loaded[0] != index:
+            self._loaded = (index, read_factors(self._units, index))
+        return self._loaded[1][name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._blocks)
+
+    def __len__(self) -> int:
+        return len(self._blocks)
 
 
 def read_summaries(units: UnitStore, index: int) -> dict[str, dict[str, Any]]:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamda import cholesky
-from streamda.cholesky import NotPositiveDefiniteError, factorization_flops, factorize_, multiply, solve
+from streamda.cholesky import NotPositiveDefiniteError, factorize_, multiply, solve
 
 EDGES = [1, 2, 15, 16, 17, 31, 32, 33, 47, 48, 49, 70]
 
@@ -121,8 +121,3 @@ def test_a_nearly_singular_system_is_still_solved_to_a_small_residual() -> None:
     block = torch.randn(64, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     solution = solve(factorize_(matrix.clone(), block_rows=16), block)
     assert float((matrix @ solution - block).norm() / block.norm()) < 1e-6
-
-
-def test_flops_are_a_third_of_a_cube() -> None:
-    assert factorization_flops(3) == 9
-    assert factorization_flops(28672) == pytest.approx(28672**3 / 3, rel=1e-12)

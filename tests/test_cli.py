@@ -150,6 +150,11 @@ def test_the_command_of_the_mission_runs_on_a_cached_sibling(
     snapshot = repository / "snapshots" / ("0" * 40)
     shutil.copytree(GOLDEN / "model", snapshot)
     _write_tokenizer(snapshot)
+    (repository / "blobs").mkdir()
+    for file in list(snapshot.iterdir()):  # as the hub's client keeps them: links into a store of blobs
+        blob = repository / "blobs" / f"{file.name}-blob"
+        file.rename(blob)
+        file.symlink_to(Path("..") / ".." / "blobs" / blob.name)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("0" * 40)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))

@@ -16,7 +16,7 @@ from streamda import panels as panels_module
 from streamda.errors import BudgetError, StorageError
 from streamda.layers import BlockSpec, InputGroup, LinearSpec
 from streamda.memory import MemoryBudget, parse_size
-from streamda.panels import PANEL_ROWS, Panel, block_panels, pack_replays, statistics_bytes
+from streamda.panels import PANEL_ROWS, Panel, block_panels, pack_replays, statistics_bytes, stored_bytes
 from streamda.plan import BlockCost, Plan, Workload, make_plan, minimum_bytes
 
 GB = 10**9
@@ -391,7 +391,7 @@ class TestBoundaries:
     def test_keeping_all_statistics_takes_the_disk_that_they_have(self) -> None:
         freed = plan_for("Llama-2-7B", 24 * GB)
         kept = plan_for("Llama-2-7B", 24 * GB, keep_statistics=True)
-        assert kept.disk_bytes - freed.disk_bytes == 31 * statistics_bytes(llama_block(MODELS["Llama-2-7B"]))
+        assert kept.disk_bytes - freed.disk_bytes == 31 * stored_bytes(llama_block(MODELS["Llama-2-7B"]))
 
 
 class TestFlops:

@@ -167,3 +167,29 @@ def test_another_budget_continues_the_same_run(tmp_path: Path, uninterrupted: by
     report = streamda.initialize(**golden_options(tmp_path, max_gpu_mem="900MB"))
     assert report.resumed
     assert weights(tmp_path) == uninterrupted
+
+
+def test_statistics_asked_for_on_resume_are_there_for_all_blocks(tmp_path: Path, uninterrupted: bytes) -> None:
+    """Blocks whose statistics were freed before the kill are collected again."""
+    assert run_until("unit-committed:10", golden_options(tmp_path)) == -signal.SIGKILL
+    streamda.initialize(**golden_options(tmp_path, keep_statistics=True))
+    assert weights(tmp_path) == uninterrupted
+    streamda.solve(statistics=str(tmp_path / "adapter.work"), output_dir=str(tmp_path / "again"))
+    assert (tmp_path / "again" / "adapter_model.safetensors").read_bytes() == uninterrupted
+
+
+def test_kept_statistics_outlive_a_run_that_does_not_ask_for_them(tmp_path: Path) -> None:
+    streamda.initialize(**golden_options(tmp_path, keep_statistics=True))
+    assert streamda.initialize(**golden_options(tmp_path)).already_done
+    streamda.collect(
+        **{k: v for k, v in golden_options(tmp_path).items() if k != "output_dir"}, statistics=str(tmp_path / "s")
+    )
+    streamda.initialize(**golden_options(tmp_path, output_dir=str(tmp_path / "b"), work_dir=str(tmp_path / "s")))
+    for folder in ("adapter.work", "s"):
+        with streamda.open_statistics(tmp_path / folder) as statistics:
+            assert len(statistics) == 21
+
+
+def test_folders_inside_each_other_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="beside each other"):
+        streamda.initialize(**golden_options(tmp_path, work_dir=str(tmp_path / "adapter" / "work")))

@@ -90,14 +90,15 @@ def prepare_input_factor(
         diagonal.add_(used / scale)
         try:
             return InputFactor(cholesky.factorize_(moment), scale, used, raises)
-        except cholesky.NotPositiveDefiniteError as error:
-            raised = max(10 * used, MIN_RAISED_DAMPING * scale)
-            if raised > MAX_RAISED_DAMPING * scale:
-                raise NumericalError(
-                    f"{names[0]}: the input moment is not positive semidefinite (a damping of {used:.1e} did not "
-                    "help); the statistics hold a non-finite value or are damaged"
-                ) from error
-            used, raises = raised, raises + 1
+        except cholesky.NotPositiveDefiniteError:
+            del moment, diagonal  # the next attempt reads it again, and there is room for one
+        raised = max(10 * used, MIN_RAISED_DAMPING * scale)
+        if raised > MAX_RAISED_DAMPING * scale:
+            raise NumericalError(
+                f"{names[0]}: the input moment is not positive semidefinite (a damping of {used:.1e} did not help); "
+                "the statistics hold a non-finite value or are damaged"
+            )
+        used, raises = raised, raises + 1
 
 
 def solve_layer(
@@ -126,7 +127,8 @@ def solve_layer(
     """
     started = time.monotonic()
     d_out, d_in = gradient.shape
-    largest = float(gradient.abs().max())
+    low, high = (float(bound) for bound in torch.aminmax(gradient))  # without a second matrix; NaN comes through
+    largest = max(-low, high) if math.isfinite(low + high) else math.nan
     if not math.isfinite(largest) or not bool(torch.isfinite(output_moment).all()):
         raise NumericalError(f"{name}: the gradient statistics are not finite")
     if factor is None or largest == 0:

@@ -1,0 +1,123 @@
+"""One run's folder: opened or continued with the plan it was begun with, its facts written down, its end tidied."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from streamda import files
+from streamda.errors import StorageError
+from streamda.memory import format_size
+from streamda.plan import Plan
+from streamda.report import InitReport
+from streamda.rundir import RunDirectory, canonical_digest
+from streamda.setup import Prepared, versions
+
+DISK_RESERVE_BYTES = 500_000_000
+"""Left free beside what a run needs, so that a full disk stops us before it stops others."""
+CONFIG_COPY = "model"
+"""Folder inside a run with a copy of the model's config.json, all that `solve` needs of the model."""
+
+
+@contextmanager
+def open_run(
+    work: Path, prepared: Prepared, parts: dict[str, dict[str, Any]], made: Plan, *, solves: bool
+) -> Iterator[tuple[RunDirectory, Plan]]:
+    """Opens or continues a run directory, with the plan that it was, or will be, run with."""
+    config = prepared.config
+    keeps = config.keep_statistics or not solves
+    facts = _run_facts(prepared, made) | {"keeps_statistics": keeps}
+    begins = config.overwrite or not (work / "run.json").exists()
+    if begins:
+        _require_space(work, made)
+    with RunDirectory.open(
+        work, parts, settings=facts if begins else {}, resume=config.resume, restart=config.overwrite
+    ) as run:
+        chosen = run.settings["micro_batch_tokens"]
+        if chosen != made.micro_batch_tokens:
+            # the bits of a run depend on its micro-batches, so a continued one keeps them under any budget
+            made = prepared.plan(solves=solves, keep_statistics=keeps, micro_batch_tokens=chosen)
+        # statistics that were once to be kept are never freed behind their owner's back
+        run.update_settings({"keeps_statistics": keeps or run.settings["keeps_statistics"]})
+        _copy_configuration(prepared.source.folder, run.path / CONFIG_COPY, config.trust_remote_code)
+        yield run, made
+
+
+def new_report(prepared: Prepared, made: Plan) -> InitReport:
+    """A report with all that is known before the start."""
+    calibration = prepared.calibration
+    return InitReport(
+        config=prepared.config.to_dict(),
+        versions=versions(),
+        model={
+            "name": prepared.source.name,
+            "revision": prepared.source.revision,
+            "num_blocks": len(prepared.stack.blocks),
+            "num_layers": len(prepared.targets.linears),
+            "dtype": str(prepared.dtype).removeprefix("torch."),
+        },
+        data={
+            "source": calibration.source,
+            "is_shipped": calibration.is_shipped,
+            "num_samples": len(calibration.samples),
+            "num_tokens": sum(prepared.lengths),
+            "num_rows": prepared.num_rows(made.micro_batch_tokens),
+            "num_label_tokens": sum(sample.num_label_tokens for sample in calibration.samples),
+            "num_truncated": calibration.num_truncated,
+            "num_skipped": calibration.num_skipped,
+            "population_size": prepared.population_size,
+        },
+        plan=made.to_dict(),
+        budget_bytes=prepared.budget.device_bytes,
+        notices=list(prepared.notices),
+    )
+
+
+def remove_leftover(work: Path, parts: dict[str, dict[str, Any]]) -> None:
+    """Removes what a run left that was killed between putting its adapter in place and cleaning up."""
+    if (work / "run.json").is_file():
+        with RunDirectory.open_existing(work, exclusive=True) as run:
+            ours = canonical_digest(dict(run.parts)) == canonical_digest(parts)
+            if ours and not run.settings["keeps_statistics"]:
+                run.remove()
+
+
+def _run_facts(prepared: Prepared, made: Plan) -> dict[str, Any]:
+    """What a run remembers of itself, so that `solve` needs nothing else."""
+    report = new_report(prepared, made)
+    return {
+        "micro_batch_tokens": made.micro_batch_tokens,
+        "population_size": prepared.population_size,
+        "adapted_blocks": [index for index, replays in enumerate(made.replays) if replays],
+        "model": report.model,
+        "data": report.data,
+        "notices": report.notices,
+    }
+
+
+def _require_space(work: Path, made: Plan) -> None:
+    """Refuses to begin what the disk cannot hold."""
+    free = files.free_bytes(work)
+    if free < made.disk_bytes + DISK_RESERVE_BYTES:
+        raise StorageError(
+            f"{work} has {format_size(free)} free and the run needs {format_size(made.disk_bytes)} and a reserve of "
+            f"{format_size(DISK_RESERVE_BYTES)}; give --work-dir on a larger disk, or use fewer or shorter samples"
+        )
+
+
+def _copy_configuration(source: Path, target: Path, with_code: bool) -> None:
+    """Copies all that `solve` needs of the model; in a hub cache the sources are links into its store of blobs."""
+    files.make_folders(target)
+    for path in (source / "config.json", *(sorted(source.glob("*.py")) if with_code else ())):
+        with files.storage_errors("copy to", target):
+            content = path.read_bytes()
+            copy = target / path.name
+            if copy.is_file() and copy.read_bytes() == content:
+                continue
+            with contextlib.suppress(FileNotFoundError):
+                copy.unlink()
+        with files.FileWriter(copy) as stream:
+            stream.write(content)

@@ -25,8 +25,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from streamda.calibration import Sample, load_calibration
 from streamda.config import DataConfig
 
-NUM_SAMPLES, MAX_LENGTH = 48, 160
-EVALUATED, STEPS, BATCH, LEARNING_RATE = 24, 8, 4, 2e-4
+NUM_SAMPLES, MAX_LENGTH = 40, 160
+EVALUATED, STEPS, BATCH, LEARNING_RATE = 16, 6, 4, 2e-4
 
 
 def run(*arguments: str) -> None:

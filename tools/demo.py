@@ -85,7 +85,7 @@ def main(model_dir: Path, output: Path) -> None:
     samples = load_calibration(data, tokenizer, vocab_size=base.config.vocab_size, max_positions=None).samples
     evaluated = samples[:EVALUATED]
     print(f"\nloss on {EVALUATED} of the {len(samples)} calibration samples")
-    print(f"  base model               {mean_loss(base, evaluated):.4f}")
+    print(f"  base model                   {mean_loss(base, evaluated):.4f}")
 
     standard = LoraConfig(r=8, lora_alpha=16, use_rslora=True, target_modules="all-linear", task_type="CAUSAL_LM")
     rows = []
@@ -98,7 +98,7 @@ def main(model_dir: Path, output: Path) -> None:
             model = PeftModel.from_pretrained(base, folder, is_trainable=True)
         before = mean_loss(model, evaluated)
         if folder is not None:
-            print(f"  base + {name:<18}{before:.4f}")
+            print(f"  base + {name:<21} {before:.4f}")
         train(model, samples, STEPS)
         rows.append((name, before, mean_loss(model, evaluated)))
     print(f"\nloss before and after {STEPS} Adam steps of {BATCH} samples at learning rate {LEARNING_RATE}")

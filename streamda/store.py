@@ -198,22 +198,25 @@ class BlockStatisticsReader:
     def input_moment(self, group: InputGroup, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """The mean input moment [d_in, d_in] of a group; only its lower triangle (and diagonal tiles) are filled."""
         sums = self._array(group.name, "input_moment_sum")
+        count = max(1, self._facts[group.name]["num_tokens"])
         moment = torch.zeros(group.d_in, group.d_in, dtype=dtype, device=device)
         for row in range(0, group.d_in, TILE):
             for column in range(0, row + 1, TILE):
                 block = self._read(sums, slice(row, row + TILE), slice(column, column + TILE))
-                moment[row : row + TILE, column : column + TILE] = block.to(device)
-        return moment.div_(max(1, self._facts[group.name]["num_tokens"]))
+                # divided in float32, so that what is solved and what `open_statistics` shows are the same numbers
+                moment[row : row + TILE, column : column + TILE] = block.div_(count).to(device)
+        return moment
 
     def gradient(self, module: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """The mean gradient [d_out, d_in]."""
         sums = self._array(module, "gradient_sum")
+        count = self._facts[module]["num_samples"]
         gradient = torch.empty(sums.shape, dtype=dtype, device=device)
         for row in range(0, sums.shape[0], TILE):
             for column in range(0, sums.shape[1], TILE):
                 block = self._read(sums, slice(row, row + TILE), slice(column, column + TILE))
-                gradient[row : row + TILE, column : column + TILE] = block.to(device)
-        return gradient.div_(self._facts[module]["num_samples"])
+                gradient[row : row + TILE, column : column + TILE] = block.div_(count).to(device)
+        return gradient
 
     def output_moment(self, module: str, device: torch.device) -> torch.Tensor:
         """The mean output moment [d_out] float32."""

@@ -9,6 +9,7 @@ from streamda.errors import ConfigError
 from streamda.memory import format_size
 from streamda.report import REPORT_FILE, read_report, table
 from streamda.rundir import RunDirectory
+from streamda.store import stats_unit
 
 
 def inspect_folder(folder: Path) -> tuple[dict[str, Any], str]:
@@ -43,7 +44,7 @@ def _inspect_run(run: RunDirectory) -> tuple[dict[str, Any], str]:
         chosen = [name for name in sizes if name.startswith(kind + "-")]
         if chosen:
             rows.append([what, str(len(chosen)), format_size(sum(sizes[name] for name in chosen))])
-    collected = [index for index in settings["adapted_blocks"] if f"stats-{index:04d}" in sizes]
+    collected = [index for index in settings["adapted_blocks"] if stats_unit(index) in sizes]
     facts: dict[str, Any] = {
         "model": settings["model"],
         "data": settings["data"],

@@ -240,9 +240,8 @@ class BlockStatisticsReader:
     def _read(self, array: zarr.Array[Any], *where: slice) -> torch.Tensor:
         with self._reading():
             values = torch.from_numpy(np.asarray(array[where], dtype=np.float32))
-        if not bool(
-            torch.isfinite(values.sum())
-        ):  # sums were checked to be finite, and far from overflow, when written
+        # every sum was checked to be finite, and is far from overflow, when it was written
+        if not bool(torch.isfinite(values.sum())):
             raise self._damage(f"{array.name} holds values that were never written; a chunk is missing")
         return values
 

@@ -8,7 +8,6 @@ and a dense float64 one. Statistics and adapters here come from whole runs, stre
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +40,6 @@ RUN = {
     "device": "cpu",
     "dtype": "float32",
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Matrices this small are slower on several threads, by far where others use the machine too."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def options(case: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ LOGIT_COPIES = 4
 """Float32 copies of a chunk of logits alive at once: the logits, their softmax, its gradient, and one in passing."""
 MAX_LOGIT_ROWS = 1024
 """Label positions pass the epilogue as one sequence, and some models make a mask of its length squared."""
-MAX_LOGIT_BYTES = 128 << 20
+MAX_LOGIT_BYTES = 64 << 20
 """Float32 bytes of one copy of a chunk of logits. More saves products with thin operands, less saves memory."""
 WORKSPACE_BYTES = 64 << 20
 """What a run takes beside its tensors: interpreter objects, buffers of the matrix library, of the tensor reader and of

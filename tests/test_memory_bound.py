@@ -45,7 +45,7 @@ def test_512_megabytes_hold_on_a_real_model_with_256_samples(smollm2: Path, tmp_
         "dataset": str(SHIPPED),
         "text_column": "prompt",
         "num_samples": 256,
-        "max_length": 16,
+        "max_length": 8,
         "max_gpu_mem": "512MB",
     }
     run = run_limited(options, 512_000_000)

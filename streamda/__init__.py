@@ -9,10 +9,10 @@ print(report.to_table())
 """
 
 from streamda.api import collect, initialize, solve
+from streamda.collected import Statistics, open_statistics
 from streamda.errors import StreamdaError
 from streamda.factors import LayerStatistics
 from streamda.report import InitReport
-from streamda.store import Statistics, open_statistics
 
 __version__ = "0.1.0"
 

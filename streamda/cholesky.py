@@ -1,17 +1,37 @@
-"""Cholesky factorization in place, and its application to thin blocks.
+"""Cholesky factorization of a matrix held as bands of rows, and its application to thin blocks.
 
-``Z = L L^T`` overwrites the lower triangle of Z by L; the upper triangle is never read. The factorization is
-left-looking and blocked, so all but a sliver of the work is matrix products: LAPACK's own reached a quarter of the
-GEMM rate on two cores, and needs a second matrix for its result.
+Of ``Z = L L^T`` only the lower triangle exists, cut into bands: band i holds rows ``[start, stop)`` and columns
+``[0, stop)``. Half of a square matrix in float64 is as large as all of it in float32, so the factor needs neither less
+precision nor a second matrix, and bands that do not fit may lie anywhere: what is called `Bands` here reads and writes
+them one at a time. Each new band needs every earlier one once, in order.
+
+All but a sliver of the work is matrix products: LAPACK's own factorization reached a quarter of the GEMM rate on two
+cores.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import torch
 
 BLOCK_ROWS = 512
 """Width of a block column. Below about 256 the products grow thin; above about 1024 the unblocked factorization of the
 diagonal block starts to show."""
+
+
+class Bands(Protocol):
+    """A lower triangle by bands; a ``dict[int, torch.Tensor]`` is one."""
+
+    def __len__(self) -> int:
+        """Bands that are there."""
+
+    def __getitem__(self, index: int, /) -> torch.Tensor:
+        """Band `index`, [rows, stop]; may be a copy."""
+
+    def __setitem__(self, index: int, band: torch.Tensor, /) -> None:
+        """Takes a band over."""
 
 
 class NotPositiveDefiniteError(ArithmeticError):
@@ -22,70 +42,116 @@ class NotPositiveDefiniteError(ArithmeticError):
         self.row = row
 
 
-def factorize_(matrix: torch.Tensor, block_rows: int = BLOCK_ROWS) -> torch.Tensor:
-    """Replaces the lower triangle of a symmetric positive definite matrix by its Cholesky factor.
+def factorize(read: Callable[[int], torch.Tensor], num_bands: int, bands: Bands, block_rows: int = BLOCK_ROWS) -> None:
+    """Fills `bands` with the Cholesky factor of a symmetric positive definite matrix, given by its bands.
 
     Args:
-        matrix: [n, n] float32 or float64, row-major; only its lower triangle is read. Changed in place.
+        read: gives band i of the matrix, [rows, stop] float32 or float64, row-major; it is changed in place. What lies
+            above the diagonal in it is neither used nor kept meaningful.
+        num_bands: bands of the matrix.
+        bands: takes the factor's bands, in order; the earlier ones are read back from it.
         block_rows: width of a block column.
-
-    Returns:
-        The same tensor. Its strict upper triangle holds what it held before.
 
     Raises:
         NotPositiveDefiniteError: the matrix is not positive definite in this precision, or holds a non-finite value.
     """
-    size = matrix.shape[0]
-    for start in range(0, size, block_rows):
-        stop = min(start + block_rows, size)
-        if start:
-            # [n - start, b] -= [n - start, start] @ [start, b]: all finished columns at once
-            matrix[start:, start:stop].addmm_(matrix[start:, :start], matrix[start:stop, :start].T, alpha=-1)
-        diagonal, info = torch.linalg.cholesky_ex(matrix[start:stop, start:stop])
-        # cholesky_ex lets Inf and NaN pass with info == 0, so its result is checked as well
-        if int(info) != 0 or not bool(torch.isfinite(diagonal).all()):
-            raise NotPositiveDefiniteError(start)
-        matrix[start:stop, start:stop] = diagonal
-        if stop < size:
-            below = matrix[stop:, start:stop]
-            below.copy_(torch.linalg.solve_triangular(diagonal.T, below, upper=True, left=False))
-    return matrix
+    for index in range(num_bands):
+        band = read(index)
+        for earlier in range(index):
+            pivot = bands[earlier]
+            for rows, columns in _blocks(pivot, block_rows):
+                _eliminate(band, pivot[rows], columns)
+            del pivot
+        for rows, columns in _blocks(band, block_rows):
+            below = band[rows.start :]
+            _subtract(below, band[rows], columns)
+            diagonal, info = torch.linalg.cholesky_ex(band[rows, columns])
+            # cholesky_ex lets Inf and NaN pass with info == 0, so its result is checked as well
+            if int(info) != 0 or not bool(torch.isfinite(diagonal).all()):
+                raise NotPositiveDefiniteError(columns.start)
+            band[rows, columns] = diagonal
+            _divide(band[rows.stop :, columns], diagonal)
+        bands[index] = band
 
 
-def solve(factor: torch.Tensor, rhs: torch.Tensor) -> torch.Tensor:
+def solve(bands: Bands, rhs: torch.Tensor) -> torch.Tensor:
     """``Z^-1 rhs`` for ``Z = L L^T``.
 
     Args:
-        factor: [n, n], L in its lower triangle.
+        bands: of L.
         rhs: [n, k], of the factor's dtype.
 
     Returns:
         [n, k].
     """
-    half: torch.Tensor = torch.linalg.solve_triangular(factor, rhs, upper=False)
-    solution: torch.Tensor = torch.linalg.solve_triangular(factor.T, half, upper=True)
-    return solution
+    if len(bands) == 1:
+        half: torch.Tensor = torch.linalg.solve_triangular(bands[0], rhs, upper=False)
+        whole: torch.Tensor = torch.linalg.solve_triangular(bands[0].T, half, upper=True)
+        return whole
+    x = rhs.clone()
+    for index in range(len(bands)):
+        band = bands[index]
+        for rows, columns in _blocks(band, BLOCK_ROWS):
+            x[columns].addmm_(band[rows, : columns.start], x[: columns.start], alpha=-1)
+            x[columns] = torch.linalg.solve_triangular(band[rows, columns], x[columns], upper=False)
+        del band
+    for index in reversed(range(len(bands))):
+        band = bands[index]
+        for rows, columns in reversed(list(_blocks(band, BLOCK_ROWS))):
+            x[columns] = torch.linalg.solve_triangular(band[rows, columns].T, x[columns], upper=True)
+            x[: columns.start].addmm_(band[rows, : columns.start].T, x[columns], alpha=-1)
+        del band
+    return x
 
 
-def multiply(factor: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
-    """``Z block`` for ``Z = L L^T``, by bands of rows so that no copy of L without its upper part is made.
+def multiply(bands: Bands, block: torch.Tensor) -> torch.Tensor:
+    """``Z block`` for ``Z = L L^T``, block by block so that no copy of L without its upper part is made.
 
     Args:
-        factor: [n, n], L in its lower triangle; what lies above is ignored.
+        bands: of L; what lies above its diagonal is ignored.
         block: [n, k].
 
     Returns:
         [n, k].
     """
-    size = factor.shape[0]
     half = torch.zeros_like(block)  # L^T block
-    for start in range(0, size, BLOCK_ROWS):
-        stop = min(start + BLOCK_ROWS, size)
-        half[:start].addmm_(factor[start:stop, :start].T, block[start:stop])
-        half[start:stop].addmm_(factor[start:stop, start:stop].tril().T, block[start:stop])
+    for index in range(len(bands)):
+        band = bands[index]
+        for rows, columns in _blocks(band, BLOCK_ROWS):
+            half[: columns.start].addmm_(band[rows, : columns.start].T, block[columns])
+            half[columns].addmm_(band[rows, columns].tril().T, block[columns])
+        del band
     result = torch.zeros_like(block)
-    for start in range(0, size, BLOCK_ROWS):
-        stop = min(start + BLOCK_ROWS, size)
-        result[start:stop].addmm_(factor[start:stop, :start], half[:start])
-        result[start:stop].addmm_(factor[start:stop, start:stop].tril(), half[start:stop])
+    for index in range(len(bands)):
+        band = bands[index]
+        for rows, columns in _blocks(band, BLOCK_ROWS):
+            result[columns].addmm_(band[rows, : columns.start], half[: columns.start])
+            result[columns].addmm_(band[rows, columns].tril(), half[columns])
+        del band
     return result
+
+
+def _blocks(band: torch.Tensor, block_rows: int) -> Iterator[tuple[slice, slice]]:
+    """The diagonal blocks of a band: their rows within it, and their columns."""
+    num_rows, stop = band.shape
+    for start in range(0, num_rows, block_rows):
+        end = min(start + block_rows, num_rows)
+        yield slice(start, end), slice(stop - num_rows + start, stop - num_rows + end)
+
+
+def _eliminate(band: torch.Tensor, pivot: torch.Tensor, columns: slice) -> None:
+    """Finishes a block column of a band with the factor's finished rows of that column's diagonal block."""
+    _subtract(band, pivot, columns)
+    _divide(band[:, columns], pivot[:, columns])
+
+
+def _subtract(band: torch.Tensor, pivot: torch.Tensor, columns: slice) -> None:
+    """Takes all finished columns to the left out of a block column, [rows, b] -= [rows, start] @ [start, b]."""
+    if columns.start:
+        band[:, columns].addmm_(band[:, : columns.start], pivot[:, : columns.start].T, alpha=-1)
+
+
+def _divide(column: torch.Tensor, diagonal: torch.Tensor) -> None:
+    """``column <- column diagonal^-T`` for a finished lower-triangular diagonal block."""
+    if column.shape[0]:
+        column.copy_(torch.linalg.solve_triangular(diagonal.T, column, upper=True, left=False))

@@ -20,13 +20,17 @@ Operator = Callable[[torch.Tensor], torch.Tensor]
 
 GUARD_VECTORS = 8
 """Vectors carried beside the wanted ones. Fewer converge slower where eigenvalues crowd at the cut; more cost work."""
+WIDE_GUARD_VECTORS, WIDE_SIZE = 24, 4096
+"""From this size on, a step is bound by reading the operator's matrices and not by its products: more vectors cost
+little there, and save steps (of a flat spectrum a third)."""
 DEPENDENT = 1e-13
 """Squared length, relative to the longest direction and to one, below which a direction is rounding."""
-PLAIN_STEPS = 6
-"""Steps before the preconditioner joins in. Where the operator separates its eigenvalues it is done by then, and the
-preconditioned half of each block would be wasted."""
-MAX_BASIS_BLOCKS = 8
-"""Blocks in the basis before a restart: 8 blocks of 16 float64 vectors at n = 28672 are 2 x 29 MB."""
+PLAIN_STEPS = 24
+"""Steps before the preconditioner joins in. Where the operator separates its eigenvalues at all it is done by then, and
+the preconditioned half of each block would be wasted."""
+MAX_BASIS_VECTORS = 30 * 16
+"""In the basis before a restart, or 20 blocks of wide ones. A flat spectrum costs twice the steps with a quarter of
+it, and may never settle; 640 float64 vectors at n = 28672 are 147 MB, and their images as much."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +49,18 @@ class EigenSolution:
     converged: bool
 
 
+def guard_vectors(size: int) -> int:
+    """Vectors to carry beside the wanted ones for an operator of this size."""
+    return WIDE_GUARD_VECTORS if size >= WIDE_SIZE else GUARD_VECTORS
+
+
 def largest_eigenpairs(
     apply: Operator,
     start: torch.Tensor,
     rank: int,
     *,
     precondition: Operator | None = None,
-    gap_tolerance: float = 1e-6,
+    gap_tolerance: float = 1e-5,
     max_steps: int = 200,
 ) -> EigenSolution:
     """Finds the `rank` largest (not largest in magnitude) eigenvalues of a symmetric operator.
@@ -66,23 +75,25 @@ def largest_eigenpairs(
     """
     size = start.shape[0]
     eps = torch.finfo(start.dtype).eps
-    basis = _orthonormal(start, None)
-    width = basis.shape[1]
-    images = apply(basis)
+    first = _orthonormal(start, None)
+    width = first.shape[1]
+    limit = min(size, basis_vectors(width)) + 2 * width  # a block that overflows is seen before it is added
+    basis, images = _Columns(first, limit), _Columns(apply(first), limit)
     for step in range(1, max_steps + 1):
-        ritz = basis.T @ images
+        ritz = basis.all.T @ images.all
         theta, rotation = torch.linalg.eigh((ritz + ritz.T) / 2)  # ascending
         theta, rotation = theta.flip(0), rotation.flip(1)
         magnitude = max(float(theta.abs().max()), torch.finfo(start.dtype).tiny)
         kept = min(width, theta.numel())
-        vectors = basis @ rotation[:, :kept]
-        residuals = images @ rotation[:, :kept] - vectors * theta[:kept]
+        vectors = basis.all @ rotation[:, :kept]
+        residuals = images.all @ rotation[:, :kept] - vectors * theta[:kept]
         worst = float(residuals[:, :rank].norm(dim=0).max())
-        exhausted = basis.shape[1] == size
+        exhausted = basis.count == size
         gap = float(theta[rank - 1] - theta[rank]) if theta.numel() > rank else float("inf")
         # below the rounding of the products themselves no further step can help
         converged = exhausted or worst <= gap_tolerance * gap or worst <= 64 * eps * magnitude
-        block = None if converged else _expansion(residuals, basis, precondition if step > PLAIN_STEPS else None)
+        extra = precondition if step > PLAIN_STEPS else None
+        block = None if converged else _expansion(residuals, basis.all, extra)
         if converged or block is None or step == max_steps:
             return EigenSolution(
                 values=theta[:rank],
@@ -93,13 +104,44 @@ def largest_eigenpairs(
                 # a basis that cannot grow is an invariant subspace: what it holds is exact
                 converged=converged or block is None,
             )
-        if basis.shape[1] + block.shape[1] > max(MAX_BASIS_BLOCKS * width, 2 * width + block.shape[1]):
+        if basis.count + block.shape[1] > limit:
             kept = min(2 * width, theta.numel())
-            basis, images = basis @ rotation[:, :kept], images @ rotation[:, :kept]
-            block = _orthonormal(block, basis)
-        basis = torch.cat((basis, block), dim=1)
-        images = torch.cat((images, apply(block)), dim=1)
+            basis.rotate(rotation[:, :kept])
+            images.rotate(rotation[:, :kept])
+            block = _orthonormal(block, basis.all)
+        basis.append(block)
+        images.append(apply(block))
     raise AssertionError("unreachable: the last step returns")
+
+
+def basis_vectors(width: int) -> int:
+    """Vectors in the basis before a restart, for blocks of so many."""
+    return max(MAX_BASIS_VECTORS, 20 * width)
+
+
+class _Columns:
+    """A growing matrix [n, count] in one piece of memory: vectors are its rows there, so that none is ever moved."""
+
+    def __init__(self, first: torch.Tensor, limit: int) -> None:
+        self._rows = first.new_empty(limit, first.shape[0])
+        self.count = 0
+        self.append(first)
+
+    @property
+    def all(self) -> torch.Tensor:
+        """All columns, as a view."""
+        return self._rows[: self.count].T
+
+    def append(self, block: torch.Tensor) -> None:
+        """Adds columns [n, k]."""
+        self._rows[self.count : self.count + block.shape[1]] = block.T
+        self.count += block.shape[1]
+
+    def rotate(self, rotation: torch.Tensor) -> None:
+        """Replaces the columns by combinations of them."""
+        block = self.all @ rotation
+        self.count = 0
+        self.append(block)
 
 
 def canonical_signs(vectors: torch.Tensor) -> torch.Tensor:

@@ -164,7 +164,7 @@ def closing(descriptor: int) -> Iterator[int]:
         system_calls.close(descriptor)
 
 
-def write_all(descriptor: int, data: bytes) -> None:
+def write_all(descriptor: int, data: bytes | memoryview[int]) -> None:
     """Write all of ``data``: the system may take less at a time."""
     view = memoryview(data)
     while view:

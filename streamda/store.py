@@ -15,11 +15,10 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -31,10 +30,9 @@ from zarr.codecs.numcodecs import BitRound
 from streamda import files
 from streamda.config import StatisticsCodec
 from streamda.errors import DamagedError
-from streamda.factors import LayerStatistics, mirror_lower_
+from streamda.factors import mirror_lower_
 from streamda.layers import BlockSpec, InputGroup, LinearSpec
 from streamda.panels import PANEL_ROWS, Panel
-from streamda.rundir import RunDirectory
 from streamda.units import UnitStore
 
 TILE = PANEL_ROWS
@@ -195,28 +193,47 @@ class BlockStatisticsReader:
         """Counts and weight norm of a module."""
         return self._facts[module]
 
+    def moment(self, group: InputGroup, device: torch.device) -> StoredMoment:
+        """The mean input moment of a group, to be read band by band."""
+        return StoredMoment(self, group, device)
+
     def input_moment(self, group: InputGroup, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """The mean input moment [d_in, d_in] of a group; only its lower triangle (and diagonal tiles) are filled."""
-        sums = self._array(group.name, "input_moment_sum")
-        count = max(1, self._facts[group.name]["num_tokens"])
+        bands = self.moment(group, device)
         moment = torch.zeros(group.d_in, group.d_in, dtype=dtype, device=device)
-        for row in range(0, group.d_in, TILE):
-            for column in range(0, row + 1, TILE):
-                block = self._read(sums, slice(row, row + TILE), slice(column, column + TILE))
-                # divided in float32, so that what is solved and what `open_statistics` shows are the same numbers
-                moment[row : row + TILE, column : column + TILE] = block.div_(count).to(device)
+        for index in range(len(bands)):
+            band = bands.band(index, dtype)
+            moment[index * TILE : index * TILE + band.shape[0], : band.shape[1]] = band
         return moment
+
+    def moment_tile(self, group: InputGroup, row: int, column: int) -> torch.Tensor:
+        """One tile of the lower triangle of a mean input moment, float32, on the host."""
+        where = (slice(row, row + TILE), slice(column, column + TILE))
+        block = self._read(self._array(group.name, "input_moment_sum"), *where)
+        # divided in float32, so that what is solved and what `open_statistics` shows are the same numbers
+        return block.div_(max(1, self._facts[group.name]["num_tokens"]))
 
     def gradient(self, module: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """The mean gradient [d_out, d_in]."""
-        sums = self._array(module, "gradient_sum")
-        count = self._facts[module]["num_samples"]
-        gradient = torch.empty(sums.shape, dtype=dtype, device=device)
-        for row in range(0, sums.shape[0], TILE):
-            for column in range(0, sums.shape[1], TILE):
-                block = self._read(sums, slice(row, row + TILE), slice(column, column + TILE))
-                gradient[row : row + TILE, column : column + TILE] = block.div_(count).to(device)
+        linear = self.spec.linear(module)
+        gradient = torch.empty(linear.d_out, linear.d_in, dtype=dtype, device=device)
+        for index, band in enumerate(self.gradient_bands(module, device)):
+            gradient[index * TILE : index * TILE + band.shape[0]] = band
         return gradient
+
+    def gradient_bands(self, module: str, device: torch.device) -> StoredGradient:
+        """The mean gradient as bands of rows, each read when it is asked for."""
+        return StoredGradient(self, module, device)
+
+    def gradient_band(self, module: str, row: int, device: torch.device) -> torch.Tensor:
+        """Rows from `row` on of a mean gradient, [up to a tile's rows, d_in] float32."""
+        sums = self._array(module, "gradient_sum")
+        d_out, d_in = sums.shape
+        band = torch.empty(min(TILE, d_out - row), d_in, device=device)
+        for column in range(0, d_in, TILE):
+            block = self._read(sums, slice(row, row + TILE), slice(column, column + TILE))
+            band[:, column : column + TILE] = block.div_(self._facts[module]["num_samples"]).to(device)
+        return band
 
     def output_moment(self, module: str, device: torch.device) -> torch.Tensor:
         """The mean output moment [d_out] float32."""
@@ -260,60 +277,49 @@ class BlockStatisticsReader:
         return DamagedError(f"{self._path}: {what}; delete the folder {unit} and run the same command again")
 
 
-class Statistics(Mapping[str, LayerStatistics]):
-    """The statistics of a whole run: a read-only mapping from module names, each layer read when asked for."""
+class StoredMoment:
+    """A mean input moment on disk, by bands of rows; see `streamda.cholesky`."""
 
-    def __init__(self, run: RunDirectory) -> None:
-        self._run = run
-        names = [name for name in run.units.names() if name.startswith("stats-")]
-        self._blocks = {int(name.removeprefix("stats-")): name for name in names}
-        self._modules: dict[str, int] = {}
-        for index in self._blocks:
-            for module in run.units.metadata(stats_unit(index))["modules"]:
-                self._modules[module] = index
-
-    def __getitem__(self, name: str) -> LayerStatistics:
-        reader = BlockStatisticsReader(self._run.units, self._modules[name])
-        cpu = torch.device("cpu")
-        facts = reader.facts(name)
-        moment = reader.input_moment(reader.spec.group_of(name), torch.float32, cpu)
-        return LayerStatistics(
-            name=name,
-            gradient=reader.gradient(name, torch.float32, cpu),
-            input_moment=mirror_lower_(moment),
-            output_moment=reader.output_moment(name, cpu),
-            num_tokens=facts["num_tokens"],
-            num_samples=facts["num_samples"],
-            weight_norm=facts["weight_norm"],
-        )
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._modules)
+    def __init__(self, reader: BlockStatisticsReader, group: InputGroup, device: torch.device) -> None:
+        self._reader, self._group, self._device = reader, group, device
 
     def __len__(self) -> int:
-        return len(self._modules)
+        return -(-self._group.d_in // TILE)
 
-    def __enter__(self) -> Statistics:
-        return self
+    def diagonal(self) -> torch.Tensor:
+        """[d_in] float64."""
+        starts = range(0, self._group.d_in, TILE)
+        tiles = [self._reader.moment_tile(self._group, start, start).diagonal().double() for start in starts]
+        return torch.cat(tiles).to(self._device)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+    def band(self, index: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+        """Band `index`, [rows, stop]; a new tensor each time."""
+        start = index * TILE
+        stop = min(start + TILE, self._group.d_in)
+        band = torch.empty(stop - start, stop, dtype=dtype, device=self._device)
+        for column in range(0, stop, TILE):
+            band[:, column : column + TILE] = self._reader.moment_tile(self._group, start, column).to(self._device)
+        return band
 
-    def close(self) -> None:
-        """Lets writers at the directory again."""
-        self._run.close()
 
+class StoredGradient(Sequence[torch.Tensor]):
+    """A mean gradient on disk, by bands of rows, [up to a tile's rows, d_in] float32 each."""
 
-def open_statistics(folder: str | Path) -> Statistics:
-    """Opens collected statistics for reading.
+    def __init__(self, reader: BlockStatisticsReader, module: str, device: torch.device) -> None:
+        self._reader, self._module, self._device = reader, module, device
 
-    Args:
-        folder: what `collect --statistics` wrote, or the work directory of `init --keep-statistics`.
+    def __len__(self) -> int:
+        return -(-self._reader.spec.linear(self._module).d_out // TILE)
 
-    Raises:
-        ConfigError: no statistics there.
-        LockedError: a run is writing them.
-    """
-    return Statistics(RunDirectory.open_existing(Path(folder), exclusive=False))
+    @overload
+    def __getitem__(self, index: int) -> torch.Tensor: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[torch.Tensor]: ...
+
+    def __getitem__(self, index: int | slice) -> torch.Tensor | list[torch.Tensor]:
+        if isinstance(index, slice):
+            return [self[each] for each in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)  # what ends an iteration
+        return self._reader.gradient_band(self._module, index * TILE, self._device)

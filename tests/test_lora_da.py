@@ -46,8 +46,34 @@ def draw(seed: int, d_out: int, d_in: int, tokens: int) -> Statistics:
     return Statistics(g.T @ x / tokens, x.T @ x / tokens, (g * g).mean(dim=0))
 
 
+class Cut:
+    """A moment in memory, by bands; counts how often each was read."""
+
+    def __init__(self, matrix: torch.Tensor, band_rows: int = 32) -> None:
+        self._matrix, self._band_rows = matrix.double(), band_rows
+        self.reads: list[int] = []
+
+    def __len__(self) -> int:
+        return -(-self._matrix.shape[0] // self._band_rows)
+
+    def diagonal(self) -> torch.Tensor:
+        return self._matrix.diagonal()
+
+    def band(self, index: int) -> torch.Tensor:
+        self.reads.append(index)
+        start = index * self._band_rows
+        return self._matrix[start : start + self._band_rows, : start + self._band_rows].clone()
+
+
+def joined(factor: InputFactor) -> torch.Tensor:
+    """L as one matrix."""
+    bands = [factor.bands[index] for index in range(len(factor.bands))]
+    size = bands[-1].shape[1]
+    return torch.cat([torch.nn.functional.pad(band, (0, size - band.shape[1])) for band in bands]).tril()
+
+
 def factorize(statistics: Statistics, damping: float = 1e-6) -> InputFactor | None:
-    return prepare_input_factor(lambda: statistics.input_moment.clone(), damping, ("layer",))
+    return prepare_input_factor(Cut(statistics.input_moment), damping, ("layer",))
 
 
 def solve(statistics: Statistics, seed: int = 0, name: str = "layer", **options: Any) -> LayerSolution:
@@ -55,7 +81,7 @@ def solve(statistics: Statistics, seed: int = 0, name: str = "layer", **options:
     return solve_layer(
         name,
         factorize(statistics, config.damping),
-        statistics.gradient,
+        statistics.gradient.split(16),
         statistics.output_moment,
         config,
         population_size=POPULATION,
@@ -267,19 +293,19 @@ class TestNothingDependsOnChance:
         statistics, config = draw(5, 30, 50, tokens=200), SolveConfig()
         shared = factorize(statistics)
         assert shared is not None
-        before = shared.factor.clone()
+        before = joined(shared)
         for _ in range(3):
             found = solve_layer(
                 "layer",
                 shared,
-                statistics.gradient,
+                [statistics.gradient],
                 statistics.output_moment,
                 config,
                 population_size=POPULATION,
                 seed=0,
             )
             assert torch.equal(found.lora_b, solve(statistics).lora_b)
-        assert torch.equal(shared.factor, before)
+        assert torch.equal(joined(shared), before)
 
     def test_the_statistics_are_not_changed(self) -> None:
         statistics = draw(5, 30, 50, tokens=200)
@@ -332,18 +358,18 @@ class TestDamping:
         moment = (x.T @ x) / 50
         smallest = float(torch.linalg.eigvalsh(moment.double())[0])
         assert smallest < 0
-        factor = prepare_input_factor(lambda: moment.double(), 1e-6, ("layer",))
+        factor = prepare_input_factor(Cut(moment), 1e-6, ("layer",))
         assert factor is not None
         assert (factor.raises > 0) == (factor.damping > 1e-6)
         assert factor.damping >= min(1e-6, -smallest)
         assert factor.damping <= 1e-4 * factor.scale
-        lower = factor.factor.tril()
+        lower = joined(factor)
         damped = moment.double() + factor.damping * torch.eye(300, dtype=torch.float64)
         assert relative_error(lower @ lower.T * factor.scale, damped) < 1e-6
         if factor.raises:
             config = SolveConfig()
             gradient = torch.randn(20, 300, generator=generator, dtype=torch.float64)
-            found = solve_layer("layer", factor, gradient, torch.ones(20), config, population_size=1, seed=0)
+            found = solve_layer("layer", factor, [gradient], torch.ones(20), config, population_size=1, seed=0)
             assert found.status in (SolveStatus.DAMPED, SolveStatus.UNCONVERGED)
             assert found.stats is not None
             assert found.stats.damping == factor.damping
@@ -366,16 +392,10 @@ class TestDamping:
         assert found.stats.displacement_norm == pytest.approx(sigma, rel=1e-6)
 
     def test_a_well_conditioned_moment_is_read_once_and_never_damped_more(self) -> None:
-        reads = []
-        statistics = draw(5, 20, 30, tokens=200)
-
-        def read() -> torch.Tensor:
-            reads.append(1)
-            return statistics.input_moment.clone()
-
-        factor = prepare_input_factor(read, 1e-3, ("layer",))
+        moment = Cut(draw(5, 20, 30, tokens=200).input_moment, band_rows=8)
+        factor = prepare_input_factor(moment, 1e-3, ("layer",))
         assert factor is not None
-        assert (factor.damping, factor.raises, len(reads)) == (1e-3, 0, 1)
+        assert (factor.damping, factor.raises, moment.reads) == (1e-3, 0, [0, 1, 2, 3])
 
     @pytest.mark.parametrize("smallest", [-0.02, -0.3, -5.0])
     def test_an_indefinite_matrix_is_no_second_moment_however_much_damping_would_hide_it(self, smallest: float) -> None:
@@ -387,21 +407,21 @@ class TestDamping:
         matrix = vectors * values @ vectors.T
         assert bool((matrix.diagonal() > 0).all())
         with pytest.raises(NumericalError, match=r"^layer: the input moment is not positive semidefinite .*damaged$"):
-            prepare_input_factor(lambda: matrix.clone(), 1e-6, ("layer", "other"))
+            prepare_input_factor(Cut(matrix), 1e-6, ("layer", "other"))
 
     def test_a_negative_diagonal_is_damage(self) -> None:
         matrix = torch.eye(5, dtype=torch.float64)
         matrix[2, 2] = -0.5
         with pytest.raises(NumericalError, match=r"^layer: the input moment has a negative diagonal"):
-            prepare_input_factor(lambda: matrix.clone(), 1e-6, ("layer",))
+            prepare_input_factor(Cut(matrix), 1e-6, ("layer",))
         with pytest.raises(NumericalError, match=r"negative diagonal"):
-            prepare_input_factor(lambda: -matrix, 1e-6, ("layer",))
+            prepare_input_factor(Cut(-matrix), 1e-6, ("layer",))
 
     def test_a_zero_diagonal_with_something_beside_it_is_damage_and_not_a_layer_without_input(self) -> None:
         matrix = torch.zeros(5, 5, dtype=torch.float64)
         matrix[3, 1] = 0.5
         with pytest.raises(NumericalError, match=r"^layer: the input moment"):
-            prepare_input_factor(lambda: matrix.clone(), 1e-6, ("layer",))
+            prepare_input_factor(Cut(matrix), 1e-6, ("layer",))
 
     @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
     @pytest.mark.parametrize("place", [(0, 0), (7, 2), (29, 29), (29, 0)])
@@ -409,7 +429,7 @@ class TestDamping:
         moment = draw(5, 20, 30, tokens=200).input_moment
         moment[place] = value
         with pytest.raises(NumericalError, match=r"^layer: the input moment is not (finite|positive)") as caught:
-            prepare_input_factor(lambda: moment.clone(), 1e-6, ("layer",))
+            prepare_input_factor(Cut(moment), 1e-6, ("layer",))
         assert "finite" in str(caught.value)
 
 

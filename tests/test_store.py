@@ -17,12 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamda import panels, store
+from streamda.collected import open_statistics
 from streamda.config import StatisticsCodec
 from streamda.errors import ConfigError, DamagedError, LockedError
 from streamda.layers import BlockSpec, InputGroup, LinearSpec
 from streamda.panels import block_panels
 from streamda.rundir import RunDirectory
-from streamda.store import ZARR_FOLDER, BlockStatisticsReader, BlockStatisticsWriter, open_statistics, stats_unit
+from streamda.store import ZARR_FOLDER, BlockStatisticsReader, BlockStatisticsWriter, stats_unit
 
 CPU = torch.device("cpu")
 CODECS: tuple[StatisticsCodec, ...] = ("none", "zstd", "blosc", "bitround")

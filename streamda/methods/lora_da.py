@@ -20,8 +20,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -29,6 +30,7 @@ from streamda import cholesky, eigen
 from streamda.config import SolveConfig
 from streamda.errors import NumericalError
 from streamda.methods.solution import LayerSolution, SolveStats, SolveStatus, layer_generator, standard_start
+from streamda.solve_plan import CHUNK_BYTES, MIN_CHUNK_ROWS
 
 MIN_RAISED_DAMPING = 1e-9
 """Share of the mean diagonal below which a raised damping need not be tried: float32 sums leave negative eigenvalues of
@@ -41,8 +43,8 @@ MAX_RAISED_DAMPING = 1e-2
 class InputFactor:
     """The factorized, damped input moment that the layers of one group share."""
 
-    factor: torch.Tensor
-    """[d_in, d_in] float64, L in the lower triangle of the damped moment over `scale`."""
+    bands: cholesky.Bands
+    """Of L, float64, the Cholesky factor of the damped moment over `scale`."""
     scale: float
     """Mean diagonal of the moment, divided out before factorizing."""
     damping: float
@@ -51,23 +53,36 @@ class InputFactor:
 
     def solve(self, block: torch.Tensor) -> torch.Tensor:
         """``Z^-1 block`` for [d_in, k]."""
-        return cholesky.solve(self.factor, block) / self.scale
+        return cholesky.solve(self.bands, block) / self.scale
 
     def multiply(self, block: torch.Tensor) -> torch.Tensor:
         """``Z block / scale`` for [d_in, k]."""
-        return cholesky.multiply(self.factor, block)
+        return cholesky.multiply(self.bands, block)
+
+
+class Moment(Protocol):
+    """A mean input moment [d_in, d_in], read by bands of rows as `streamda.cholesky` cuts them."""
+
+    def __len__(self) -> int:
+        """Bands."""
+
+    def diagonal(self) -> torch.Tensor:
+        """[d_in] float64."""
+
+    def band(self, index: int) -> torch.Tensor:
+        """Band `index`, [rows, stop] float64, which the caller may change."""
 
 
 def prepare_input_factor(
-    read: Callable[[], torch.Tensor], damping: float, names: tuple[str, ...]
+    moment: Moment, damping: float, names: tuple[str, ...], bands: cholesky.Bands | None = None
 ) -> InputFactor | None:
     """Damps and factorizes an input moment; raises the damping, tenfold at a time, where it must, and says so.
 
     Args:
-        read: gives the moment [d_in, d_in] float64, lower triangle, as a tensor that may be overwritten. Called again
-            after a failed attempt, because the factorization destroys it.
+        moment: is read once for each damping that is tried.
         damping: lambda.
         names: modules of the group, for messages.
+        bands: takes the factor; in memory where none are given.
 
     Returns:
         None for a moment that is exactly zero: its layers never saw an input.
@@ -75,23 +90,29 @@ def prepare_input_factor(
     Raises:
         NumericalError: non-finite values, or not a second moment even with all the damping that is allowed.
     """
+    diagonal = moment.diagonal()
+    scale = float(diagonal.mean())
+    if not math.isfinite(scale) or not bool(torch.isfinite(diagonal).all()):
+        raise NumericalError(f"{names[0]}: the input moment is not finite")
+    if scale == 0 and not any(bool(moment.band(index).any()) for index in range(len(moment))):
+        return None
+    if scale <= 0 or bool((diagonal < 0).any()):
+        raise NumericalError(f"{names[0]}: the input moment has a negative diagonal; the statistics are damaged")
+    del diagonal
+    held: cholesky.Bands = {} if bands is None else bands
     used, raises = damping, 0
     while True:
-        moment = read()
-        diagonal = moment.diagonal()
-        scale = float(diagonal.mean())
-        if not math.isfinite(scale) or not bool(torch.isfinite(diagonal).all()):
-            raise NumericalError(f"{names[0]}: the input moment is not finite")
-        if scale == 0 and not bool(moment.any()):
-            return None
-        if scale <= 0 or bool((diagonal < 0).any()):
-            raise NumericalError(f"{names[0]}: the input moment has a negative diagonal; the statistics are damaged")
-        moment.div_(scale)
-        diagonal.add_(used / scale)
+
+        def damped(index: int, used: float = used) -> torch.Tensor:
+            band = moment.band(index).div_(scale)
+            band.diagonal(band.shape[1] - band.shape[0]).add_(used / scale)
+            return band
+
         try:
-            return InputFactor(cholesky.factorize_(moment), scale, used, raises)
+            cholesky.factorize(damped, len(moment), held)
+            return InputFactor(held, scale, used, raises)
         except cholesky.NotPositiveDefiniteError:
-            del moment, diagonal  # the next attempt reads it again, and there is room for one
+            pass
         raised = max(10 * used, MIN_RAISED_DAMPING * scale)
         if raised > MAX_RAISED_DAMPING * scale:
             raise NumericalError(
@@ -104,7 +125,7 @@ def prepare_input_factor(
 def solve_layer(
     name: str,
     factor: InputFactor | None,
-    gradient: torch.Tensor,
+    gradient: Sequence[torch.Tensor],
     output_moment: torch.Tensor,
     config: SolveConfig,
     *,
@@ -116,7 +137,8 @@ def solve_layer(
     Args:
         name: module name; with `seed` it fixes the eigensolver's start.
         factor: of the layer's input group; None for an input that was always zero.
-        gradient: [d_out, d_in] float64, mean over samples.
+        gradient: [d_out, d_in], mean over samples, as bands of rows [rows, d_in] in float32 or float64; may be read
+            anew at each use.
         output_moment: [d_out], mean over tokens.
         config: the method's settings.
         population_size: N, rows of the whole training set.
@@ -126,9 +148,7 @@ def solve_layer(
         NumericalError: a statistic or the result is not finite.
     """
     started = time.monotonic()
-    d_out, d_in = gradient.shape
-    low, high = (float(bound) for bound in torch.aminmax(gradient))  # without a second matrix; NaN comes through
-    largest = max(-low, high) if math.isfinite(low + high) else math.nan
+    d_out, d_in, largest = _extent(gradient)
     if not math.isfinite(largest) or not bool(torch.isfinite(output_moment).all()):
         raise NumericalError(f"{name}: the gradient statistics are not finite")
     if factor is None or largest == 0:
@@ -142,10 +162,15 @@ def solve_layer(
             f"{name}: the damped output factor is not positive; the median of the output moment is zero, so give "
             "--damping without --output-damping-ratio"
         )
-    displacement = _Displacement(factor if config.use_fisher else None, gradient, y if config.use_fisher else None)
+    displacement = _Displacement(
+        factor if config.use_fisher else None, gradient, (d_out, d_in), y if config.use_fisher else None
+    )
     start = torch.randn(
-        d_in, min(d_in, config.rank + eigen.GUARD_VECTORS), generator=layer_generator(name, seed), dtype=torch.float64
-    ).to(gradient.device)
+        d_in,
+        min(d_in, config.rank + eigen.guard_vectors(d_in)),
+        generator=layer_generator(name, seed),
+        dtype=torch.float64,
+    ).to(output_moment.device)
     start = start / start.norm(dim=0)
     scale = displacement.magnitude(start)
     if not math.isfinite(scale) or scale == 0:
@@ -185,12 +210,31 @@ def solve_layer(
     )
 
 
+def _extent(gradient: Sequence[torch.Tensor]) -> tuple[int, int, float]:
+    """d_out, d_in, and the largest magnitude (NaN where a value is not finite) of a gradient in bands."""
+    d_out, d_in, largest = 0, 0, 0.0
+    for band in gradient:
+        low, high = (float(bound) for bound in torch.aminmax(band))  # without a second matrix; NaN comes through
+        largest = max(largest, -low, high) if math.isfinite(low + high) else math.nan
+        d_out, d_in = d_out + band.shape[0], band.shape[1]
+        if math.isnan(largest):
+            break
+    return d_out, d_in, largest
+
+
 class _Displacement:
     """The matrix D [d_in, d_out] as products with thin blocks; without Fisher factors it is minus the gradient."""
 
-    def __init__(self, factor: InputFactor | None, gradient: torch.Tensor, y: torch.Tensor | None) -> None:
+    def __init__(
+        self,
+        factor: InputFactor | None,
+        gradient: Sequence[torch.Tensor],
+        shape: tuple[int, int],
+        y: torch.Tensor | None,
+    ) -> None:
         self._factor = factor
         self._gradient = gradient
+        self._d_out, self._d_in = shape
         self._inverse_y = None if y is None else 1 / y[:, None]
 
     def precondition(self, block: torch.Tensor) -> torch.Tensor:
@@ -199,11 +243,25 @@ class _Displacement:
 
     def transposed(self, block: torch.Tensor, solved: torch.Tensor | None = None) -> torch.Tensor:
         """``D^T block``: [d_in, k] -> [d_out, k]; `solved` is ``Z^-1 block`` where it is known already."""
-        return -self._weigh(self._gradient @ (self.precondition(block) if solved is None else solved))
+        right = self.precondition(block) if solved is None else solved
+        return -self._weigh(torch.cat([rows @ right for _, rows in self._rows()]))
 
     def times(self, block: torch.Tensor) -> torch.Tensor:
         """``D block``: [d_out, k] -> [d_in, k]."""
-        return -self.precondition(self._gradient.T @ self._weigh(block))
+        weighted = self._weigh(block)
+        product = weighted.new_zeros(self._d_in, block.shape[1])
+        for start, rows in self._rows():
+            product.addmm_(rows.T, weighted[start : start + rows.shape[0]])
+        return -self.precondition(product)
+
+    def _rows(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """The gradient in float64, by chunks that depend on its shape only: the bits must not depend on the budget."""
+        chunk_rows = max(MIN_CHUNK_ROWS, CHUNK_BYTES // (8 * self._d_in))
+        start = 0
+        for band in self._gradient:
+            for chunk in torch.split(band, chunk_rows):
+                yield start, chunk.double()
+                start += chunk.shape[0]
 
     def magnitude(self, start: torch.Tensor) -> float:
         """A rough size of D, to bring everything to order one: at most its spectral norm."""

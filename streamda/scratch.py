@@ -1,0 +1,95 @@
+"""Bands of a Cholesky factor that do not fit in memory: the first ones stay there, the others lie in a file.
+
+The file has no name: it is unlinked as soon as it is open, so that whatever ends the process frees its space.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+
+from streamda import files
+from streamda.errors import DamagedError
+
+
+class SpilledBands:
+    """Bands of a lower triangle (see `streamda.cholesky.Bands`), written once each and in order; a context manager."""
+
+    def __init__(self, folder: Path, in_memory: int, device: torch.device) -> None:
+        """Makes an empty triangle.
+
+        Args:
+            folder: on the disk that takes what does not fit.
+            in_memory: bands that are kept in memory, from the first on.
+            device: where bands are handed out.
+        """
+        self._folder = folder
+        self._in_memory = in_memory
+        self._device = device
+        self._held: dict[int, torch.Tensor] = {}
+        self._places: dict[int, tuple[int, torch.Size, torch.dtype, float]] = {}
+        self._end = 0
+        self._descriptor: int | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._held.clear()
+        self._places.clear()
+        if self._descriptor is not None:
+            files.system_calls.close(self._descriptor)
+            self._descriptor = None
+
+    def __len__(self) -> int:
+        return len(self._held) + len(self._places)
+
+    def __setitem__(self, index: int, band: torch.Tensor) -> None:
+        if index < self._in_memory:
+            self._held[index] = band
+            return
+        descriptor = self._open()
+        # a second attempt at a factorization writes its bands where the first one wrote them
+        offset = self._places[index][0] if index in self._places else self._end
+        host = band.to("cpu").contiguous()
+        with files.storage_errors("write", self._folder):
+            os.lseek(descriptor, offset, os.SEEK_SET)
+            files.write_all(descriptor, host.view(torch.uint8).reshape(-1).numpy().data)
+        self._places[index] = (offset, host.shape, host.dtype, float(host.sum()))
+        self._end = max(self._end, offset + host.nbytes)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        if index in self._held:
+            return self._held[index]
+        offset, shape, dtype, total = self._places[index]
+        host = torch.empty(shape, dtype=dtype)
+        view = memoryview(host.view(torch.uint8).reshape(-1).numpy().data)
+        assert self._descriptor is not None
+        with files.damage_errors(self._folder):
+            while view:
+                count = os.preadv(self._descriptor, [view], offset)
+                if count == 0:
+                    break
+                view, offset = view[count:], offset + count
+        # a checksum of every byte would take longer than the read; what a sum does not see does not matter either
+        if view or float(host.sum()) != total:
+            raise DamagedError(
+                f"{self._folder} gave back other bytes than were written to it; check the disk, and run the same "
+                "command again"
+            )
+        return host.to(self._device)
+
+    def _open(self) -> int:
+        if self._descriptor is None:
+            path = self._folder / f"factor.{secrets.token_hex(4)}.tmp"
+            with files.storage_errors("write", path):
+                self._descriptor = files.open_descriptor(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+                files.system_calls.unlink(path)
+        return self._descriptor

@@ -1,0 +1,85 @@
+"""How the solution of one input group is cut to the memory there is. Plain integers.
+
+Bands of the factor and of the gradient are the rows of stored tiles: at 28672 columns a band is at most 470 MB.
+The factor is float64 in every case; what changes is where it lies. In this order, until it fits: everything in memory;
+the gradient in the float32 it is stored in; the gradient read anew at each use; the factor's last bands in a file.
+None of it changes a bit of the result.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from streamda.cholesky import BLOCK_ROWS
+from streamda.eigen import basis_vectors, guard_vectors
+from streamda.panels import FLOAT32_BYTES, PANEL_ROWS
+
+FLOAT64_BYTES = 8
+THIN_BLOCKS = 12
+"""Blocks of rank + guard columns that the eigensolver holds beside its basis and the images of that."""
+CHUNK_BYTES = 64 << 20
+"""Of a float32 gradient that is in float64 at a time."""
+MIN_CHUNK_ROWS = 256
+TILE_COPIES = 3
+"""Float32 copies of a tile that is read: the reader's, Zarr's, and what it is converted to."""
+
+GradientForm = Literal["float64", "float32", "streamed"]
+
+
+@dataclass(frozen=True, slots=True)
+class SolveLayout:
+    """Where the factor and the gradients of an input group lie while its layers are solved."""
+
+    bands_in_memory: int
+    gradient: GradientForm
+    num_bytes: int
+    """Peak in memory."""
+    spilled_bytes: int
+    """Of the factor, in a file."""
+
+
+def band_bytes(d_in: int) -> list[int]:
+    """Float64 bytes of each band of a lower triangle."""
+    return [
+        FLOAT64_BYTES * (min(start + PANEL_ROWS, d_in) - start) * min(start + PANEL_ROWS, d_in)
+        for start in range(0, d_in, PANEL_ROWS)
+    ]
+
+
+def solve_layout(d_in: int, d_out: int, rank: int, capacity_bytes: int | None) -> SolveLayout:
+    """The fastest layout that fits, or the smallest one where none does.
+
+    Args:
+        d_in: of the group.
+        d_out: of its widest layer.
+        rank: of the adapter.
+        capacity_bytes: memory for all of it; None for as much as it likes.
+    """
+    sizes = band_bytes(d_in)
+    whole = len(sizes)
+    forms: tuple[GradientForm, ...] = ("float64", "float32", "streamed")
+    choices = [(whole, form) for form in forms]
+    choices += [(count, form) for form in forms[1:] for count in range(whole - 1, -1, -1)]
+    layouts = [_layout(d_in, d_out, rank, sizes, count, form) for count, form in choices]
+    fitting = (each for each in layouts if capacity_bytes is None or each.num_bytes <= capacity_bytes)
+    return next(fitting, min(layouts, key=lambda each: each.num_bytes))
+
+
+def _layout(d_in: int, d_out: int, rank: int, sizes: list[int], in_memory: int, form: GradientForm) -> SolveLayout:
+    held, spilled = sum(sizes[:in_memory]), sum(sizes[in_memory:])
+    tiles = TILE_COPIES * min(d_in, PANEL_ROWS) ** 2 * FLOAT32_BYTES
+    # a block column of a band, its solution, and the copies that the triangular solver makes of both
+    columns = 4 * min(d_in, PANEL_ROWS) * min(d_in, BLOCK_ROWS) * FLOAT64_BYTES
+    factorizing = held + (2 * sizes[-1] if spilled else 0) + tiles + columns
+    gradient_band = min(PANEL_ROWS, d_out) * d_in * FLOAT32_BYTES
+    chunk = min(d_out, PANEL_ROWS, max(MIN_CHUNK_ROWS, CHUNK_BYTES // (FLOAT64_BYTES * d_in))) * d_in * FLOAT64_BYTES
+    gradient = {
+        "float64": d_out * d_in * FLOAT64_BYTES + gradient_band,
+        "float32": d_out * d_in * FLOAT32_BYTES + chunk,
+        "streamed": gradient_band + chunk,
+    }[form]
+    width = min(d_in, rank + guard_vectors(d_in))
+    thin = (2 * min(d_in, basis_vectors(width)) + THIN_BLOCKS * width) * d_in + 4 * width * d_out
+    solving = held + (sizes[-1] if spilled else 0) + gradient + tiles + thin * FLOAT64_BYTES
+    return SolveLayout(in_memory, form, max(factorizing, solving), spilled)

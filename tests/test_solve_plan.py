@@ -1,0 +1,65 @@
+"""A solution is cut to the memory there is, and not a bit of it depends on how."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from streamda import solve_plan
+from streamda.config import SolveConfig
+from streamda.solve_plan import band_bytes, solve_layout
+from streamda.solve_stage import Solver
+from streamda.store import BlockStatisticsReader
+from tests.test_store import CPU, a_run, block, draw, write
+
+GB = 10**9
+
+
+def test_bands_cover_the_lower_triangle() -> None:
+    assert band_bytes(100) == [8 * 100 * 100]
+    assert band_bytes(5000) == [8 * 2048 * 2048, 8 * 2048 * 4096, 8 * 904 * 5000]
+
+
+@pytest.mark.parametrize(("d_in", "d_out"), [(576, 1536), (5120, 13824), (13824, 5120), (28672, 8192), (8192, 28672)])
+def test_less_memory_gives_smaller_layouts_in_order_of_speed(d_in: int, d_out: int) -> None:
+    best = solve_layout(d_in, d_out, 8, None)
+    assert (best.bands_in_memory, best.gradient, best.spilled_bytes) == (len(band_bytes(d_in)), "float64", 0)
+    smallest = solve_layout(d_in, d_out, 8, 0)
+    assert smallest.num_bytes <= best.num_bytes
+    capacity, seen = best.num_bytes, []
+    while capacity >= smallest.num_bytes:
+        layout = solve_layout(d_in, d_out, 8, capacity)
+        assert layout.num_bytes <= capacity
+        seen.append((layout.gradient, -layout.bands_in_memory))
+        capacity = layout.num_bytes - 1
+    assert solve_layout(d_in, d_out, 8, capacity).num_bytes > capacity
+    assert len(set(seen)) == len(seen)
+    assert len(seen) > 3 or d_in < 2048
+
+
+def test_a_70b_down_projection_fits_where_two_float64_copies_of_its_moment_would_not() -> None:
+    layout = solve_layout(28672, 8192, 8, 6 * GB)
+    assert layout.spilled_bytes == 0
+    assert 28672**2 * 8 > 6 * GB > layout.num_bytes
+    assert solve_layout(28672, 8192, 8, 0).num_bytes < 2 * GB
+
+
+def test_every_layout_solves_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(solve_plan, "PANEL_ROWS", 16)
+    spec = block(70, 40)
+    with a_run(tmp_path, tile=16) as run:
+        write(run, spec, draw(spec))
+        results, largest = [], solve_layout(70, 40, 4, None).num_bytes
+        layouts = {solve_layout(70, 40, 4, capacity): capacity for capacity in (None, *range(0, largest, 500))}
+        wanted = [("float64", 5), ("float32", 5), ("streamed", 5), ("float32", 2), ("streamed", 0)]
+        chosen = [capacity for each, capacity in layouts.items() if (each.gradient, each.bands_in_memory) in wanted]
+        assert len(chosen) >= 4
+        for capacity in chosen:
+            solver = Solver(SolveConfig(rank=4), 1000, 0, CPU, capacity_bytes=capacity)
+            solutions, _ = solver.solve_block(BlockStatisticsReader(run.units, 0), run.units.folder)
+            results.append({s.name: (s.lora_a, s.lora_b) for s in solutions})
+    for result in results[1:]:
+        for name, factors in result.items():
+            assert all(map(torch.equal, factors, results[0][name]))

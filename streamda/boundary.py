@@ -16,6 +16,7 @@ import google_crc32c
 import torch
 
 from streamda import files
+from streamda.disk_space import require_room
 from streamda.errors import DamagedError
 from streamda.units import UnitDraft, UnitStore
 
@@ -75,12 +76,16 @@ class BoundaryStore:
             name: unit name.
             durable: on disk whatever memory is free; a killed run continues from these.
             facts: plain JSON to keep beside it; may be filled until the block is left.
+
+        Raises:
+            StorageError: the disk has no room for it.
         """
         if not durable and len(self._held) < self._slots:
             held: list[torch.Tensor] = []
             yield BoundaryWriter(held)
             self._held[name] = held
             return
+        require_room(self._units.folder, sum(self._sizes), f"boundary {name}")
         draft: UnitDraft
         with self._units.create(name) as draft:
             with files.FileWriter(draft.path / STATES_FILE) as stream:

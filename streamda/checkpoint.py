@@ -2,18 +2,17 @@
 
 Accelerate builds the skeleton (`init_empty_weights`) and places each tensor (`set_module_tensor_to_device`). Names in
 the files become names in the model once, by transformers' own conversion rules; tensors that a rule fuses or splits
-(experts of a mixture) go through transformers' converter with one part's tensors only.
-
-Files are read with ``pread``: a memory-mapped shard would count as resident memory, and kill the process with SIGBUS
-if it were truncated meanwhile.
+(experts of a mixture) go through transformers' converter with one part's tensors only. Reading touches no module, so a
+thread may do it; placing is for the one that runs the model.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
-from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -34,10 +32,20 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from streamda.errors import ModelError
+from streamda.memory import CopyMark, DeviceCopier, hand_over
+from streamda.shards import (
+    STORED_DTYPES,
+    StoredTensor,
+    announce,
+    find_shards,
+    first_line,
+    opened,
+    read_header,
+    read_tensor,
+)
+from streamda.stored_weights import StoredWeight
 
-READ_CHUNK_BYTES = 32 << 20  # 32 MiB: what a cast from the stored dtype may hold twice
 SAMPLED_BYTES = 1 << 20  # 1 MiB from each end of a shard goes into the fingerprint
-STORED_DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
 def load_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
@@ -52,7 +60,7 @@ def load_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
             raise ModelError(f"{folder} brings its own Python code; add --trust-remote-code if you trust it")
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{folder / 'config.json'} cannot be used: {_first_line(error)}") from error
+        raise ModelError(f"{folder / 'config.json'} cannot be used: {first_line(error)}") from error
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(f"{folder} is a quantized checkpoint; gradients need the original weights")
     if getattr(config, "is_encoder_decoder", False):
@@ -72,7 +80,7 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype, trust_remote_co
             model = auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
         raise ModelError(
-            f"no causal language model can be built from the configuration: {_first_line(error)}"
+            f"no causal language model can be built from the configuration: {first_line(error)}"
         ) from error
     model.tie_weights()
     model.config.use_cache = False
@@ -83,25 +91,13 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype, trust_remote_co
 
 
 @dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """One tensor in a shard."""
+class ReadWeights:
+    """Tensors on the device that are not yet in the model."""
 
-    key: str
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str
-    target: str
-    """Name in the model; of the first target where a conversion has several."""
-    converted: bool
-    """True where transformers fuses or splits it on the way."""
-
-    @property
-    def num_bytes(self) -> int:
-        """Size in the file."""
-        size = STORED_DTYPES[self.dtype]
-        for side in self.shape:
-            size *= side
-        return size
+    values: list[tuple[StoredTensor, torch.Tensor, str]]
+    """Each with the name that it gets."""
+    filled: CopyMark
+    """When they are complete."""
 
 
 class Checkpoint:
@@ -115,11 +111,13 @@ class Checkpoint:
         """
         self.folder = folder
         self.bytes_read = 0
+        self._reading = threading.Lock()  # one read at a time: they share the copier, and the count
+        self._copier = DeviceCopier(device)
         self._model = model
         self._device = device
         self._conversions = get_model_conversion_mapping(model)
         self._expected = dict(model.state_dict())
-        self.shards = _find_shards(folder)
+        self.shards = find_shards(folder)
         self._tensors = list(self._read_headers())
         self._by_target: dict[str, list[StoredTensor]] = {}
         for tensor in self._tensors:
@@ -128,27 +126,62 @@ class Checkpoint:
         self._check()
         self.total_bytes = sum(tensor.num_bytes for tensor in self._tensors)
 
-    def load(self, names: Iterable[str]) -> None:
-        """Places parameters on the device, in the skeleton's dtype.
+    def load(self, names: Iterable[str], *, keep_stored: bool = False) -> None:
+        """Reads parameters and places them on the device, in the skeleton's dtype.
 
         Args:
             names: full parameter names; a module's name stands for all that lies below it.
+            keep_stored: matrices that the files hold in a narrower dtype stay in it and are cast for each product
+                (`streamda.stored_weights`); no result changes.
 
         Raises:
             ModelError: a tensor cannot be read, or holds NaN or Inf.
         """
+        self.place(self.read(names, keep_stored=keep_stored))
+
+    def read(self, names: Iterable[str], *, keep_stored: bool = False) -> ReadWeights:
+        """Reads parameters to the device and leaves the model alone; any thread may. For the rest as `load`."""
         wanted: list[tuple[StoredTensor, str]] = []
         for name in names:
             for target in self._targets_below(name):
-                wanted += [(tensor, target) for tensor in self._by_target[self._aliases.get(target, target)]]
-        plain = [(tensor, target) for tensor, target in wanted if not tensor.converted]
-        for _, value, target in self._values(plain):
-            set_module_tensor_to_device(
-                self._model, target, self._device, value=value, dtype=value.dtype, clear_cache=False
-            )
-        fused = [(tensor, target) for tensor, target in wanted if tensor.converted]
+                wanted += [(tensor, target) for tensor in self._stored(target)]
+        values: list[tuple[StoredTensor, torch.Tensor, str]] = []
+        with self._reading, self._copier as copier:
+            for shard in dict.fromkeys(tensor.file for tensor, _ in wanted):
+                with opened(shard) as descriptor:
+                    for tensor, target in wanted:
+                        if tensor.file == shard:
+                            dtype = self._read_dtype(tensor, keep_stored)
+                            values.append((tensor, read_tensor(descriptor, tensor, dtype, copier), target))
+                            self.bytes_read += tensor.num_bytes
+            return ReadWeights(values, copier.mark())
+
+    def place(self, weights: ReadWeights) -> None:
+        """Puts what `read` returned into the model, once; it is empty afterwards.
+
+        Raises:
+            ModelError: transformers cannot fuse or split it.
+        """
+        hand_over([value for _, value, _ in weights.values], weights.filled, self._device)
+        fused: dict[str, torch.Tensor] = {}
+        while weights.values:
+            tensor, value, target = weights.values.pop(0)
+            if tensor.converted:
+                fused[tensor.key] = value
+            else:
+                self._put(target, value)
+            del value
         if fused:
-            self._convert({tensor.key: value for tensor, value, _ in self._values(fused)})
+            self._convert(fused)
+
+    def announce(self, names: Iterable[str]) -> None:
+        """Asks the system to read parameters into its page cache, for a `load` that follows; names as there."""
+        tensors = [tensor for name in names for target in self._targets_below(name) for tensor in self._stored(target)]
+        for shard in dict.fromkeys(tensor.file for tensor in tensors):
+            with opened(shard) as descriptor:
+                for tensor in tensors:
+                    if tensor.file == shard:
+                        announce(descriptor, tensor)
 
     def release(self, names: Iterable[str]) -> None:
         """Puts parameters back on meta and so frees them; names as in `load`."""
@@ -156,10 +189,10 @@ class Checkpoint:
             module, _, leaf = name.rpartition(".")
             owner = self._model.get_submodule(module)
             if leaf in owner._parameters:
-                set_module_tensor_to_device(self._model, name, "meta", clear_cache=False)
+                self._empty(name)
                 continue
             for below, _ in self._model.get_submodule(name).named_parameters():
-                set_module_tensor_to_device(self._model, f"{name}.{below}", "meta", clear_cache=False)
+                self._empty(f"{name}.{below}")
 
     def fingerprint(self) -> dict[str, Any]:
         """What identifies the weights: of each shard name, size, and a digest of its header and both its ends."""
@@ -176,6 +209,34 @@ class Checkpoint:
             shards[shard.name] = [size, digest.hexdigest()]
         return {"config": hashlib.sha256((self.folder / "config.json").read_bytes()).hexdigest(), "shards": shards}
 
+    def _stored(self, target: str) -> list[StoredTensor]:
+        return self._by_target[self._aliases.get(target, target)]
+
+    def _read_dtype(self, tensor: StoredTensor, keep_stored: bool) -> torch.dtype:
+        """Norms and biases are always cast: they are small, and used in ways of their own."""
+        dtype = self._expected[tensor.target].dtype
+        narrower = tensor.dtype.itemsize < dtype.itemsize
+        is_matrix = len(tensor.shape) > 1 or tensor.converted
+        return tensor.dtype if keep_stored and narrower and is_matrix else dtype
+
+    def _put(self, target: str, value: torch.Tensor) -> None:
+        dtype = self._expected[target].dtype
+        if value.dtype == dtype:
+            set_module_tensor_to_device(self._model, target, self._device, value=value, dtype=dtype, clear_cache=False)
+            return
+        module, _, leaf = target.rpartition(".")
+        self._model.get_submodule(module)._parameters[leaf] = StoredWeight.keep(value, dtype)  # type: ignore[assignment]
+
+    def _empty(self, target: str) -> None:
+        module, _, leaf = target.rpartition(".")
+        owner = self._model.get_submodule(module)
+        if isinstance(owner._parameters[leaf], StoredWeight):
+            # accelerate would keep the stored dtype, and take a cast for the way
+            empty = torch.empty_like(self._expected[target], device="meta")
+            owner._parameters[leaf] = torch.nn.Parameter(empty, requires_grad=False)
+            return
+        set_module_tensor_to_device(self._model, target, "meta", clear_cache=False)
+
     def _targets_below(self, name: str) -> list[str]:
         if name in self._by_target or name in self._aliases:
             return [name]
@@ -187,22 +248,20 @@ class Checkpoint:
         prefix = self._model.base_model_prefix
         seen: dict[str, Path] = {}
         for shard in self.shards:
-            with _opened(shard) as handle:
-                for key in handle.keys():  # noqa: SIM118 - a safetensors handle is no mapping
-                    if key in seen:
-                        raise ModelError(f"tensor {key} is in {seen[key].name} and again in {shard.name}")
-                    seen[key] = shard
-                    target, pattern = rename_source_key(key, renamings, converters, prefix, self._expected)
-                    if target not in self._expected and key in self._expected:
-                        target, pattern = key, None
-                    if target not in self._expected:
-                        continue  # files may hold more than the model, such as old rotary buffers
-                    view = handle.get_slice(key)
-                    if view.get_dtype() not in STORED_DTYPES:
-                        raise ModelError(f"{shard.name}: {key} is stored as {view.get_dtype()}, which is not a weight")
-                    yield StoredTensor(
-                        key, shard, tuple(view.get_shape()), view.get_dtype(), target, pattern is not None
-                    )
+            for entry in read_header(shard):
+                key = entry.key
+                if key in seen:
+                    raise ModelError(f"tensor {key} is in {seen[key].name} and again in {shard.name}")
+                seen[key] = shard
+                target, pattern = rename_source_key(key, renamings, converters, prefix, self._expected)
+                if target not in self._expected and key in self._expected:
+                    target, pattern = key, None
+                if target not in self._expected:
+                    continue  # files may hold more than the model, such as old rotary buffers
+                if entry.dtype not in STORED_DTYPES:
+                    raise ModelError(f"{shard.name}: {key} is stored as {entry.dtype}, which is not a weight")
+                dtype = STORED_DTYPES[entry.dtype]
+                yield StoredTensor(key, shard, entry.shape, dtype, entry.offset, target, pattern is not None)
 
     def _find_aliases(self) -> dict[str, str]:
         """Parameters that the files hold under the name of the one they are tied to."""
@@ -237,81 +296,27 @@ class Checkpoint:
                     f"{list(expected)}"
                 )
 
-    def _values(self, wanted: Sequence[tuple[StoredTensor, str]]) -> Iterator[tuple[StoredTensor, torch.Tensor, str]]:
-        """Reads tensors shard by shard, in the order of the files."""
-        for shard in dict.fromkeys(tensor.file for tensor, _ in wanted):
-            with _opened(shard) as handle:
-                for tensor, target in wanted:
-                    if tensor.file == shard:
-                        value = _read_tensor(handle, tensor, self._expected[tensor.target].dtype, self._device)
-                        self.bytes_read += tensor.num_bytes
-                        yield tensor, value, target
-
     def _convert(self, tensors: dict[str, torch.Tensor]) -> None:
         """Lets transformers fuse or split one part's tensors on their way into the model."""
-        dtype = next(iter(tensors.values())).dtype
+        dtypes = {value.dtype for value in tensors.values()}
+        dtype = max(dtypes, key=lambda dtype: dtype.itemsize)
         mapping: Any = get_model_conversion_mapping(self._model)  # made anew: its entries remember what they have seen
-        config = LoadStateDictConfig(dtype=dtype, device_map={"": str(self._device)}, weight_mapping=mapping)
+        # without the pattern all would be cast to the skeleton's dtype; what the files hold in several dtypes is
+        keeps = {"*": dtype} if len(dtypes) == 1 else {}
+        config = LoadStateDictConfig(
+            dtype=dtype, device_map={"": str(self._device)}, weight_mapping=mapping, dtype_plan=keeps
+        )
+        before = {name for name, value in self._model.named_parameters() if value.is_meta}
         with _quiet_progress():
             info, _ = convert_and_load_state_dict_in_model(self._model, tensors, config)
         if info.conversion_errors:
             name, reason = next(iter(info.conversion_errors.items()))
             raise ModelError(f"{self.folder}: {name} cannot be converted: {str(reason).splitlines()[0]}")
         self._model.requires_grad_(False)
-
-
-def _find_shards(folder: Path) -> tuple[Path, ...]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ModelError(f"{index} is no index of a sharded checkpoint: {_first_line(error)}") from error
-        for name in names:
-            if not isinstance(name, str) or name != Path(name).name or name in ("", ".", ".."):
-                raise ModelError(f"{index} names the shard {name!r}; it must be a plain file name")
-            if not (folder / name).is_file():
-                raise ModelError(f"{folder} lacks the shard {name} that its index names")
-        return tuple(folder / name for name in names)
-    if (folder / "model.safetensors").is_file():
-        return (folder / "model.safetensors",)
-    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
-        raise ModelError(
-            f"{folder} holds pickled weights only; convert them once with transformers' save_pretrained, which writes "
-            "safetensors"
-        )
-    raise ModelError(f"{folder} holds no model.safetensors and no model.safetensors.index.json")
-
-
-@contextmanager
-def _opened(shard: Path) -> Iterator[Any]:
-    try:
-        with safe_open(shard, framework="pt", backend="pread") as handle:
-            yield handle
-    except (SafetensorError, OSError) as error:
-        hint = ""
-        with suppress(OSError), shard.open("rb") as stream:
-            hint = (
-                " (a git-lfs pointer: run `git lfs pull`)" if stream.read(20).startswith(b"version https://git") else ""
-            )
-        raise ModelError(f"{shard} cannot be read: {_first_line(error)}{hint}") from error
-
-
-def _read_tensor(handle: Any, tensor: StoredTensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Reads one tensor in the target dtype; a large one by bands, so that no two whole copies exist at a time."""
-    if tensor.num_bytes <= READ_CHUNK_BYTES or len(tensor.shape) < 2:
-        value: torch.Tensor = handle.get_tensor(tensor.key).to(device=device, dtype=dtype)
-    else:
-        view = handle.get_slice(tensor.key)
-        value = torch.empty(tensor.shape, dtype=dtype, device=device)
-        rows = max(1, READ_CHUNK_BYTES // (tensor.num_bytes // tensor.shape[0]))
-        for start in range(0, tensor.shape[0], rows):
-            stop = min(start + rows, tensor.shape[0])  # unlike a tensor, the file's view refuses to be cut past its end
-            value[start:stop] = view[start:stop].to(device)
-    # a sum is finite only if every term is (or overflows, hence the second look)
-    if not bool(torch.isfinite(value.sum(dtype=torch.float32))) and not bool(torch.isfinite(value).all()):
-        raise ModelError(f"{tensor.file.name}: {tensor.key} holds NaN or Inf")
-    return value
+        for name in before:
+            value = self._model.get_parameter(name)
+            if not value.is_meta and value.dtype != self._expected[name].dtype:
+                self._put(name, value.data)
 
 
 @contextmanager
@@ -325,8 +330,3 @@ def _quiet_progress() -> Iterator[None]:
     finally:
         if enabled:
             switch.enable_progress_bar()
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -63,7 +63,7 @@ def _options(skip: Collection[str] = (), only: Collection[str] | None = None) ->
         shown = entry.default if stage and entry.default is not None and kind is not bool else None
         text = entry.metadata["help"]
         if kind is bool:
-            flag = name if entry.name in ("trust_remote_code", "keep_statistics", "overwrite") else None
+            flag = name if entry.name in ("trust_remote_code", "keep_statistics", "profile", "overwrite") else None
             names = [flag] if flag else [f"{name}/--no-{name[2:]}"]
             text += f"  [default: {'on' if entry.default else 'off'}]"
         else:
@@ -151,7 +151,7 @@ def init_command(**options: Any) -> None:
 
 
 @app.command("plan")
-@_with_options(_options(skip=("statistics",)))
+@_with_options(_options(skip=("statistics", "profile")))
 def plan_command(**options: Any) -> None:
     """Show what `init` would do and need, from the model's configuration alone."""
     _, _, as_json = _take_flags(options)
@@ -163,7 +163,7 @@ def plan_command(**options: Any) -> None:
 
 
 @app.command("collect")
-@_with_options(_options(skip=("output_dir", "work_dir", "keep_statistics")))
+@_with_options(_options(skip=("output_dir", "work_dir", "keep_statistics", "rates", "profile")))
 def collect_command(**options: Any) -> None:
     """Collect the statistics of all layers and keep them, for `solve`."""
     quiet, verbose, as_json = _take_flags(options)
@@ -171,7 +171,9 @@ def collect_command(**options: Any) -> None:
 
 
 @app.command("solve")
-@_with_options(_options(only=("output_dir", "statistics", "device", "overwrite", "seed", "trust_remote_code")))
+@_with_options(
+    _options(only=("output_dir", "statistics", "device", "profile", "overwrite", "seed", "trust_remote_code"))
+)
 def solve_command(**options: Any) -> None:
     """Solve an adapter from collected statistics, as often as wanted."""
     quiet, _, as_json = _take_flags(options)

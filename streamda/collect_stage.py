@@ -5,16 +5,19 @@ from __future__ import annotations
 from streamda.batches import collate, make_micro_batches
 from streamda.boundary import BoundaryStore
 from streamda.checkpoint import Checkpoint
+from streamda.disk_plan import needed_boundaries, solution_bytes
+from streamda.disk_space import require_room
 from streamda.layers import BlockSpec
-from streamda.memory import PeakMeter
+from streamda.panels import stored_bytes
 from streamda.plan import Plan
 from streamda.progress import Progress
 from streamda.report import InitReport
 from streamda.rundir import RunDirectory
+from streamda.session import stride_notices
 from streamda.setup import Prepared
 from streamda.solutions import solve_unit
 from streamda.solve_stage import Solver
-from streamda.stopwatch import Stopwatch
+from streamda.stopwatch import RunMeter, Stopwatch
 from streamda.store import BlockStatisticsWriter, stats_unit
 from streamda.sweep import Sweep, acts, grads
 
@@ -28,7 +31,7 @@ class Collection:
         checkpoint: Checkpoint,
         run: RunDirectory,
         plan: Plan,
-        meter: PeakMeter,
+        meter: RunMeter,
         progress: Progress,
         report: InitReport,
     ) -> None:
@@ -47,10 +50,19 @@ class Collection:
         ]
         shapes = [(*batch.input_ids.shape, prepared.stack.hidden_size) for batch in self._batches]
         self._boundaries = BoundaryStore(run.units, shapes, prepared.dtype, plan.boundaries_in_memory)
-        self._sweep = Sweep(prepared.stack, checkpoint, self._batches, self._boundaries)
+        self._sweep = Sweep(
+            prepared.stack,
+            checkpoint,
+            self._batches,
+            self._boundaries,
+            meter.timeline,
+            keep_stored=plan.keep_stored,
+            prefetch=plan.prefetch,
+        )
         self._specs = [cost.spec for cost in prepared.work.at(plan.micro_batch_tokens).blocks]
         self._lowest = prepared.lowest_block
         self._keeps = bool(run.settings["keeps_statistics"])
+        self._statistics_written = 0
 
     def collect(self, solver: Solver | None) -> None:
         """Runs both passes from wherever an earlier run stopped.
@@ -58,8 +70,16 @@ class Collection:
         Args:
             solver: solves each block once its statistics are committed; None collects only.
         """
+        try:
+            self._collect(solver)
+        finally:
+            self._sweep.close()
+
+    def _collect(self, solver: Solver | None) -> None:
         units, report = self._run.units, self._report
         report.resumed = bool(units.names())
+        for notice in stride_notices(self._plan):
+            self._progress.say(f"note: {notice}")
         top = len(self._specs)
         following = top - 1  # the block that comes next on the way down
         while following >= self._lowest and self._is_collected(following, solver):
@@ -71,6 +91,7 @@ class Collection:
             for index in range(top - 1, self._lowest - 1, -1):
                 bar.working_on(f"block {index}")
                 if index <= following:
+                    self._refill(index)
                     with Stopwatch(report, "backward", self._meter):
                         self._collect_block(self._specs[index])
                 self._solve_block(index, solver)
@@ -83,6 +104,7 @@ class Collection:
             "checkpoint": self._checkpoint.total_bytes,
             "boundaries_written": self._boundaries.bytes_written,
             "boundaries_read": self._boundaries.bytes_read,
+            "statistics_written": self._statistics_written,
         }
         report.loss = self._run.settings.get("loss")
 
@@ -94,21 +116,33 @@ class Collection:
         """Makes every boundary that the rest of the way down needs."""
         report, top = self._report, len(self._specs)
         begins = grads(top) not in self._boundaries and grads(following + 1) not in self._boundaries
-        last = top if begins else following
-        if 0 in self._sweep.missing_boundaries(self._lowest, last):
+        wanted = (*self._needed(following), top) if begins else self._needed(following)
+        if 0 in self._sweep.missing_boundaries(wanted):
             with Stopwatch(report, "prologue", self._meter):
                 self._sweep.prologue()
-        missing = self._sweep.missing_boundaries(self._lowest, last)
+        missing = self._sweep.missing_boundaries(wanted)
         with (
             Stopwatch(report, "forward", self._meter),
             self._progress.pass_over("forward", len(missing), self._num_tokens) as bar,
         ):
-            self._sweep.forward(self._lowest, last, bar)
+            self._sweep.forward(wanted, bar)
         if begins or grads(top) in self._boundaries:  # in the second case only its loss is read
-            with Stopwatch(report, "epilogue", self._meter):
-                loss = self._sweep.epilogue(self._plan.logit_rows)
+            with (
+                Stopwatch(report, "epilogue", self._meter),
+                self._progress.pass_over("epilogue", len(self._batches), 0, unit="batch") as bar,
+            ):
+                loss = self._sweep.epilogue(self._plan.logit_rows, bar)
             self._run.update_settings({"loss": loss})
         self._boundaries.drop(acts(top))
+
+    def _needed(self, following: int) -> tuple[int, ...]:
+        return needed_boundaries(following, self._lowest, len(self._specs), self._plan.boundary_stride)
+
+    def _refill(self, index: int) -> None:
+        """Where not all boundaries are kept: makes those of a segment again before the way down enters it."""
+        if acts(index) not in self._boundaries:
+            with Stopwatch(self._report, "forward", self._meter):
+                self._sweep.forward(self._needed(index))
 
     def _is_collected(self, index: int, solver: Solver | None) -> bool:
         """Whether nothing of a block's first pass is missing."""
@@ -138,18 +172,22 @@ class Collection:
         name = stats_unit(spec.index)
         if name in units:  # committed, but the gradient below it is not: both are made anew
             units.drop(name)
-        with units.create(name) as draft:
+        require_room(units.folder, stored_bytes(spec), f"the statistics of block {spec.index}")
+        with self._meter.timeline.at_exit("commit", units.create(name)) as draft:
             writer = BlockStatisticsWriter(draft.path, spec, self._prepared.config.collect.statistics_codec)
             facts = self._sweep.backward_block(spec, replays, writer.write_panel, push=push)
             for module, values in facts.items():
                 writer.write_facts(module, values)
             draft.metadata |= {"prefix": spec.prefix, "modules": [linear.name for linear in spec.linears]}
+        self._statistics_written += sum(record.size for record in units.metadata(name).files.values())
 
     def _solve_block(self, index: int, solver: Solver | None) -> None:
         units = self._run.units
         if solver is None or not self._specs[index].linears:
             return
         if not solver.is_solved(units, index):
+            need = solution_bytes(self._specs[index], solver.config.rank) + self._plan.scratch_bytes
+            require_room(units.folder, need, f"the solution of block {index}")
             with Stopwatch(self._report, "solve", self._meter):
                 solver.solve(units, index)
         if not self._keeps and stats_unit(index) in units:

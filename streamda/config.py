@@ -174,6 +174,12 @@ class RunConfig:
     max_disk: str | None = option(None, "Disk that the work directory may take.")
     keep_statistics: bool = option(False, "Keep the statistics of all blocks, for `solve`.")
     device: str = option("auto", "auto, cpu, cuda or cuda:N.")
+    rates: str | None = option(
+        None,
+        "Rates of the machine for time estimates, such as flops=150e9,flops64=70e9,read=1e9,write=4e8 (FLOP/s in the "
+        "compute dtype and in float64, bytes/s). What is left out is measured.",
+    )
+    profile: bool = option(False, "Write a trace of the run and a drawing of it beside the report.")
     overwrite: bool = option(False, "Replace an adapter that streamda wrote, and restart its run.")
     resume: bool = option(True, "Continue an interrupted run of the same settings.")
     data: DataConfig = field(default_factory=DataConfig)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import ctypes
 import re
 import threading
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -47,6 +49,8 @@ def format_size(size: float) -> str:
     return f"{size:.0f} B"
 
 
+READ_CHUNK_BYTES = 32 << 20
+"""What a tensor read in another dtype than its file's holds beside itself. Larger saves calls, smaller saves memory."""
 LARGE_BLOCK_BYTES = 1 << 20
 SMALL_BLOCK_BYTES = 256 << 10
 """Threshold while a skeleton is built: each weight is allocated, never touched, and dropped, and would stretch the heap
@@ -163,3 +167,64 @@ def enforce_device_limit(device: torch.device, limit_bytes: int) -> None:
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit_bytes / total), device)
+
+
+CopyMark = torch.cuda.Event | None
+"""A point behind some copies; None where they are done as soon as they are asked for."""
+
+
+class DeviceCopier:
+    """Brings chunks of weights from host memory to the device.
+
+    On a CPU that is a copy. On CUDA chunks pass through one pinned buffer and a stream of their own, so that they
+    travel while the main stream computes; used by one thread at a time.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._buffer: torch.Tensor | None = None
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._entered: AbstractContextManager[object] = nullcontext()
+
+    def __enter__(self) -> DeviceCopier:
+        self._entered = nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+        self._entered.__enter__()  # what is allocated inside belongs to the stream that fills it
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._entered.__exit__(kind, error, trace)
+        if self._stream is None:
+            self._buffer = None  # the pinned one is expensive to make and stays
+
+    def buffer(self, num_bytes: int) -> torch.Tensor:
+        """Host memory [num_bytes] uint8, valid until the next call."""
+        if self._buffer is None or self._buffer.numel() < num_bytes:
+            self._buffer = None  # never two at a time
+            self._buffer = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self._stream is not None)
+        return self._buffer[:num_bytes]
+
+    def copy_(self, target: torch.Tensor, chunk: torch.Tensor) -> None:
+        """Copies a chunk of `buffer` into a tensor of the same shape on the device, cast to its dtype."""
+        if self._stream is None:
+            target.copy_(chunk)
+            return
+        # cast on the device: a copy that also casts would do so in pageable host memory
+        target.copy_(chunk.to(self.device, non_blocking=True))
+        self._stream.synchronize()  # the buffer is filled again next; this thread has nothing else to do
+
+    def mark(self) -> CopyMark:
+        """Behind all copies so far."""
+        return None if self._stream is None else self._stream.record_event()
+
+
+def hand_over(tensors: Iterable[torch.Tensor], filled: CopyMark, device: torch.device) -> None:
+    """Lets the main stream use what a `DeviceCopier` has filled, and keeps its memory until that use is over."""
+    if filled is not None:
+        stream = torch.cuda.current_stream(device)
+        stream.wait_event(filled)
+        for tensor in tensors:
+            tensor.record_stream(stream)

@@ -9,29 +9,38 @@ adapter, report
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from streamda.adapter import AdapterFacts, check_adapter, require_writable_output, write_adapter
+from streamda.bounds import Bounds, Rates, parse_rates
 from streamda.calibration import describe_sample
 from streamda.checkpoint import Checkpoint, build_skeleton, load_config
 from streamda.collect_stage import Collection
 from streamda.config import RunConfig
+from streamda.disk_space import room_for_run
 from streamda.errors import ConfigError, DamagedError
 from streamda.layers import require_rank
-from streamda.memory import PeakMeter, bound_allocator, enforce_device_limit
+from streamda.memory import bound_allocator, enforce_device_limit
 from streamda.plan import Plan
 from streamda.progress import Progress
+from streamda.rates import measure_rates
 from streamda.report import REPORT_FILE, InitReport, read_report
 from streamda.rundir import RunDirectory, canonical_digest
 from streamda.session import CONFIG_COPY, new_report, open_run, remove_leftover
-from streamda.setup import Prepared, choose_device, fingerprint_parts, measure_flops, prepare, versions
+from streamda.setup import Prepared, choose_device, fingerprint_parts, prepare, versions
 from streamda.solutions import SolvedFactors, read_summaries
 from streamda.solve_stage import Solver
-from streamda.stopwatch import Stopwatch
+from streamda.stopwatch import RunMeter, Stopwatch
 from streamda.store import BlockStatisticsReader, stats_unit
+from streamda.timeline import Timeline
+from streamda.trace import remove_profile, write_profile
+
+MEASURED_RUN_SECONDS = 10.0
+"""A run that was shorter is not held against the machine's rates unless asked for: measuring them takes a second."""
 
 
 def initialize(config: RunConfig, *, quiet: bool = False, verbose: bool = False) -> InitReport:
@@ -45,33 +54,43 @@ def initialize(config: RunConfig, *, quiet: bool = False, verbose: bool = False)
     Raises:
         StreamdaError: of the kind that fits, see `streamda.errors`.
     """
+    timeline = Timeline()
+    rates = parse_rates(config.rates)
     output = _output_dir(config)
-    work = Path(config.work_dir or f"{output}.work")
+    work = _work_dir(config)
     _require_apart(config, output=output, work=work)
-    prepared = prepare(config, weights=True)
-    made = prepared.plan(solves=True, keep_statistics=config.keep_statistics)
-    checkpoint = Checkpoint(prepared.source.folder, prepared.stack.model, prepared.device)
-    parts = fingerprint_parts(prepared, checkpoint.fingerprint())
-    solver = _solver(config, prepared.population_size, prepared.device)
+    with timeline.span("prepare"):
+        prepared = prepare(config, weights=True)
+        made = prepared.plan(solves=True, keep_statistics=config.keep_statistics, disk_room=room_for_run(work))
+        checkpoint = Checkpoint(prepared.source.folder, prepared.stack.model, prepared.device)
+        parts = fingerprint_parts(prepared, checkpoint.fingerprint())
+    solver = _solver(config, prepared.population_size, prepared.device, timeline)
     digest = canonical_digest({"parts": parts, "solve": solver.settings})
     if not config.overwrite and (done := _finished(output, digest, prepared)) is not None:
         remove_leftover(work, parts)
         return done
-    require_writable_output(output, config.overwrite)
-    with _meter(prepared) as meter:
+    _require_writable(output, config.overwrite)
+    with _meter(prepared, timeline) as meter:
         progress = Progress(meter, quiet=quiet)
         _announce(progress, prepared, verbose)
         with open_run(work, prepared, parts, made, solves=True) as (run, made):
             report = new_report(prepared, made)
+            solver = dataclasses.replace(solver, capacity_bytes=made.solve_capacity)
             Collection(prepared, checkpoint, run, made, meter, progress, report).collect(solver)
             report.output_dir = str(output)
             keeps = bool(run.settings["keeps_statistics"])
             report.statistics_dir = str(work) if keeps else None
             report.model["fingerprint"] = digest
-            with Stopwatch(report, "write", meter):
+            _record_time(report, timeline)
+            if config.profile or config.rates is not None or report.wall_seconds >= MEASURED_RUN_SECONDS:
+                with timeline.span("measure rates"):
+                    _record_bounds(report, prepared, made, rates, work)
+            with Stopwatch(report, "write", meter), timeline.span("write adapter"):
                 _write_adapter(output, run, report, config, prepared.stack.model)
             if not keeps:
                 run.remove()
+    if config.profile:
+        write_profile(output, timeline.spans(), f"streamda init, {prepared.source.name}")
     return report
 
 
@@ -79,19 +98,22 @@ def collect(config: RunConfig, *, quiet: bool = False, verbose: bool = False) ->
     """Pass 1 only: statistics of all blocks into ``config.statistics``, for `solve`. Arguments as for `initialize`."""
     if config.statistics is None:
         raise ConfigError("no folder for the statistics is given; use --statistics DIR")
+    timeline = Timeline()
     work = Path(config.statistics)
     _require_apart(config, output=None, work=work)
-    prepared = prepare(config, weights=True, solves=False)
-    made = prepared.plan(solves=False, keep_statistics=True)
-    checkpoint = Checkpoint(prepared.source.folder, prepared.stack.model, prepared.device)
-    parts = fingerprint_parts(prepared, checkpoint.fingerprint())
-    with _meter(prepared) as meter:
+    with timeline.span("prepare"):
+        prepared = prepare(config, weights=True, solves=False)
+        made = prepared.plan(solves=False, keep_statistics=True, disk_room=room_for_run(work))
+        checkpoint = Checkpoint(prepared.source.folder, prepared.stack.model, prepared.device)
+        parts = fingerprint_parts(prepared, checkpoint.fingerprint())
+    with _meter(prepared, timeline) as meter:
         progress = Progress(meter, quiet=quiet)
         _announce(progress, prepared, verbose)
         with open_run(work, prepared, parts, made, solves=False) as (run, made):
             report = new_report(prepared, made)
             Collection(prepared, checkpoint, run, made, meter, progress, report).collect(None)
             report.statistics_dir = str(work)
+            _record_time(report, timeline)
     return report
 
 
@@ -106,11 +128,15 @@ def solve(config: RunConfig, *, quiet: bool = False) -> InitReport:
         raise ConfigError("no statistics are given; use --statistics with what `collect` wrote")
     if config.output_dir is None:
         raise ConfigError("no folder for the adapter is given; use --output-dir DIR")
+    timeline = Timeline()
     output = Path(config.output_dir)
     _require_apart(config, output=output, work=Path(config.statistics))
-    require_writable_output(output, config.overwrite)
+    _require_writable(output, config.overwrite)
     device = choose_device(config.device)
-    with RunDirectory.open_existing(Path(config.statistics), exclusive=True) as run, PeakMeter(device) as meter:
+    with (
+        RunDirectory.open_existing(Path(config.statistics), exclusive=True) as run,
+        RunMeter(device, timeline) as meter,
+    ):
         facts = run.settings
         missing = [index for index in facts["adapted_blocks"] if stats_unit(index) not in run.units]
         if missing:
@@ -121,7 +147,7 @@ def solve(config: RunConfig, *, quiet: bool = False) -> InitReport:
         for index in facts["adapted_blocks"]:
             require_rank(BlockStatisticsReader(run.units, index).spec.linears, config.solve.rank)
         bound_allocator(device)
-        solver = _solver(config, config.solve.population_size or facts["population_size"], device)
+        solver = _solver(config, config.solve.population_size or facts["population_size"], device, timeline)
         report = InitReport(config=config.to_dict(), versions=versions(), model=dict(facts["model"]))
         report.data = dict(facts["data"])
         report.notices = list(facts["notices"])
@@ -137,10 +163,14 @@ def solve(config: RunConfig, *, quiet: bool = False) -> InitReport:
                 bar.advance()
         report.output_dir, report.statistics_dir = str(output), config.statistics
         report.model["fingerprint"] = canonical_digest({"parts": dict(run.parts), "solve": solver.settings})
+        _record_time(report, timeline)
         model_config = load_config(run.path / CONFIG_COPY, config.trust_remote_code)
-        _write_adapter(
-            output, run, report, config, build_skeleton(model_config, torch.float32, config.trust_remote_code)
-        )
+        with timeline.span("write adapter"):
+            _write_adapter(
+                output, run, report, config, build_skeleton(model_config, torch.float32, config.trust_remote_code)
+            )
+    if config.profile:
+        write_profile(output, timeline.spans(), f"streamda solve, {report.model['name']}")
     return report
 
 
@@ -150,9 +180,16 @@ def plan(config: RunConfig) -> tuple[Plan, dict[str, Any]]:
     Returns:
         The plan, and the facts beside it that `streamda.report.plan_table` shows.
     """
+    rates = parse_rates(config.rates)
     prepared = prepare(config, weights=False)
     made = prepared.plan(solves=True, keep_statistics=config.keep_statistics)
-    rate = measure_flops(prepared.device, prepared.dtype)
+    rates, reason = measure_rates(prepared.device, prepared.dtype, _work_dir(config), rates)
+    bounds = Bounds(
+        rates,
+        made.flops,
+        bytes_read=made.weight_bytes_read + sum(made.bytes_read.values()),
+        bytes_written=sum(made.bytes_written.values()),
+    )
     return made, {
         "model": prepared.source.name,
         "num_blocks": len(prepared.stack.blocks),
@@ -163,9 +200,8 @@ def plan(config: RunConfig) -> tuple[Plan, dict[str, Any]]:
         "num_samples": len(prepared.calibration.samples),
         "num_tokens": sum(prepared.lengths),
         "num_rows": prepared.num_rows(made.micro_batch_tokens),
-        "flops_per_second": rate,
-        "seconds": sum(made.flops.values()) / rate,
-        "notices": list(prepared.notices),
+        "bounds": bounds.to_dict(),
+        "notices": [*prepared.notices, *([reason] if reason is not None else [])],
     }
 
 
@@ -175,6 +211,37 @@ def _output_dir(config: RunConfig) -> Path:
     if config.model is None:
         raise ConfigError("no model is given; use --model with a hub id or a local folder")
     return Path(f"{Path(config.model.rstrip('/')).name}-lora-da")
+
+
+def _work_dir(config: RunConfig) -> Path:
+    return Path(config.work_dir or f"{_output_dir(config)}.work")
+
+
+def _require_writable(output: Path, overwrite: bool) -> None:
+    if overwrite:
+        remove_profile(output)  # not among the files of an adapter, which would keep it from being replaced
+    require_writable_output(output, overwrite)
+
+
+def _record_time(report: InitReport, timeline: Timeline) -> None:
+    """What is known of the time before the report is written with the adapter."""
+    report.wall_seconds, report.busy = timeline.now(), timeline.busy()
+
+
+def _record_bounds(report: InitReport, prepared: Prepared, made: Plan, rates: Rates, work: Path) -> None:
+    """Holds the run against what this machine could do, unless parts of it were done before."""
+    if report.resumed:
+        return
+    rates, reason = measure_rates(prepared.device, prepared.dtype, work, rates)
+    if reason is not None:
+        report.notices.append(reason)
+    moved = report.bytes
+    report.bounds = Bounds(
+        rates,
+        made.flops,
+        bytes_read=moved["weights_read"] + moved["boundaries_read"] + made.bytes_read["statistics"],
+        bytes_written=moved["boundaries_written"] + moved["statistics_written"] + made.bytes_written["solutions"],
+    ).to_dict(report.wall_seconds)
 
 
 def _require_apart(config: RunConfig, output: Path | None, work: Path) -> None:
@@ -193,15 +260,15 @@ def _require_apart(config: RunConfig, output: Path | None, work: Path) -> None:
             raise ConfigError(f"{name} {path} lies in the model's folder; choose a place outside it")
 
 
-def _solver(config: RunConfig, population_size: int, device: torch.device) -> Solver:
-    return Solver(config.solve, population_size, config.data.seed, device)
+def _solver(config: RunConfig, population_size: int, device: torch.device, timeline: Timeline) -> Solver:
+    return Solver(config.solve, population_size, config.data.seed, device, timeline=timeline)
 
 
-def _meter(prepared: Prepared) -> PeakMeter:
+def _meter(prepared: Prepared, timeline: Timeline) -> RunMeter:
     """Starts measuring. Imports, tokenizer and samples are behind us; the checkpoint has not given a weight yet."""
     enforce_device_limit(prepared.device, prepared.budget.device_bytes)
     bound_allocator(prepared.device)
-    return PeakMeter(prepared.device)
+    return RunMeter(prepared.device, timeline)
 
 
 def _announce(progress: Progress, prepared: Prepared, verbose: bool) -> None:

@@ -6,16 +6,18 @@ phase; the terms stand beside their names below.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from streamda.costs import BlockCost, Workload
+from streamda.disk_plan import DiskUse, choose_stride, disk_work, stride_text
 from streamda.errors import BudgetError, StorageError
-from streamda.layers import BlockSpec
-from streamda.memory import MemoryBudget, format_size
-from streamda.panels import FLOAT32_BYTES, PANEL_ROWS, Replay, block_panels, pack_replays, stored_bytes
+from streamda.memory import READ_CHUNK_BYTES, MemoryBudget, format_size
+from streamda.panels import FLOAT32_BYTES, Replay, block_panels, pack_replays
+from streamda.solve_plan import SolveLayout, solve_layout
 
-FLOAT64_BYTES = 8
 LOGIT_COPIES = 4
 """Float32 copies of a chunk of logits alive at once: the logits, their softmax, its gradient, and one in passing."""
 MAX_LOGIT_ROWS = 1024
@@ -28,44 +30,9 @@ the statistics writer. Measured on CPU, see tests/test_memory_bound.py."""
 FRAGMENTATION_BYTES = 80 << 20
 """Activations of many shapes leave holes in an allocator that are as large as themselves, up to about this much: larger
 blocks are mapped one by one. Measured on CPU."""
-THIN_BLOCKS = 40
-"""Blocks of rank + guard columns that the eigensolver holds at most: basis, images, and temporaries."""
 
-
-@dataclass(frozen=True, slots=True)
-class BlockCost:
-    """One block, at the largest micro-batch."""
-
-    spec: BlockSpec
-    weight_bytes: int
-    """In the compute dtype."""
-    weight_count: int
-    saved_bytes: int
-    """Kept by autograd between forward and backward."""
-    largest_bytes: int
-    """The largest single activation."""
-
-
-@dataclass(frozen=True, slots=True)
-class Workload:
-    """The model and the samples at one choice of micro-batch size."""
-
-    micro_batch_tokens: int
-    largest_rows: int
-    """Rows of the largest micro-batch."""
-    num_rows: int
-    """Rows of all micro-batches, padding included."""
-    num_labels: int
-    hidden_size: int
-    vocab_size: int
-    dtype_bytes: int
-    small_bytes: int
-    """Parameters outside blocks, embeddings and head."""
-    embedding_bytes: int
-    head_bytes: int
-    blocks: tuple[BlockCost, ...]
-    checkpoint_bytes: int
-    """Stored size of all weights."""
+EIGEN_STEPS = 8
+"""Steps of the eigensolver per layer, for the estimate of its work. The report has the true number of each layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +44,29 @@ class Plan:
     """Per block; empty where it has no adapted layer."""
     logit_rows: int
     """Label positions per chunk of the head."""
+    keep_stored: bool
+    """Whether weights of blocks stay in the dtype of their files and are cast for each product."""
+    prefetch: bool
+    """Whether the next block is read into memory while one is in use; if not, the system is asked to cache it."""
     boundaries_in_memory: int
+    solve_capacity: int
+    """Bytes of memory for the solution of one input group."""
+    scratch_bytes: int
+    """Of a solution that do not fit there and lie in a nameless file for a while, at most."""
+    boundary_stride: int
+    """Of the other boundaries every so many-th is kept on the way up, and the others are made again on the way down."""
     peaks: dict[str, int]
     """Predicted peak in bytes by phase."""
     disk_bytes: int
+    """Predicted peak of the work directory."""
     weight_bytes_read: int
+    """In the files' dtype."""
+    weight_passes: float
+    """How often that is the size of the checkpoint."""
+    bytes_written: dict[str, int]
+    """To the work directory: boundaries (hidden states), gradients (of them), statistics, solutions."""
+    bytes_read: dict[str, int]
+    """From it: boundaries, gradients, statistics."""
     flops: dict[str, int]
     """Multiplications plus additions by phase."""
 
@@ -109,8 +94,12 @@ def make_plan(
     rank: int,
     keep_statistics: bool,
     host_is_device: bool,
+    disk_room: int | None = None,
 ) -> Plan:
     """Chooses the micro-batch size with the fewest replays (the largest of them), and cuts everything to the budget.
+
+    Weights stay in their stored dtype only where that saves replays or is the only way to fit: casting them for each
+    product takes time. The next block is read ahead only where that costs nothing of all this.
 
     Args:
         budget: what may be used.
@@ -119,6 +108,8 @@ def make_plan(
         rank: of the adapter that will be solved (0: nothing is solved in this run).
         keep_statistics: whether the statistics of all blocks stay on disk.
         host_is_device: whether memory for boundary states comes out of the device's budget (no accelerator).
+        disk_room: what the file system has to give (None: enough). Boundaries are thinned out until the run fits; the
+            caller looks whether it does.
 
     Raises:
         BudgetError: naming need, have, and the smallest budget that would do.
@@ -126,12 +117,21 @@ def make_plan(
     """
     best: Plan | None = None
     smallest = 0
-    for tokens in candidates:
+    for keep_stored, tokens in itertools.product((False, True), candidates):
         workload = workload_at(tokens)
+        if keep_stored and not any(cost.shrinks for cost in workload.blocks):
+            continue
         smallest = minimum_bytes(workload, rank, budget.host_bytes if host_is_device else 0)
-        plan = _plan_at(budget, workload, rank, keep_statistics, host_is_device)
+        plan = _plan_at(budget, workload, rank, keep_statistics, host_is_device, disk_room, keep_stored)
         if plan is not None and (best is None or plan.num_replays < best.num_replays):
             best = plan
+    if best is not None:
+        workload = workload_at(best.micro_batch_tokens)
+        ahead = _plan_at(
+            budget, workload, rank, keep_statistics, host_is_device, disk_room, best.keep_stored, prefetch=True
+        )
+        if ahead is not None and ahead.num_replays == best.num_replays:
+            best = ahead
     if best is None:
         raise BudgetError(
             f"the budget of {format_size(budget.device_bytes)} is too small: this model and data need "
@@ -141,7 +141,9 @@ def make_plan(
     if budget.disk_bytes is not None and best.disk_bytes > budget.disk_bytes:
         raise StorageError(
             f"the run needs {format_size(best.disk_bytes)} of disk and --max-disk allows "
-            f"{format_size(budget.disk_bytes)}; use fewer or shorter samples, or leave out --keep-statistics"
+            f"{format_size(budget.disk_bytes)}, even if of the boundary states it keeps "
+            f"{stride_text(best.boundary_stride)}; allow more, or use fewer or shorter samples"
+            + (", or leave out --keep-statistics" if keep_statistics and rank else "")
         )
     return best
 
@@ -150,25 +152,39 @@ def minimum_bytes(workload: Workload, rank: int, host_bytes: int) -> int:
     """The smallest budget at this micro-batch size: a block, one panel of its statistics, and what else must be."""
     boundary = _boundary_bytes(workload)
     kept = min(len(workload.blocks) + 1, host_bytes // max(1, boundary)) * boundary
-    phases = _fixed_peaks(workload, rank, _logit_rows(workload, None))
-    for cost in workload.blocks:
-        panel = max((panel.num_bytes for panel in block_panels(cost.spec)), default=0)
-        phases["backward"] = max(phases.get("backward", 0), _backward_fixed(workload, cost) + panel)
-    return max(phases.values()) + kept
+    smallest = []
+    for keep_stored in (False, True):
+        phases = _fixed_peaks(workload, rank, _logit_rows(workload, None), None, keep_stored)
+        for cost in workload.blocks:
+            panel = max((panel.num_bytes for panel in block_panels(cost.spec)), default=0)
+            phases["backward"] = max(phases.get("backward", 0), _backward_fixed(workload, cost, keep_stored) + panel)
+        smallest.append(max(phases.values()))
+    return min(smallest) + kept
 
 
 def _plan_at(
-    budget: MemoryBudget, workload: Workload, rank: int, keep_statistics: bool, host_is_device: bool
+    budget: MemoryBudget,
+    workload: Workload,
+    rank: int,
+    keep_statistics: bool,
+    host_is_device: bool,
+    disk_room: int | None,
+    keep_stored: bool,
+    *,
+    prefetch: bool = False,
 ) -> Plan | None:
     boundary = _boundary_bytes(workload)
     in_memory = min(len(workload.blocks) + 1, budget.host_bytes // max(1, boundary))
     available = budget.device_bytes - (in_memory * boundary if host_is_device else 0)
     logit_rows = _logit_rows(workload, available)
-    peaks = _fixed_peaks(workload, rank, logit_rows)
+    peaks = _fixed_peaks(workload, rank, logit_rows, available, keep_stored)
+    # the next block is there from one block's start to its own, through the solution between them
+    ahead = _ahead_bytes(workload, keep_stored) if prefetch else 0
+    peaks |= {phase: peaks[phase] + ahead for phase in ("forward", "solve") if phase in peaks}
     schedule: list[tuple[Replay, ...]] = []
     peaks["backward"] = 0
     for cost in workload.blocks:
-        fixed = _backward_fixed(workload, cost)
+        fixed = _backward_fixed(workload, cost, keep_stored) + ahead
         replays = pack_replays(block_panels(cost.spec), available - fixed)
         if replays is None:
             return None
@@ -179,15 +195,37 @@ def _plan_at(
         return None
     if host_is_device:
         peaks = {phase: peak + in_memory * boundary for phase, peak in peaks.items()}
+    layouts = _solve_layouts(workload, rank, _solve_capacity(workload, available)) if rank else []
+    scratch = max((layout.spilled_bytes for layout in layouts), default=0)
+    work = disk_work(
+        [cost.spec for cost in workload.blocks],
+        schedule,
+        boundary_bytes=boundary,
+        num_micro_batches=workload.num_micro_batches,
+        slots=in_memory,
+        rank=rank,
+        scratch_bytes=scratch,
+        keep_statistics=keep_statistics,
+    )
+    disk = choose_stride(work, budget.disk_bytes, disk_room)
+    weight_bytes_read = _weight_bytes_read(workload, work.lowest, disk)
     return Plan(
         micro_batch_tokens=workload.micro_batch_tokens,
         replays=tuple(schedule),
         logit_rows=logit_rows,
+        keep_stored=keep_stored,
+        prefetch=prefetch,
         boundaries_in_memory=in_memory,
+        solve_capacity=_solve_capacity(workload, available),
+        scratch_bytes=scratch,
         peaks=peaks,
-        disk_bytes=_disk_bytes(workload, in_memory, keep_statistics),
-        weight_bytes_read=2 * workload.checkpoint_bytes,
-        flops=_flops(workload, schedule, rank),
+        boundary_stride=disk.stride,
+        disk_bytes=disk.disk_bytes,
+        weight_bytes_read=weight_bytes_read,
+        weight_passes=weight_bytes_read / workload.checkpoint_bytes,
+        bytes_written=disk.bytes_written,
+        bytes_read=disk.bytes_read,
+        flops=_flops(workload, schedule, rank, disk.blocks_again),
     )
 
 
@@ -210,7 +248,9 @@ def _logit_rows(workload: Workload, available: int | None) -> int:
     return max(16, min(workload.largest_rows, MAX_LOGIT_ROWS, room // (workload.vocab_size * FLOAT32_BYTES)))
 
 
-def _fixed_peaks(workload: Workload, rank: int, logit_rows: int) -> dict[str, int]:
+def _fixed_peaks(
+    workload: Workload, rank: int, logit_rows: int, available: int | None, keep_stored: bool
+) -> dict[str, int]:
     """Peaks of the phases that cannot be cut further."""
     base = workload.small_bytes + WORKSPACE_BYTES
     hidden = _hidden_bytes(workload)
@@ -220,7 +260,7 @@ def _fixed_peaks(workload: Workload, rank: int, logit_rows: int) -> dict[str, in
         # one block; its input, its output, and the activations of one sub-layer in passing
         "forward": base
         + max(
-            cost.weight_bytes + _fragmented(2 * hidden + min(cost.saved_bytes, 3 * cost.largest_bytes))
+            cost.used_bytes(keep_stored) + _fragmented(2 * hidden + min(cost.saved_bytes, 3 * cost.largest_bytes))
             for cost in workload.blocks
         ),
         # the head, one chunk of logits, and the boundary state and its gradient
@@ -230,48 +270,60 @@ def _fixed_peaks(workload: Workload, rank: int, logit_rows: int) -> dict[str, in
         + 3 * hidden,
     }
     if rank:
-        peaks["solve"] = base + max(
-            (_solve_bytes(group.d_in, cost.spec, rank) for cost in workload.blocks for group in cost.spec.groups),
-            default=0,
-        )
+        layouts = _solve_layouts(workload, rank, 0 if available is None else _solve_capacity(workload, available))
+        peaks["solve"] = base + max((layout.num_bytes for layout in layouts), default=0)
     return peaks
 
 
-def _solve_bytes(d_in: int, spec: BlockSpec, rank: int) -> int:
-    """Float64 factor, the largest float32 gradient on that input, one tile, one band, and the eigensolver's blocks."""
-    d_out = max(linear.d_out for linear in spec.linears if linear.d_in == d_in)
-    tile = min(d_in, PANEL_ROWS) ** 2 * FLOAT32_BYTES
-    thin = THIN_BLOCKS * (rank + 8) * (d_in + d_out // 8) * FLOAT64_BYTES
-    band = (min(1024, d_out) + min(512, d_in)) * d_in * FLOAT64_BYTES
-    return d_in * d_in * FLOAT64_BYTES + 2 * d_out * d_in * FLOAT32_BYTES + 2 * tile + band + thin
+def _solve_capacity(workload: Workload, available: int) -> int:
+    """Memory for the solution of one input group."""
+    return max(0, available - workload.small_bytes - WORKSPACE_BYTES)
 
 
-def _backward_fixed(workload: Workload, cost: BlockCost) -> int:
+def _solve_layouts(workload: Workload, rank: int, capacity: int) -> list[SolveLayout]:
+    """How each kind of input group is solved."""
+    kinds = {
+        (group.d_in, max(cost.spec.linear(name).d_out for name in group.modules))
+        for cost in workload.blocks
+        for group in cost.spec.groups
+    }
+    return [solve_layout(d_in, d_out, rank, capacity) for d_in, d_out in kinds]
+
+
+def _backward_fixed(workload: Workload, cost: BlockCost, keep_stored: bool) -> int:
     """A block in replay without its panels: weights, what autograd keeps, four hidden states, gradients in passing."""
     return (
         workload.small_bytes
         + WORKSPACE_BYTES
-        + cost.weight_bytes
+        + cost.used_bytes(keep_stored)
+        + cost.product_bytes
         + _fragmented(cost.saved_bytes + 3 * cost.largest_bytes + 4 * _hidden_bytes(workload))
     )
+
+
+def _ahead_bytes(workload: Workload, keep_stored: bool) -> int:
+    """The largest block that is read while another one is in use, and what its reader holds."""
+    return max(cost.resident_bytes(keep_stored) for cost in workload.blocks) + READ_CHUNK_BYTES
 
 
 def _fragmented(activation_bytes: int) -> int:
     return activation_bytes + min(activation_bytes, FRAGMENTATION_BYTES)
 
 
-def _disk_bytes(workload: Workload, in_memory: int, keep_statistics: bool) -> int:
-    """Boundary states that are not in memory, two gradients of boundaries, and statistics of one block or of all."""
-    boundaries = len(workload.blocks) + 1 - in_memory + 2
-    sizes = [stored_bytes(cost.spec) for cost in workload.blocks]
-    kept = sum(sizes) if keep_statistics else max(sizes)
-    return boundaries * _boundary_bytes(workload) + kept
+def _weight_bytes_read(workload: Workload, lowest: int, disk: DiskUse) -> int:
+    """All weights on the way up, the blocks again on the way down, and those whose boundaries are made again."""
+    counts = [cost.weight_count for cost in workload.blocks]
+    again = sum(counts[index] for index in disk.blocks_again)
+    return workload.stored_dtype_bytes * (workload.outer_count + sum(counts) + sum(counts[lowest:]) + again)
 
 
-def _flops(workload: Workload, schedule: Sequence[tuple[Replay, ...]], rank: int) -> dict[str, int]:
+def _flops(
+    workload: Workload, schedule: Sequence[tuple[Replay, ...]], rank: int, blocks_again: Sequence[int]
+) -> dict[str, int]:
     """Work of the matrix products with weights and of the statistics; attention's own products are left out."""
     rows = workload.num_rows
-    forward = sum(2 * cost.weight_count * rows for cost in workload.blocks)
+    again = [workload.blocks[index] for index in blocks_again]
+    forward = sum(2 * cost.weight_count * rows for cost in (*workload.blocks, *again))
     replay = statistics = solve = 0
     for cost, replays in zip(workload.blocks, schedule, strict=True):
         for item in replays or (Replay(()),):
@@ -285,7 +337,10 @@ def _flops(workload: Workload, schedule: Sequence[tuple[Replay, ...]], rank: int
         statistics += sum(
             2 * (p.stop - p.start) * p.columns * rows for r in replays for p in r.panels if p.statistic == "gradient"
         )
-        if rank:
-            solve += sum(group.d_in**3 // 3 for group in cost.spec.groups)
+        for group in cost.spec.groups if rank else ():
+            solve += group.d_in**3 // 3
+            # an estimate: each step takes two products with Z^-1, two triangular solves each, and two with the gradient
+            per_vector = sum(4 * group.d_in**2 + 4 * group.d_in * cost.spec.linear(n).d_out for n in group.modules)
+            solve += EIGEN_STEPS * min(group.d_in, rank + 8) * per_vector
     head = 4 * workload.num_labels * workload.vocab_size * workload.hidden_size
     return {"forward": forward, "epilogue": head, "replay": replay, "statistics": statistics, "solve": solve}

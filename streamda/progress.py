@@ -10,13 +10,14 @@ from typing import Never
 
 from tqdm import tqdm
 
-from streamda.memory import PeakMeter, format_size
+from streamda.memory import format_size
+from streamda.stopwatch import RunMeter
 
 
 class PassBar:
-    """The bar of one pass: block by block, with token rate and memory in use."""
+    """The bar of one pass: step by step, with token rate and the highest memory peak so far."""
 
-    def __init__(self, bar: tqdm[Never], meter: PeakMeter, tokens: int) -> None:
+    def __init__(self, bar: tqdm[Never], meter: RunMeter, tokens: int) -> None:
         self._bar = bar
         self._meter = meter
         self._tokens = tokens
@@ -25,12 +26,18 @@ class PassBar:
 
     def working_on(self, what: str) -> None:
         """Shows what is being worked on now."""
-        rate = self._tokens * self._done / max(1e-9, time.monotonic() - self._started)
-        shown = f"{what}, {rate:,.0f} tokens/s, {format_size(self._meter.current())}" if self._done else what
+        if self._bar.disable:
+            return
+        shown = what
+        if self._done:
+            rate = self._tokens * self._done / max(1e-9, time.monotonic() - self._started)
+            # neither a pass over statistics nor one that counts its micro-batches has tokens per step
+            shown += f", {rate:,.0f} tokens/s" if self._tokens else ""
+            shown += f", peak {format_size(self._meter.highest_peak())}"
         self._bar.set_postfix_str(shown, refresh=True)
 
     def advance(self) -> None:
-        """One block is done in this run; blocks of an earlier run are not counted, so that the ETA stays honest."""
+        """One step is done in this run; those of an earlier run are not counted, so that the ETA stays honest."""
         self._done += 1
         self._bar.update(1)
 
@@ -38,21 +45,22 @@ class PassBar:
 class Progress:
     """Opens bars; prints lines above them."""
 
-    def __init__(self, meter: PeakMeter, *, quiet: bool) -> None:
+    def __init__(self, meter: RunMeter, *, quiet: bool) -> None:
         self._meter = meter
         self._silent = quiet or not sys.stderr.isatty()
         self._quiet = quiet
 
     @contextmanager
-    def pass_over(self, name: str, num_blocks: int, tokens: int) -> Iterator[PassBar]:
+    def pass_over(self, name: str, num_steps: int, tokens: int, unit: str = "block") -> Iterator[PassBar]:
         """A bar for one pass.
 
         Args:
             name: of the pass.
-            num_blocks: still to be done in this run.
-            tokens: that pass through each block.
+            num_steps: still to be done in this run.
+            tokens: that each step computes; 0 shows no rate.
+            unit: what a step is.
         """
-        with tqdm(total=num_blocks, desc=name, unit="block", disable=self._silent, leave=True) as bar:
+        with tqdm(total=num_steps, desc=name, unit=unit, disable=self._silent, leave=True) as bar:
             yield PassBar(bar, self._meter, tokens)
 
     def say(self, line: str) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from streamda.disk_plan import stride_text
 from streamda.errors import DamagedError
 from streamda.memory import format_size
 from streamda.methods import SolveStatus
@@ -16,6 +17,8 @@ from streamda.methods import SolveStatus
 REPORT_FILE = "streamda_report.json"
 _SHOWN_MODULES = 5
 _BAR = 24
+_SHOWN_SHARE = 0.005
+"""Of the wall clock: less would be shown as 0 %."""
 
 
 @dataclass(slots=True)
@@ -36,6 +39,12 @@ class InitReport:
     peaks: dict[str, int] = field(default_factory=dict)
     """Measured peak in bytes by phase, to be held against plan["peaks"]."""
     seconds: dict[str, float] = field(default_factory=dict)
+    wall_seconds: float = 0.0
+    """From the start until the adapter is written (its writing excluded): preparation and all phases."""
+    busy: dict[str, float] = field(default_factory=dict)
+    """Seconds by kind of work, whatever the phase; work beside the main thread has its thread behind it in brackets."""
+    bounds: dict[str, Any] = field(default_factory=dict)
+    """How near the machine's limits the run was, see `streamda.bounds`; empty for a short or a resumed run."""
     bytes: dict[str, int] = field(default_factory=dict)
     loss: float | None = None
     """Mean per-sample loss of the base model on the calibration samples."""
@@ -100,7 +109,16 @@ class InitReport:
         lines = ["", "time", *table(["phase", "seconds", ""], rows)]
         if stored:
             lines.append(f"  weights read {format_size(read)}, {read / stored:.2f} times the checkpoint")
-        return lines
+        return [*lines, *self._busy(), *bound_lines(self.bounds)]
+
+    def _busy(self) -> list[str]:
+        if not self.busy or self.wall_seconds <= 0:
+            return []
+        shown = {name: value for name, value in self.busy.items() if value >= _SHOWN_SHARE * self.wall_seconds}
+        main = sum(value for name, value in self.busy.items() if not name.endswith(")"))  # of one thread, so never more
+        shown["everything else"] = self.wall_seconds - main
+        rows = [[name, f"{value:.1f} s", f"{100 * value / self.wall_seconds:.0f} %"] for name, value in shown.items()]
+        return ["", f"work  (of {self.wall_seconds:.1f} s)", *table(["what", "seconds", "share"], rows)]
 
     def _layers(self) -> list[str]:
         if not self.modules:
@@ -160,7 +178,16 @@ def plan_table(plan: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     adapted = [count for count in replays if count]
     spread = f"{min(adapted)}" if min(adapted) == max(adapted) else f"{min(adapted)} to {max(adapted)}"
     rows = [[phase, format_size(peak)] for phase, peak in plan["peaks"].items()]
-    flops = [[phase, f"{count / 1e12:.3g}"] for phase, count in plan["flops"].items()]
+    bounds = facts["bounds"]
+    flops = [
+        [
+            phase,
+            f"{count / 1e12:.3g}",
+            facts["dtype"] if bounds["precision"][phase] == "compute" else bounds["precision"][phase],
+            format_seconds(bounds["phase_seconds"][phase]),
+        ]
+        for phase, count in plan["flops"].items()
+    ]
     lines = [
         f"plan for {facts['model']}  ({facts['num_blocks']} blocks, {facts['num_layers']} adapted layers, "
         f"{facts['dtype']})",
@@ -172,15 +199,63 @@ def plan_table(plan: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
         f"  replays per block  {spread}",
         f"  boundaries in RAM  {plan['boundaries_in_memory']}",
         f"  disk               {format_size(plan['disk_bytes'])}",
-        f"  weights read       {format_size(plan['weight_bytes_read'])}",
-        f"  time               {facts['seconds'] / 60:.1f} min at {facts['flops_per_second'] / 1e9:.0f} GFLOP/s "
-        "(a GEMM measured now; reading and writing not included)",
+        f"  boundaries kept    {stride_text(plan['boundary_stride'])}; weights are read {plan['weight_passes']:.1f} "
+        f"times ({format_size(plan['weight_bytes_read'])})",
+        *_estimate(bounds),
         "",
         *table(["phase", "peak"], rows),
         "",
-        *table(["phase", "TFLOP"], flops),
+        *table(["phase", "TFLOP", "precision", "compute time"], flops),
     ]
     return "\n".join(lines)
+
+
+def _estimate(bounds: Mapping[str, Any]) -> list[str]:
+    rates = bounds["rates"]
+    read, write = (
+        "an unknown rate" if rates[name] is None else f"{format_size(rates[name])}/s" for name in ("read", "write")
+    )
+    return [
+        f"  time               at least {format_seconds(bounds['at_least_seconds'])} (disk and compute overlapped), "
+        f"at most {format_seconds(bounds['at_most_seconds'])} (one after the other), both at full rates",
+        f"    compute          {format_seconds(bounds['compute_seconds'])} at {_flop_rate(rates['flops'])}, "
+        f"{_flop_rate(rates['flops64'])} in float64",
+        f"    reading          {format_seconds(bounds['read_seconds'])}: {format_size(bounds['bytes_read'])} at {read}",
+        f"    writing          {format_seconds(bounds['write_seconds'])}: {format_size(bounds['bytes_written'])} at "
+        f"{write}",
+    ]
+
+
+def _flop_rate(rate: float) -> str:
+    return f"{rate / 1e12:.3g} TFLOP/s" if rate >= 1e12 else f"{rate / 1e9:.3g} GFLOP/s"
+
+
+def bound_lines(bounds: Mapping[str, Any]) -> list[str]:
+    """How near the limit a run was, for people: one line; none where that is not known.
+
+    Args:
+        bounds: `InitReport.bounds`.
+    """
+    if bounds.get("times_the_bound") is None:
+        return []
+    larger = bounds["larger"]
+    other = "disk" if larger == "compute" else "compute"
+    return [
+        f"  wall {format_seconds(bounds['wall_seconds'])} = {bounds['times_the_bound']:.1f} x the {larger} bound "
+        f"({format_seconds(bounds[f'{larger}_seconds'])}); {other} bound "
+        f"{format_seconds(bounds[f'{other}_seconds'])}"
+    ]
+
+
+def format_seconds(seconds: float | None) -> str:
+    """A time for people: ``0.35 s``, ``71 s``, ``34.2 min``, ``5.1 h``; ``unknown`` for None."""
+    if seconds is None:
+        return "unknown"
+    if seconds < 9.95:
+        return f"{seconds:.2g} s"
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
 
 
 def read_report(folder: Path) -> InitReport:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from streamda import files
+from streamda.disk_plan import stride_text
+from streamda.disk_space import START_RESERVE_BYTES, room_for_run
 from streamda.errors import StorageError
 from streamda.memory import format_size
 from streamda.plan import Plan
@@ -16,8 +18,6 @@ from streamda.report import InitReport
 from streamda.rundir import RunDirectory, canonical_digest
 from streamda.setup import Prepared, versions
 
-DISK_RESERVE_BYTES = 500_000_000
-"""Left free beside what a run needs, so that a full disk stops us before it stops others."""
 CONFIG_COPY = "model"
 """Folder inside a run with a copy of the model's config.json, all that `solve` needs of the model."""
 
@@ -26,7 +26,19 @@ CONFIG_COPY = "model"
 def open_run(
     work: Path, prepared: Prepared, parts: dict[str, dict[str, Any]], made: Plan, *, solves: bool
 ) -> Iterator[tuple[RunDirectory, Plan]]:
-    """Opens or continues a run directory, with the plan that it was, or will be, run with."""
+    """Opens or continues a run directory, with the plan that it was, or will be, run with.
+
+    Args:
+        work: the directory.
+        prepared: the run.
+        parts: what decides its statistics.
+        made: the plan for what the directory's file system has free.
+        solves: whether this run also solves.
+
+    Raises:
+        StorageError: the disk cannot hold a run that has not begun.
+        StreamdaError: as `RunDirectory.open` does.
+    """
     config = prepared.config
     keeps = config.keep_statistics or not solves
     facts = _run_facts(prepared, made) | {"keeps_statistics": keeps}
@@ -36,12 +48,15 @@ def open_run(
     with RunDirectory.open(
         work, parts, settings=facts if begins else {}, resume=config.resume, restart=config.overwrite
     ) as run:
-        chosen = run.settings["micro_batch_tokens"]
-        if chosen != made.micro_batch_tokens:
-            # the bits of a run depend on its micro-batches, so a continued one keeps them under any budget
-            made = prepared.plan(solves=solves, keep_statistics=keeps, micro_batch_tokens=chosen)
-        # statistics that were once to be kept are never freed behind their owner's back
-        run.update_settings({"keeps_statistics": keeps or run.settings["keeps_statistics"]})
+        # the bits of a run depend on its micro-batches, so a continued one keeps them under any budget; statistics
+        # that were once to be kept are never freed behind their owner's back
+        chosen, kept = run.settings["micro_batch_tokens"], bool(run.settings["keeps_statistics"])
+        if chosen != made.micro_batch_tokens or kept > keeps:
+            keeps = keeps or kept
+            made = prepared.plan(
+                solves=solves, keep_statistics=keeps, micro_batch_tokens=chosen, disk_room=room_for_run(work)
+            )
+        run.update_settings({"keeps_statistics": keeps})
         _copy_configuration(prepared.source.folder, run.path / CONFIG_COPY, config.trust_remote_code)
         yield run, made
 
@@ -72,8 +87,18 @@ def new_report(prepared: Prepared, made: Plan) -> InitReport:
         },
         plan=made.to_dict(),
         budget_bytes=prepared.budget.device_bytes,
-        notices=list(prepared.notices),
+        notices=[*prepared.notices, *stride_notices(made)],
     )
+
+
+def stride_notices(made: Plan) -> list[str]:
+    """Says what a run costs that cannot keep all boundaries."""
+    if made.boundary_stride == 1:
+        return []
+    return [
+        f"disk is short: boundaries kept: {stride_text(made.boundary_stride)}, weights are read "
+        f"{made.weight_passes:.1f} times"
+    ]
 
 
 def remove_leftover(work: Path, parts: dict[str, dict[str, Any]]) -> None:
@@ -94,17 +119,19 @@ def _run_facts(prepared: Prepared, made: Plan) -> dict[str, Any]:
         "adapted_blocks": [index for index, replays in enumerate(made.replays) if replays],
         "model": report.model,
         "data": report.data,
-        "notices": report.notices,
+        "notices": list(prepared.notices),
     }
 
 
 def _require_space(work: Path, made: Plan) -> None:
     """Refuses to begin what the disk cannot hold."""
-    free = files.free_bytes(work)
-    if free < made.disk_bytes + DISK_RESERVE_BYTES:
+    room = room_for_run(work)
+    if room < made.disk_bytes:
         raise StorageError(
-            f"{work} has {format_size(free)} free and the run needs {format_size(made.disk_bytes)} and a reserve of "
-            f"{format_size(DISK_RESERVE_BYTES)}; give --work-dir on a larger disk, or use fewer or shorter samples"
+            f"the run needs {format_size(made.disk_bytes)} of disk, even if of the boundary states it keeps "
+            f"{stride_text(made.boundary_stride)}, and a reserve of {format_size(START_RESERVE_BYTES)}; {work} has "
+            f"{format_size(files.free_bytes(work))} free: give --work-dir on a larger disk, more --max-host-mem, or "
+            "fewer or shorter samples"
         )
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +17,12 @@ from streamda.blocks import DecoderStack
 from streamda.calibration import CalibrationSet, load_calibration
 from streamda.checkpoint import build_skeleton, load_config
 from streamda.config import RunConfig
+from streamda.costs import Workload
 from streamda.errors import BudgetError, ConfigError, DataError
 from streamda.layers import Targets, find_targets, require_rank
 from streamda.memory import SMALL_BLOCK_BYTES, MemoryBudget, bound_allocator, parse_size
 from streamda.model_source import ModelSource, find_model
-from streamda.plan import Plan, Workload, make_plan, minimum_bytes
+from streamda.plan import Plan, make_plan, minimum_bytes
 from streamda.workload import WorkloadModel, micro_batch_candidates
 
 HOST_SHARE = 0.5
@@ -74,13 +73,21 @@ class Prepared:
             if any(spec.name.startswith(prefix + ".") for spec in self.targets.linears)
         )
 
-    def plan(self, *, solves: bool, keep_statistics: bool, micro_batch_tokens: int | None = None) -> Plan:
+    def plan(
+        self,
+        *,
+        solves: bool,
+        keep_statistics: bool,
+        micro_batch_tokens: int | None = None,
+        disk_room: int | None = None,
+    ) -> Plan:
         """Cuts the run to its budget.
 
         Args:
             solves: whether this run also solves.
             keep_statistics: whether the statistics of all blocks stay on disk.
             micro_batch_tokens: what an interrupted run had chosen; its bits depend on it.
+            disk_room: what the work directory may grow to, for all the file system has; None if that is not known.
         """
         return make_plan(
             self.budget,
@@ -89,6 +96,7 @@ class Prepared:
             rank=self.config.solve.rank if solves else 0,
             keep_statistics=keep_statistics,
             host_is_device=self.device.type == "cpu",
+            disk_room=disk_room,
         )
 
     def smallest_budget(self, *, solves: bool) -> int:
@@ -218,18 +226,6 @@ def max_positions(config: PretrainedConfig) -> int | None:
         if isinstance(value, int) and value > 0:
             return value
     return None
-
-
-def measure_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Rate of a square matrix product here and now, in floating point operations per second."""
-    size = 1024 if device.type == "cpu" else 8192
-    left = torch.randn(size, size, device=device).to(dtype)
-    best = math.inf
-    for _ in range(4):  # the first one also starts threads and picks kernels
-        started = time.monotonic()
-        (left @ left).sum().item()  # .item() waits for the device
-        best = min(best, time.monotonic() - started)
-    return float(2 * size**3 / best)
 
 
 def versions() -> dict[str, str]:

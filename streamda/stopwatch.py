@@ -3,20 +3,60 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from types import TracebackType
+
+import torch
 
 from streamda.memory import PeakMeter
 from streamda.report import InitReport
+from streamda.timeline import MAIN, PHASES, Timeline
+
+
+class RunMeter:
+    """Measures a run: its memory by a `PeakMeter`, whose peaks it keeps, and its time by a `Timeline`."""
+
+    def __init__(self, device: torch.device, timeline: Timeline) -> None:
+        self.timeline = timeline
+        self._meter = PeakMeter(device)
+        self._peak = self._highest = 0
+
+    def __enter__(self) -> RunMeter:
+        self._meter.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._meter.__exit__(kind, error, trace)
+
+    def take_peak(self) -> int:
+        """Peak in bytes since the last call, and starts a new period."""
+        self.highest_peak()
+        peak, self._peak = self._peak, 0
+        return peak
+
+    def highest_peak(self) -> int:
+        """Peak in bytes of the run so far: the number to hold against the budget."""
+        self._peak = max(self._peak, self._meter.take_peak())
+        self._highest = max(self._highest, self._peak)
+        return self._highest
 
 
 class Stopwatch:
-    """Adds the time of its block to a phase of the report, and raises the phase's peak to what was measured."""
+    """Adds the time of its block to a phase of the report, and raises the phase's peak to what was measured.
 
-    def __init__(self, report: InitReport, phase: str, meter: PeakMeter) -> None:
+    On the timeline the phase is also the main thread's work wherever no span within it says what that was.
+    """
+
+    def __init__(self, report: InitReport, phase: str, meter: RunMeter) -> None:
         self._report, self._phase, self._meter = report, phase, meter
+        self._spans = ExitStack()
 
     def __enter__(self) -> Stopwatch:
         self._meter.take_peak()
+        for lane in (PHASES, MAIN):
+            self._spans.enter_context(self._meter.timeline.span(self._phase, lane))
         self._started = time.monotonic()
         return self
 
@@ -26,3 +66,4 @@ class Stopwatch:
         seconds, peaks = self._report.seconds, self._report.peaks
         seconds[self._phase] = seconds.get(self._phase, 0.0) + time.monotonic() - self._started
         peaks[self._phase] = max(peaks.get(self._phase, 0), self._meter.take_peak())
+        self._spans.close()

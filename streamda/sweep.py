@@ -8,7 +8,8 @@ what is already committed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,14 +17,19 @@ import torch.nn.functional as F
 
 from streamda.batches import Batch
 from streamda.blocks import DecoderStack
-from streamda.boundary import BoundaryStore
+from streamda.boundary import BoundaryStore, BoundaryWriter
 from streamda.checkpoint import Checkpoint
 from streamda.errors import NumericalError
 from streamda.hooks import PanelCollector
 from streamda.layers import BlockSpec
 from streamda.memory import release_unused
 from streamda.panels import Panel, Replay
+from streamda.prefetch import Prefetcher
 from streamda.progress import PassBar
+from streamda.timeline import Timeline
+
+NORM_ROWS = 1024
+"""Rows of a weight whose norm is taken at a time: a float64 copy of the whole would be larger than the block."""
 
 PanelSink = Callable[[Panel, torch.Tensor], None]
 
@@ -38,62 +44,108 @@ def grads(index: int) -> str:
     return f"grads-{index:04d}"
 
 
+class _TimedWriter:
+    """A `BoundaryWriter` whose time does not count for the block that it writes for."""
+
+    def __init__(self, writer: BoundaryWriter, timeline: Timeline) -> None:
+        self._writer, self._timeline = writer, timeline
+
+    def append(self, states: torch.Tensor) -> None:
+        """As `BoundaryWriter.append`."""
+        with self._timeline.span("write boundary"):
+            self._writer.append(states)
+
+
 class Sweep:
     """Moves boundary states through the blocks of a model."""
 
     def __init__(
-        self, stack: DecoderStack, checkpoint: Checkpoint, batches: Sequence[Batch], boundaries: BoundaryStore
+        self,
+        stack: DecoderStack,
+        checkpoint: Checkpoint,
+        batches: Sequence[Batch],
+        boundaries: BoundaryStore,
+        timeline: Timeline,
+        *,
+        keep_stored: bool = False,
+        prefetch: bool = False,
     ) -> None:
+        """Moves nothing yet.
+
+        Args:
+            stack: the model.
+            checkpoint: its weights.
+            batches: the samples, as collated micro-batches.
+            boundaries: what connects the passes.
+            timeline: takes what was done when.
+            keep_stored: weights of blocks stay in the dtype of their files and are cast for each product.
+            prefetch: the next block is read into memory while one is in use. Close the sweep to end its thread.
+        """
         self._stack = stack
         self._checkpoint = checkpoint
         self._batches = batches
         self._boundaries = boundaries
+        self._timeline = timeline
         self._device = stack.device
+        self._keep_stored = keep_stored
+        self._blocks_ahead = Prefetcher(checkpoint, timeline, in_memory=prefetch)
+
+    def close(self) -> None:
+        """Ends what reads ahead."""
+        self._blocks_ahead.close()
 
     @property
     def num_blocks(self) -> int:
         """Decoder blocks."""
         return len(self._stack.blocks)
 
-    def missing_boundaries(self, lowest: int, last: int) -> range:
-        """Boundaries that a forward pass has to make so that ``acts(lowest) ... acts(last)`` exist.
+    def missing_boundaries(self, wanted: Sequence[int]) -> list[int]:
+        """Boundaries that a forward pass has to make so that all of ``wanted`` (ascending) exist, ascending.
 
-        It starts behind the highest boundary from which the first missing one can be reached.
+        What leads to a missing one from the highest existing one below it is among them, whether wanted or not.
         """
-        missing = [index for index in range(lowest, last + 1) if acts(index) not in self._boundaries]
-        if not missing:
-            return range(0)
-        first = missing[0]
-        while first > 0 and acts(first - 1) not in self._boundaries:
-            first -= 1
-        return range(first, last + 1)
+        missing: list[int] = []
+        for target in wanted:
+            steps = []
+            while target >= 0 and acts(target) not in self._boundaries and target not in missing[-1:]:
+                steps.append(target)
+                target -= 1
+            missing += reversed(steps)
+        return missing
 
     def prologue(self) -> None:
         """Makes the first boundary from the token ids."""
         names = list(self._stack.embeddings)
         self._load(names)
-        with self._boundaries.write(acts(0)) as writer:
+        with self._writing(acts(0)) as writer:
             for batch in self._batches:
                 writer.append(self._stack.embed(batch.input_ids))
         self._checkpoint.release(names)
         release_unused(self._device)
 
-    def forward(self, lowest: int, last: int, bar: PassBar) -> None:
-        """Makes the boundaries ``lowest ... last``; those below `lowest` are dropped as soon as they are used."""
-        for index in self.missing_boundaries(lowest, last):
-            bar.working_on(f"block {index - 1}")
-            if acts(index) not in self._boundaries:
-                self._forward_block(index - 1)
-            if index <= lowest:
+    def forward(self, wanted: Sequence[int], bar: PassBar | None = None) -> None:
+        """Makes the boundaries ``wanted`` (ascending); one that is not wanted is dropped as soon as it is used."""
+        missing = self.missing_boundaries(wanted)
+        starts = {index - 1 for index in missing}
+        for index in range(self.num_blocks + 1):  # of a run that was killed, or kept more
+            if index not in wanted and index not in starts:
+                self._boundaries.drop(acts(index))
+        for index, after in zip(missing, [*missing[1:], 0], strict=False):
+            if bar is not None:
+                bar.working_on(f"block {index - 1}")
+            self._forward_block(index - 1, after - 1)
+            if index - 1 not in wanted:
                 self._boundaries.drop(acts(index - 1))
             release_unused(self._device)
-            bar.advance()
+            if bar is not None:
+                bar.advance()
 
-    def epilogue(self, logit_rows: int) -> float:
+    def epilogue(self, logit_rows: int, bar: PassBar) -> float:
         """Final norm, head and loss at the label positions; makes the gradient of the last boundary.
 
         Args:
             logit_rows: label positions per chunk.
+            bar: counts micro-batches.
 
         Returns:
             The mean over samples of their losses.
@@ -106,11 +158,13 @@ class Sweep:
             self._load([self._stack.head_name])
             facts: dict[str, Any] = {}
             total = torch.zeros((), dtype=torch.float64)
-            with self._boundaries.write(name, durable=True, facts=facts) as writer:
+            with self._writing(name, durable=True, facts=facts) as writer:
                 for batch, hidden in self._over(acts(self.num_blocks)):
+                    bar.working_on("head and loss")
                     loss, gradient = self._loss_gradient(batch, hidden, logit_rows)
                     total += loss
                     writer.append(gradient)
+                    bar.advance()
                 mean = float(total) / sum(batch.input_ids.shape[0] for batch in self._batches)
                 if not torch.isfinite(total):
                     raise NumericalError("the calibration loss is not finite; try --dtype float32, or look at the data")
@@ -135,16 +189,14 @@ class Sweep:
         """
         index = spec.index
         block = self._stack.blocks[index]
-        self._load([spec.prefix])
+        self._load_block(index)
+        if push and acts(index - 1) in self._boundaries:  # else blocks below run forward first
+            self._announce_block(index - 1)
         facts = {
             linear.name: {
                 "num_samples": sum(batch.input_ids.shape[0] for batch in self._batches),
                 "num_tokens": 0,
-                "weight_norm": float(
-                    torch.linalg.vector_norm(
-                        self._stack.model.get_parameter(f"{linear.name}.weight"), dtype=torch.float64
-                    )
-                ),
+                "weight_norm": _frobenius_norm(self._stack.model.get_parameter(f"{linear.name}.weight")),
             }
             for linear in spec.linears
         }
@@ -162,7 +214,8 @@ class Sweep:
             release_unused(self._device)
             while collector.totals:
                 panel, values = collector.totals.popitem()
-                sink(panel, values)
+                with self._timeline.span("write statistics"):
+                    sink(panel, values)
                 del values
         self._checkpoint.release([spec.prefix])
         release_unused(self._device)
@@ -170,17 +223,46 @@ class Sweep:
 
     def _load(self, names: list[str]) -> None:
         """Loads weights, and hands back what reading them in another dtype left behind."""
-        self._checkpoint.load(names)
+        with self._timeline.span("read weights"):
+            self._checkpoint.load(names)
         release_unused(self._device)
+
+    def _load_block(self, index: int) -> None:
+        with self._timeline.span("read weights"):
+            self._blocks_ahead.take([self._stack.prefixes[index]], keep_stored=self._keep_stored)
+        release_unused(self._device)
+
+    def _announce_block(self, index: int) -> None:
+        """Says which block `_load_block` is asked for next."""
+        self._blocks_ahead.start([self._stack.prefixes[index]], keep_stored=self._keep_stored)
 
     def _over(self, name: str) -> Any:
         """Micro-batches together with their states at a boundary."""
-        return zip(self._batches, self._boundaries.read(name, self._device), strict=True)
+        return zip(self._batches, self._read(name), strict=True)
 
-    def _forward_block(self, index: int) -> None:
+    def _read(self, name: str) -> Iterator[torch.Tensor]:
+        """The micro-batches of a boundary, on the device."""
+        states = self._boundaries.read(name, self._device)
+        while True:
+            with self._timeline.span("read boundary"):
+                batch = next(states, None)
+            if batch is None:
+                return
+            yield batch
+
+    @contextmanager
+    def _writing(self, name: str, **options: Any) -> Iterator[_TimedWriter]:
+        """Opens a boundary for writing; options as for `BoundaryStore.write`."""
+        with self._timeline.at_exit("commit", self._boundaries.write(name, **options)) as writer:
+            yield _TimedWriter(writer, self._timeline)
+
+    def _forward_block(self, index: int, after: int) -> None:
+        """Makes the boundary above a block; `after` is the block that is next (-1: none)."""
         block, prefix = self._stack.blocks[index], self._stack.prefixes[index]
-        self._load([prefix])
-        with self._boundaries.write(acts(index + 1)) as writer, torch.no_grad():
+        self._load_block(index)
+        if after >= 0:
+            self._announce_block(after)
+        with self._writing(acts(index + 1)) as writer, torch.no_grad():
             for batch, hidden in self._over(acts(index)):
                 call = self._stack.calls(*batch.input_ids.shape)[index]
                 writer.append(call.run(block, hidden))
@@ -198,14 +280,14 @@ class Sweep:
             for _ in self._gradients_below(index, collector):
                 pass
             return
-        with self._boundaries.write(grads(index), durable=True) as writer:
+        with self._writing(grads(index), durable=True) as writer:
             for gradient in self._gradients_below(index, collector):
                 writer.append(gradient)
 
     def _gradients_below(self, index: int, collector: PanelCollector) -> Any:
         """Runs all micro-batches forward and backward through a block; yields the gradients of its input."""
         block = self._stack.blocks[index]
-        above = self._boundaries.read(grads(index + 1), self._device)
+        above = self._read(grads(index + 1))
         for (batch, hidden), gradient in zip(self._over(acts(index)), above, strict=True):
             collector.begin(batch)
             # weights require no gradient, so the graph hangs on the hidden states alone; detached, because a boundary
@@ -235,3 +317,12 @@ class Sweep:
             gradient[rows] = states.grad
             loss += weighted.detach().double().cpu()
         return loss, gradient.reshape(hidden.shape)
+
+
+def _frobenius_norm(weight: torch.Tensor) -> float:
+    """Of a weight [rows, columns], in float64."""
+    bands = [
+        torch.linalg.vector_norm(weight[row : row + NORM_ROWS], dtype=torch.float64)
+        for row in range(0, weight.shape[0], NORM_ROWS)
+    ]
+    return float(torch.linalg.vector_norm(torch.stack(bands)))

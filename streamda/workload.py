@@ -9,12 +9,14 @@ from torch import nn
 
 from streamda.batches import MicroBatch, make_micro_batches
 from streamda.blocks import BlockCall, DecoderStack
+from streamda.costs import BlockCost, Workload
+from streamda.factors import TRIANGLE_ROWS
 from streamda.layers import BlockSpec, Targets
-from streamda.plan import BlockCost, Workload
+from streamda.memory import READ_CHUNK_BYTES
+from streamda.panels import FLOAT32_BYTES, PANEL_ROWS
 from streamda.probe import BlockProbe, input_groups, probe_block
 
-CAST_CHUNK_BYTES = 32 << 20
-"""What a tensor read in another dtype holds beside itself at most; see `streamda.checkpoint`."""
+CAST_CHUNK_BYTES = READ_CHUNK_BYTES
 
 
 class WorkloadModel:
@@ -71,6 +73,9 @@ class WorkloadModel:
             head_bytes=head * itemsize + CAST_CHUNK_BYTES,
             blocks=blocks,
             checkpoint_bytes=stored * self._stored_dtype_bytes,
+            stored_dtype_bytes=self._stored_dtype_bytes,
+            outer_count=small + embedding + head,
+            num_micro_batches=len(batches),
         )
 
     def _block_costs(self, batches: Sequence[MicroBatch]) -> tuple[BlockCost, ...]:
@@ -83,6 +88,8 @@ class WorkloadModel:
             linears = tuple(spec for spec in self._targets.linears if spec.name.startswith(prefix + "."))
             spec = BlockSpec(index, prefix, linears, input_groups(prefix, probes[0], linears))
             count = _num_parameters(block)
+            matrices = [parameter.numel() for parameter in block.parameters() if parameter.ndim > 1]
+            narrow = min(self._stored_dtype_bytes, self._dtype.itemsize)
             costs.append(
                 BlockCost(
                     spec=spec,
@@ -90,9 +97,31 @@ class WorkloadModel:
                     weight_count=count,
                     saved_bytes=max(probe.saved_bytes for probe in probes),
                     largest_bytes=max(probe.largest_bytes for probe in probes),
+                    stored_weight_bytes=count * self._dtype.itemsize - sum(matrices) * (self._dtype.itemsize - narrow),
+                    largest_module_bytes=max(matrices, default=0) * self._dtype.itemsize,
+                    product_bytes=self._product_bytes(spec, max(batch.num_rows for batch in batches)),
                 )
             )
         return tuple(costs)
+
+    def _product_bytes(self, spec: BlockSpec, rows: int) -> int:
+        """Float32 copies of one product of a panel's operands, and the product; see `streamda.factors`."""
+        if self._dtype.itemsize >= FLOAT32_BYTES:
+            return 0  # added to the panel where it is
+        copies = 0 if self._stack.device.type == "cuda" else rows  # there the product reads the operands as they are
+        return max(
+            (
+                FLOAT32_BYTES
+                * max(
+                    copies * (linear.d_in + min(linear.d_out, PANEL_ROWS))
+                    + min(linear.d_out, PANEL_ROWS) * linear.d_in,
+                    copies * (linear.d_in + TRIANGLE_ROWS) + TRIANGLE_ROWS * linear.d_in,
+                    3 * rows * linear.d_out,  # an output moment casts on every device
+                )
+                for linear in spec.linears
+            ),
+            default=0,
+        )
 
     def _probe(self, block: nn.Module, call: BlockCall, batch: MicroBatch) -> BlockProbe:
         shape = (len(batch.samples), batch.length, self._stack.hidden_size)

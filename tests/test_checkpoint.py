@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from streamda import checkpoint as checkpoint_module
+from streamda import shards
 from streamda.checkpoint import Checkpoint, build_skeleton, load_config
 from streamda.errors import ModelError
 from tests.models import make_config, write_checkpoint
@@ -115,7 +115,7 @@ def test_a_large_tensor_read_by_bands_is_the_same(
     kept: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_checkpoint(tmp_path, "llama", dtype=kept)
-    monkeypatch.setattr(checkpoint_module, "READ_CHUNK_BYTES", 1000)  # of the 3584 or 7168 bytes of up_proj
+    monkeypatch.setattr(shards, "READ_CHUNK_BYTES", 1000)  # of the 3584 or 7168 bytes of up_proj
     checkpoint = opened(tmp_path)
     checkpoint.load(["model.layers.0"])
     for name, value in stored(tmp_path).items():

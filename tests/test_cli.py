@@ -62,6 +62,51 @@ def test_plan_needs_no_weights(
     assert "holds no model.safetensors" in capsys.readouterr().err
 
 
+def test_a_plan_at_given_rates_measures_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rates = ["--rates", "flops=1e9,flops64=5e8,read=1e6,write=2e6"]
+    assert run(monkeypatch, "plan", *flags(golden_options(tmp_path)), *rates, "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    bounds, plan = facts["bounds"], facts["plan"]
+    assert bounds["rates"] == {"flops": 1e9, "flops64": 5e8, "read": 1e6, "write": 2e6}
+    seconds = {name: count / (5e8 if name == "solve" else 1e9) for name, count in plan["flops"].items()}
+    assert bounds["phase_seconds"] == seconds
+    read = plan["weight_bytes_read"] + sum(plan["bytes_read"].values())
+    assert bounds["read_seconds"] == pytest.approx(read / 1e6)
+    assert bounds["write_seconds"] == pytest.approx(sum(plan["bytes_written"].values()) / 2e6)
+    assert bounds["at_most_seconds"] == pytest.approx(sum(seconds.values()) + bounds["disk_seconds"])
+    assert run(monkeypatch, "plan", *flags(golden_options(tmp_path)), *rates) == 0
+    text = capsys.readouterr().out
+    assert "at 1 GFLOP/s, 0.5 GFLOP/s in float64" in text
+    assert "at 1.00 MB/s" in text
+
+
+def test_profile_writes_a_trace_and_a_drawing_which_overwriting_replaces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [*flags(golden_options(tmp_path)), "--profile", "--rates", "flops=1e9,flops64=5e8,read=1e9,write=1e9"]
+    work = ["--keep-statistics", "--work-dir", str(tmp_path / "work")]
+    for arguments in (["init", *options, *work, "--json"], ["init", *options, *work, "--json", "--overwrite"]):
+        assert run(monkeypatch, *arguments) == 0
+        report = json.loads(capsys.readouterr().out)
+        events = json.loads((tmp_path / "adapter" / "streamda_trace.json").read_text())["traceEvents"]
+        names = {event["name"] for event in events if event["ph"] == "X"}
+        assert {"prepare", "read weights", "forward", "backward", "write statistics", "commit"} <= names
+        assert {"read statistics", "cholesky", "eigenvectors", "write adapter"} <= names
+        assert "backward, " in (tmp_path / "adapter" / "streamda_timeline.svg").read_text()
+        assert sum(seconds for name, seconds in report["busy"].items() if "(" not in name) <= report["wall_seconds"]
+        assert sum(report["seconds"].values()) <= report["wall_seconds"] + report["seconds"]["write"]
+        bounds = report["bounds"]
+        assert bounds["flops"] == report["plan"]["flops"]
+        assert bounds["bytes_read"] >= report["bytes"]["weights_read"] + report["bytes"]["boundaries_read"]
+        assert bounds["times_the_bound"] == pytest.approx(report["wall_seconds"] / bounds["compute_seconds"])
+    solve = ["solve", "--statistics", str(tmp_path / "work"), "--output-dir", str(tmp_path / "again"), "--profile"]
+    for arguments in (solve, [*solve, "--overwrite"]):
+        assert run(monkeypatch, *arguments) == 0
+        assert "solve, " in (tmp_path / "again" / "streamda_timeline.svg").read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
@@ -75,6 +120,7 @@ def test_plan_needs_no_weights(
         (["--dataset", "missing.jsonl"], 4, r"missing\.jsonl"),
         (["--device", "cuda:99"], 2, "no CUDA device|CUDA"),
         (["--gamma", "-1"], 2, "gamma is -1"),
+        (["--rates", "flops=fast"], 2, "--rates has 'flops=fast'"),
         (["--no-fisher"], 2, "--variance-weight 0"),
         (["--config", "missing.yaml"], 2, "cannot be read"),
     ],

@@ -17,13 +17,17 @@ PACKAGE = Path(__file__).parent.parent / "streamda"
 MAX_LINES = 350
 
 LAYERS = (
-    {"errors", "files", "units", "rundir", "config"},
+    {"errors", "files", "units", "rundir", "config", "timeline"},
     # pure: tensors and integers
-    {"layers", "memory", "batches", "panels", "plan", "factors", "cholesky", "eigen", "methods"},
+    {
+        "layers", "memory", "batches", "panels", "costs", "disk_plan", "plan", "bounds", "factors", "cholesky", "eigen",
+        "solve_plan", "stored_weights", "methods",
+    },
     # edges: files, data sets, the hub
     {
-        "model_source", "checkpoint", "rows", "samples", "calibration", "boundary", "store", "solutions", "adapter",
-        "output", "model_card", "report",
+        "model_source", "shards", "checkpoint", "prefetch", "rows", "samples", "calibration", "disk_space", "boundary",
+        "store", "collected", "scratch", "solutions", "adapter", "output", "model_card", "report", "rates", "gantt",
+        "trace",
     },
     {"blocks", "probe", "workload", "hooks", "sweep", "progress", "stopwatch"},
     {"setup", "session", "solve_stage", "collect_stage"},
@@ -40,19 +44,28 @@ WITHIN = {
     "rundir": {"errors", "files", "units"},
     "config": {"errors"},
     "panels": {"layers"},
-    "plan": {"layers", "memory", "panels"},
+    "disk_plan": {"layers", "panels"},
+    "solve_plan": {"cholesky", "eigen", "panels"},
+    "costs": {"layers"},
+    "plan": {"costs", "disk_plan", "layers", "memory", "panels", "solve_plan"},
     "eigen": {"cholesky"},
-    "methods": {"cholesky", "eigen", "factors"},
+    "methods": {"cholesky", "eigen", "factors", "solve_plan"},
     # the families of a noun
     "samples": {"rows"},
     "calibration": {"rows", "samples"},
+    "checkpoint": {"shards"},
+    "prefetch": {"checkpoint"},
+    "boundary": {"disk_space"},
+    "collected": {"store"},
     "adapter": {"output", "model_card"},
+    "trace": {"gantt"},
     # the two passes, from the bottom up
     "probe": {"blocks"},
     "workload": {"blocks", "probe"},
     "sweep": {"blocks", "hooks", "progress"},
+    "progress": {"stopwatch"},
     "session": {"setup"},
-    "collect_stage": {"setup", "solve_stage"},
+    "collect_stage": {"session", "setup", "solve_stage"},
     "api": {"pipeline"},
     "cli": {"__init__"},
 }
@@ -65,7 +78,7 @@ HOMES = {
     "jinja2": {"samples"},
     "numpy": {"store"},
     "peft": {"adapter", "layers"},
-    "safetensors": {"adapter", "checkpoint", "solutions"},
+    "safetensors": {"adapter", "shards", "solutions"},
     "tqdm": {"progress"},
     "transformers": {"adapter", "blocks", "calibration", "checkpoint", "layers", "samples", "setup"},
     "typer": {"cli"},
@@ -133,6 +146,13 @@ def test_edges_do_not_know_each_other() -> None:
     found = {(source, target) for source, target in edges() if {source, target} <= LAYERS[2] and source != target}
     assert found <= {(source, target) for source, targets in WITHIN.items() for target in targets}
     assert ("calibration", "samples") in found
+
+
+def test_the_pure_modules_do_not_know_what_time_it_is() -> None:
+    """Spans are recorded by those who call them."""
+    knowing = {source for source, target in edges() if target == "timeline"}
+    assert not knowing & LAYERS[1]
+    assert {"sweep", "solve_stage", "pipeline"} <= knowing
 
 
 def test_third_parties_have_homes() -> None:

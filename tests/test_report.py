@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from streamda.bounds import Bounds, Rates
 from streamda.methods import SolveStatus
 from streamda.methods.solution import SolveStats
-from streamda.report import REPORT_FILE, InitReport, plan_table, read_report, table
+from streamda.report import REPORT_FILE, InitReport, format_seconds, plan_table, read_report, table
 
 
 def solved(change: float, **other: Any) -> dict[str, Any]:
@@ -55,6 +56,9 @@ def full_report() -> InitReport:
         budget_bytes=24_000_000_000,
         peaks={"forward": 100_000_000, "backward": 1_900_000_000, "write": 5_000_000},
         seconds={"forward": 1.5, "backward": 6.0, "write": 0.0},
+        wall_seconds=10.0,
+        busy={"backward": 5.0, "read weights (prefetch)": 4.0, "commit": 3.5, "write boundary": 0.01},
+        bounds=Bounds(Rates(1e12, 1e11, 1e9, 1e9), {"forward": 4 * 10**12, "solve": 10**11}, 10**9, 10**9).to_dict(8.0),
         bytes={"weights_read": 26_000_000_000, "checkpoint": 13_000_000_000},
         loss=2.34567,
         modules=modules,
@@ -136,6 +140,21 @@ class TestTable:
         bars = {row.split()[0]: row.count("#") for row in section(self.lines, "time")[3:-1]}
         assert bars == {"forward": 6, "backward": 24, "write": 0}
 
+    def test_work_is_shown_with_its_share_of_the_wall_clock_and_what_is_left_of_it(self) -> None:
+        heading, _, _, *rows = section(self.lines, "work")
+        assert heading == "work  (of 10.0 s)"
+        assert [row.split("  ")[1] for row in rows[:4]] == [
+            "backward",
+            "read weights (prefetch)",
+            "commit",
+            "everything else",
+        ]
+        # what another thread did was done beside the rest, and what is next to nothing is not shown
+        assert [row.split()[-2] for row in rows[:4]] == ["50", "40", "35", "15"]
+
+    def test_one_line_says_how_near_the_limit_the_run_was(self) -> None:
+        assert "  wall 8 s = 1.6 x the compute bound (5 s); disk bound 2 s" in self.lines
+
     def test_layers_are_counted_by_status_and_each_unusual_status_is_explained(self) -> None:
         heading, *rest = section(self.lines, "layers")
         assert heading == "layers  (1 damped, 12 ok, 1 zero)"
@@ -204,11 +223,31 @@ def test_every_number_of_a_solved_layer_is_plain_json() -> None:
     assert summary["next_eigenvalue"] is None
 
 
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [
+        (None, "unknown"),
+        (0.0, "0 s"),
+        (0.0123, "0.012 s"),
+        (9.94, "9.9 s"),
+        (9.96, "10 s"),
+        (99.4, "99 s"),
+        (99.6, "1.7 min"),
+        (5999, "100.0 min"),
+        (36_000, "10.0 h"),
+    ],
+)
+def test_times_are_shown_in_units_that_fit(seconds: float | None, shown: str) -> None:
+    assert format_seconds(seconds) == shown
+
+
 def test_a_plan_is_shown_with_all_its_phases() -> None:
     plan = {
         "micro_batch_tokens": 1024,
         "replays": [2, 3, 0, 2],
         "boundaries_in_memory": 5,
+        "boundary_stride": 3,
+        "weight_passes": 2.875,
         "disk_bytes": 13_000_000_000,
         "weight_bytes_read": 26_000_000_000,
         "peaks": {"forward": 1_000_000_000, "solve": 2_000_000_000},
@@ -224,8 +263,7 @@ def test_a_plan_is_shown_with_all_its_phases() -> None:
         "num_samples": 256,
         "num_tokens": 50_000,
         "num_rows": 52_000,
-        "flops_per_second": 10**11,
-        "seconds": 90.0,
+        "bounds": Bounds(Rates(10**11, 10**9, 10**9, None), plan["flops"], 5 * 10**9, 10**9).to_dict(),
     }
     text = plan_table(plan, facts)
     for fact in (
@@ -237,13 +275,19 @@ def test_a_plan_is_shown_with_all_its_phases() -> None:
         "52000",
         "1024 tokens",
         "13.00 GB",
-        "26.00 GB",
-        "1.5 min",
+        "boundaries kept    every 3rd; weights are read 2.9 times (26.00 GB)",
+        "time               at least unknown",
+        "compute          40 s at 100 GFLOP/s, 1 GFLOP/s in float64",
+        "reading          5 s: 5.00 GB at 1.00 GB/s",
+        "writing          unknown: 1.00 GB at an unknown rate",
     ):
         assert fact in text
     rows = [line.split() for line in text.splitlines()]
     assert ["forward", "1.00", "GB"] in rows
     assert ["solve", "2.00", "GB"] in rows
-    assert ["forward", "3"] in rows
-    assert ["solve", "0.01"] in rows
+    assert ["forward", "3", "bfloat16", "30", "s"] in rows
+    assert ["solve", "0.01", "float64", "10", "s"] in rows
+    known = Bounds(Rates(10**11, 10**9, 10**9, 10**8), plan["flops"], 5 * 10**9, 10**9).to_dict()
+    times = "time               at least 40 s (disk and compute overlapped), at most 55 s (one after the other)"
+    assert times in plan_table(plan, facts | {"bounds": known})
     assert "replays per block  2\n" in plan_table(plan | {"replays": [2, 2, 0]}, facts)

@@ -1,0 +1,67 @@
+"""What a model and its samples cost, as the planner takes it: plain integers, at the largest micro-batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from streamda.layers import BlockSpec
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCost:
+    """One block, at the largest micro-batch."""
+
+    spec: BlockSpec
+    weight_bytes: int
+    """In the compute dtype."""
+    weight_count: int
+    saved_bytes: int
+    """Kept by autograd between forward and backward."""
+    largest_bytes: int
+    """The largest single activation."""
+    stored_weight_bytes: int
+    """With matrices in the dtype of their files where that is narrower."""
+    largest_module_bytes: int
+    """Of the largest parameter in the compute dtype: what is cast at a time if weights stay in their stored dtype."""
+    product_bytes: int = 0
+    """Float32 temporaries of a product that goes into a panel, where operands are narrower."""
+
+    @property
+    def shrinks(self) -> bool:
+        """Whether the block takes less if its weights stay in their stored dtype."""
+        return self.stored_weight_bytes + self.largest_module_bytes < self.weight_bytes
+
+    def resident_bytes(self, keep_stored: bool) -> int:
+        """Weights at rest."""
+        return self.stored_weight_bytes if keep_stored else self.weight_bytes
+
+    def used_bytes(self, keep_stored: bool) -> int:
+        """Weights while the block runs."""
+        return self.resident_bytes(keep_stored) + (self.largest_module_bytes if keep_stored else 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """The model and the samples at one choice of micro-batch size."""
+
+    micro_batch_tokens: int
+    largest_rows: int
+    """Rows of the largest micro-batch."""
+    num_rows: int
+    """Rows of all micro-batches, padding included."""
+    num_labels: int
+    hidden_size: int
+    vocab_size: int
+    dtype_bytes: int
+    small_bytes: int
+    """Parameters outside blocks, embeddings and head."""
+    embedding_bytes: int
+    head_bytes: int
+    blocks: tuple[BlockCost, ...]
+    checkpoint_bytes: int
+    """Stored size of all weights."""
+    stored_dtype_bytes: int = 2
+    """Per weight, in the files."""
+    outer_count: int = 0
+    """Weights outside the blocks, as the way up reads them: a head that is tied is read once more."""
+    num_micro_batches: int = 1

@@ -1,0 +1,84 @@
+"""The next weights, read while the current ones are in use: by one thread where memory allows, else by a hint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+
+from streamda.checkpoint import Checkpoint, ReadWeights
+from streamda.timeline import Timeline
+
+LANE = "prefetch"
+
+
+class Prefetcher:
+    """Hands weights to the model in the order that they were announced in.
+
+    Close it (or leave its block) whatever happened: the thread ends with it.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, timeline: Timeline, *, in_memory: bool) -> None:
+        """Starts no thread yet.
+
+        Args:
+            checkpoint: where weights come from.
+            timeline: takes what the thread did when.
+            in_memory: whether there is room for them beside what is in use. If not, the system is asked to read them
+                into its page cache, which no budget counts.
+        """
+        self._checkpoint, self._timeline = checkpoint, timeline
+        self._executor = ThreadPoolExecutor(1, "streamda-prefetch") if in_memory else None
+        self._started: tuple[tuple[str, ...], bool] | None = None
+        self._future: Future[ReadWeights] | None = None
+
+    def __enter__(self) -> Prefetcher:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def start(self, names: Sequence[str], *, keep_stored: bool = False) -> None:
+        """Announces what `take` will want next; names as in `Checkpoint.load`."""
+        if self._executor is None:
+            self._checkpoint.announce(names)
+            return
+        self._forget()
+        self._started = (tuple(names), keep_stored)
+        self._future = self._executor.submit(self._read, tuple(names), keep_stored)
+
+    def take(self, names: Sequence[str], *, keep_stored: bool = False) -> None:
+        """Places weights in the model: those announced, else by reading them now.
+
+        Raises:
+            ModelError: a tensor cannot be read, or holds NaN or Inf; also what the thread came upon.
+        """
+        future, self._future = self._future, None
+        if future is not None and self._started == (tuple(names), keep_stored):
+            self._checkpoint.place(future.result())
+            return
+        if future is not None:  # its memory must be free before other weights are read
+            _discard(future)
+        self._checkpoint.load(names, keep_stored=keep_stored)
+
+    def close(self) -> None:
+        """Ends the thread; what it has read is dropped."""
+        self._forget()
+        if self._executor is not None:
+            self._executor.shutdown(wait=True, cancel_futures=True)
+
+    def _read(self, names: Sequence[str], keep_stored: bool) -> ReadWeights:
+        with self._timeline.span("read weights", LANE):
+            return self._checkpoint.read(names, keep_stored=keep_stored)
+
+    def _forget(self) -> None:
+        future, self._future = self._future, None
+        if future is not None:
+            _discard(future)
+
+
+def _discard(future: Future[ReadWeights]) -> None:
+    if not future.cancel():
+        future.exception()  # waits; an error of weights that nobody wants is none

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing
+
 from streamda.batches import collate, make_micro_batches
 from streamda.boundary import BoundaryStore
 from streamda.checkpoint import Checkpoint
@@ -70,10 +73,9 @@ class Collection:
         Args:
             solver: solves each block once its statistics are committed; None collects only.
         """
-        try:
+        # one thread commits a block's statistics; it is waited for however this ends
+        with closing(self._sweep), ThreadPoolExecutor(1, "streamda-commit") as self._committer:
             self._collect(solver)
-        finally:
-            self._sweep.close()
 
     def _collect(self, solver: Solver | None) -> None:
         units, report = self._run.units, self._report
@@ -87,17 +89,27 @@ class Collection:
         if following >= self._lowest:
             self._checkpoint.load(self._prepared.stack.small_names)
             self._go_up(following)
+        unsolved: int | None = None  # what is committed while it waits is solved while the next one is committed
         with self._progress.pass_over("backward", following - self._lowest + 1, self._num_tokens) as bar:
             for index in range(top - 1, self._lowest - 1, -1):
                 bar.working_on(f"block {index}")
+                committed: Future[None] | None = None
                 if index <= following:
                     self._refill(index)
                     with Stopwatch(report, "backward", self._meter):
-                        self._collect_block(self._specs[index])
-                self._solve_block(index, solver)
+                        committed = self._collect_block(self._specs[index])
+                if unsolved is not None:
+                    self._solve_block(unsolved, solver)
+                if committed is not None:
+                    with self._meter.timeline.span("wait for the commit"):
+                        committed.result()
+                    self._note_written(stats_unit(index))
+                unsolved = index
                 self._forget(index)
                 if index <= following:
                     bar.advance()
+            if unsolved is not None:
+                self._solve_block(unsolved, solver)
         self._boundaries.drop(grads(self._lowest))
         report.bytes = {
             "weights_read": self._checkpoint.bytes_read,
@@ -162,24 +174,34 @@ class Collection:
         here = solved or stats_unit(index) in units or not self._specs[index].linears
         return here and (index == self._lowest or grads(index) in self._boundaries or self._is_past(index - 1))
 
-    def _collect_block(self, spec: BlockSpec) -> None:
-        """Commits the gradient below a block, then its statistics; only then may what led to it go."""
+    def _collect_block(self, spec: BlockSpec) -> Future[None] | None:
+        """Commits the gradient below a block, and writes its statistics.
+
+        Only once they, too, are committed may go what led to them.
+
+        Returns:
+            The commit of the statistics, under way; None for a block without any.
+        """
         units, push = self._run.units, spec.index > self._lowest
         replays = self._plan.replays[spec.index]
         if not spec.linears:
             self._sweep.backward_block(spec, (), lambda _panel, _values: None, push=push)
-            return
+            return None
         name = stats_unit(spec.index)
         if name in units:  # committed, but the gradient below it is not: both are made anew
             units.drop(name)
         require_room(units.folder, stored_bytes(spec), f"the statistics of block {spec.index}")
-        with self._meter.timeline.at_exit("commit", units.create(name)) as draft:
+        with ExitStack() as stack:
+            draft = stack.enter_context(self._meter.timeline.at_exit("commit", units.create(name), lane="commit"))
             writer = BlockStatisticsWriter(draft.path, spec, self._prepared.config.collect.statistics_codec)
             facts = self._sweep.backward_block(spec, replays, writer.write_panel, push=push)
             for module, values in facts.items():
                 writer.write_facts(module, values)
             draft.metadata |= {"prefix": spec.prefix, "modules": [linear.name for linear in spec.linears]}
-        self._statistics_written += sum(record.size for record in units.metadata(name).files.values())
+            return self._committer.submit(stack.pop_all().close)
+
+    def _note_written(self, name: str) -> None:
+        self._statistics_written += sum(record.size for record in self._run.units.metadata(name).files.values())
 
     def _solve_block(self, index: int, solver: Solver | None) -> None:
         units = self._run.units

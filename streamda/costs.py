@@ -65,3 +65,22 @@ class Workload:
     outer_count: int = 0
     """Weights outside the blocks, as the way up reads them: a head that is tied is read once more."""
     num_micro_batches: int = 1
+    stored_embedding_bytes: int | None = None
+    """With weights in their stored dtype: looked up there; None where that is no smaller."""
+    stored_head_bytes: int | None = None
+    """With weights in their stored dtype, and what is cast of them at a time; None where that is no smaller."""
+
+    @property
+    def shrinks(self) -> bool:
+        """Whether anything takes less if weights stay in their stored dtype."""
+        outer = self.stored_embedding_bytes is not None or self.stored_head_bytes is not None
+        return outer or any(cost.shrinks for cost in self.blocks)
+
+    def outer_bytes(self, keep_stored: bool) -> tuple[int, int]:
+        """Bytes of the embeddings and of the head while they are used."""
+        if not keep_stored:
+            return self.embedding_bytes, self.head_bytes
+        return (
+            self.embedding_bytes if self.stored_embedding_bytes is None else self.stored_embedding_bytes,
+            self.head_bytes if self.stored_head_bytes is None else self.stored_head_bytes,
+        )

@@ -174,17 +174,24 @@ class _Walk:
             if f"acts{index}" not in self._in_memory and f"acts{index}" not in self._on_disk:
                 self._again += self._go_up(self._needed(index))
             self._collect(index)
-            if work.statistics_bytes[index]:
-                self._peak = max(self._peak, self._now + work.scratch_bytes)
-                self._write(f"solution{index}", work.solution_bytes[index], "solutions")
-                self._read["statistics"] += work.statistics_bytes[index] if work.solution_bytes[index] else 0
-                if not work.keep_statistics:
-                    self._drop(f"statistics{index}")
+            # a block is solved while the next one is committed: the statistics of two are there at a time
+            self._solve(index + 1)
             self._drop(f"acts{index}")
             self._drop(f"grads{index + 1}")
+        self._solve(work.lowest)
         boundary = BOUNDARY_RECORD_BYTES + MICRO_BATCH_RECORD_BYTES * work.num_micro_batches
         records = RUN_RECORD_BYTES + sum(work.record_bytes) + (top + 2) * boundary
         return DiskUse(self._stride, self._peak + records, tuple(self._again), self._written, self._read)
+
+    def _solve(self, index: int) -> None:
+        work = self._work
+        if index == work.num_blocks or not work.statistics_bytes[index]:
+            return
+        self._peak = max(self._peak, self._now + work.scratch_bytes)
+        self._write(f"solution{index}", work.solution_bytes[index], "solutions")
+        self._read["statistics"] += work.statistics_bytes[index] if work.solution_bytes[index] else 0
+        if not work.keep_statistics:
+            self._drop(f"statistics{index}")
 
     def _needed(self, following: int) -> tuple[int, ...]:
         return needed_boundaries(following, self._work.lowest, self._work.num_blocks, self._stride)

@@ -119,7 +119,7 @@ def make_plan(
     smallest = 0
     for keep_stored, tokens in itertools.product((False, True), candidates):
         workload = workload_at(tokens)
-        if keep_stored and not any(cost.shrinks for cost in workload.blocks):
+        if keep_stored and not workload.shrinks:
             continue
         smallest = minimum_bytes(workload, rank, budget.host_bytes if host_is_device else 0)
         plan = _plan_at(budget, workload, rank, keep_statistics, host_is_device, disk_room, keep_stored)
@@ -154,7 +154,7 @@ def minimum_bytes(workload: Workload, rank: int, host_bytes: int) -> int:
     kept = min(len(workload.blocks) + 1, host_bytes // max(1, boundary)) * boundary
     smallest = []
     for keep_stored in (False, True):
-        phases = _fixed_peaks(workload, rank, _logit_rows(workload, None), None, keep_stored)
+        phases = _fixed_peaks(workload, rank, _logit_rows(workload, None, keep_stored), None, keep_stored)
         for cost in workload.blocks:
             panel = max((panel.num_bytes for panel in block_panels(cost.spec)), default=0)
             phases["backward"] = max(phases.get("backward", 0), _backward_fixed(workload, cost, keep_stored) + panel)
@@ -176,7 +176,7 @@ def _plan_at(
     boundary = _boundary_bytes(workload)
     in_memory = min(len(workload.blocks) + 1, budget.host_bytes // max(1, boundary))
     available = budget.device_bytes - (in_memory * boundary if host_is_device else 0)
-    logit_rows = _logit_rows(workload, available)
+    logit_rows = _logit_rows(workload, available, keep_stored)
     peaks = _fixed_peaks(workload, rank, logit_rows, available, keep_stored)
     # the next block is there from one block's start to its own, through the solution between them
     ahead = _ahead_bytes(workload, keep_stored) if prefetch else 0
@@ -237,11 +237,12 @@ def _hidden_bytes(workload: Workload) -> int:
     return workload.largest_rows * workload.hidden_size * workload.dtype_bytes
 
 
-def _logit_rows(workload: Workload, available: int | None) -> int:
+def _logit_rows(workload: Workload, available: int | None, keep_stored: bool) -> int:
     """Label positions per chunk: as many as `MAX_LOGIT_BYTES` and a quarter of what the head leaves allow."""
     room = MAX_LOGIT_BYTES
     if available is not None:
-        left = available - workload.head_bytes - workload.small_bytes - WORKSPACE_BYTES - 3 * _hidden_bytes(workload)
+        _, head = workload.outer_bytes(keep_stored)
+        left = available - head - workload.small_bytes - WORKSPACE_BYTES - 3 * _hidden_bytes(workload)
         room = min(room, max(0, left) // (2 * LOGIT_COPIES))
     else:
         room = 0
@@ -254,9 +255,10 @@ def _fixed_peaks(
     """Peaks of the phases that cannot be cut further."""
     base = workload.small_bytes + WORKSPACE_BYTES
     hidden = _hidden_bytes(workload)
+    embedding, head = workload.outer_bytes(keep_stored)
     peaks = {
         # token embeddings, and the micro-batch that they make
-        "prologue": base + workload.embedding_bytes + 2 * hidden,
+        "prologue": base + embedding + 2 * hidden,
         # one block; its input, its output, and the activations of one sub-layer in passing
         "forward": base
         + max(
@@ -264,10 +266,7 @@ def _fixed_peaks(
             for cost in workload.blocks
         ),
         # the head, one chunk of logits, and the boundary state and its gradient
-        "epilogue": base
-        + workload.head_bytes
-        + LOGIT_COPIES * logit_rows * workload.vocab_size * FLOAT32_BYTES
-        + 3 * hidden,
+        "epilogue": base + head + LOGIT_COPIES * logit_rows * workload.vocab_size * FLOAT32_BYTES + 3 * hidden,
     }
     if rank:
         layouts = _solve_layouts(workload, rank, 0 if available is None else _solve_capacity(workload, available))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.utils._pytree import tree_map
 
 VIEWS = {"T", "mT", "__getitem__", "data", "detach", "narrow", "reshape", "select", "squeeze", "t", "transpose"}
@@ -20,6 +21,9 @@ VIEWS |= {"chunk", "split", "unbind", "unsqueeze", "view"}
 QUESTIONS = {"dim", "get_device", "is_contiguous", "nelement", "numel", "requires_grad_", "size", "storage_offset"}
 QUESTIONS |= {"__len__", "data_ptr", "element_size", "is_floating_point", "stride", "untyped_storage"}
 """Methods that do not look at the values."""
+LARGE_BYTES, BAND_BYTES = 1 << 30, 256 << 20
+"""A weight above the first size once cast (the head of a large vocabulary; no layer of a 70B model) is cast and
+multiplied by bands of output features of the second."""
 
 
 class StoredWeight(torch.Tensor):
@@ -55,7 +59,14 @@ class StoredWeight(torch.Tensor):
         if is_getter:
             name = func.__self__.__name__  # type: ignore[attr-defined]
         self = args[0] if args and isinstance(args[0], StoredWeight) else None
+        if func is F.linear and len(args) > 1 and _is_large(args[1]):
+            return _linear_by_bands(*args, **kwargs)
         with torch._C.DisableTorchFunctionSubclass():
+            if func is F.embedding and isinstance(
+                args[1], StoredWeight
+            ):  # rows are looked up as they are stored; weights need no gradient
+                weight = args[1]
+                return func(args[0], _plain(weight), *args[2:], **kwargs).to(weight.compute_dtype)
             if self is not None:
                 if is_getter and name == "dtype":
                     return self.compute_dtype
@@ -110,6 +121,16 @@ def _on_casts(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     else:
         result = func(*args, **kwargs)
     return originals.get(id(result), result)  # `.float()` and its like return what they are given
+
+
+def _is_large(weight: Any) -> bool:
+    return isinstance(weight, StoredWeight) and weight.numel() * weight.compute_dtype.itemsize > LARGE_BYTES
+
+
+def _linear_by_bands(x: torch.Tensor, weight: StoredWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    rows = max(1, BAND_BYTES // (weight.shape[1] * weight.compute_dtype.itemsize))
+    bands = [slice(start, start + rows) for start in range(0, weight.shape[0], rows)]
+    return torch.cat([F.linear(x, weight[band], None if bias is None else bias[band]) for band in bands], dim=-1)
 
 
 def _unpack(packed: torch.Tensor | _Recast) -> torch.Tensor:

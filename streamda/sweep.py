@@ -78,7 +78,7 @@ class Sweep:
             batches: the samples, as collated micro-batches.
             boundaries: what connects the passes.
             timeline: takes what was done when.
-            keep_stored: weights of blocks stay in the dtype of their files and are cast for each product.
+            keep_stored: weights stay in the dtype of their files and are cast for each product.
             prefetch: the next block is read into memory while one is in use. Close the sweep to end its thread.
         """
         self._stack = stack
@@ -224,7 +224,7 @@ class Sweep:
     def _load(self, names: list[str]) -> None:
         """Loads weights, and hands back what reading them in another dtype left behind."""
         with self._timeline.span("read weights"):
-            self._checkpoint.load(names)
+            self._checkpoint.load(names, keep_stored=self._keep_stored)
         release_unused(self._device)
 
     def _load_block(self, index: int) -> None:

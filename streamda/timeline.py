@@ -52,17 +52,18 @@ class Timeline:
             self._spans.append(Span(lane, name, start, self.now()))
 
     @contextmanager
-    def at_exit(self, name: str, context: AbstractContextManager[T]) -> Iterator[T]:
+    def at_exit(self, name: str, context: AbstractContextManager[T], lane: str = MAIN) -> Iterator[T]:
         """Enters a context, and records what leaving it takes: that is where a unit is committed.
 
         Args:
             name: of the work at the end.
             context: whose value this gives.
+            lane: of the thread that leaves it.
         """
         with ExitStack() as stack:
             value = stack.enter_context(context)
             yield value
-            with self.span(name):  # on an error the stack's own exit tells the context of it
+            with self.span(name, lane):  # on an error the stack's own exit tells the context of it
                 stack.close()
 
     def now(self) -> float:

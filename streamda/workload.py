@@ -15,6 +15,7 @@ from streamda.layers import BlockSpec, Targets
 from streamda.memory import READ_CHUNK_BYTES
 from streamda.panels import FLOAT32_BYTES, PANEL_ROWS
 from streamda.probe import BlockProbe, input_groups, probe_block
+from streamda.stored_weights import BAND_BYTES, LARGE_BYTES
 
 CAST_CHUNK_BYTES = READ_CHUNK_BYTES
 
@@ -59,6 +60,7 @@ class WorkloadModel:
         small = sum(stack.model.get_parameter(name).numel() for name in stack.small_names)
         blocks = self._block_costs((worst, longest))
         tied = stack.head.weight is stack.model.get_input_embeddings().weight
+        narrow = min(self._stored_dtype_bytes, itemsize)
         stored = small + embedding + (0 if tied else head) + sum(cost.weight_count for cost in blocks)
         return Workload(
             micro_batch_tokens=micro_batch_tokens,
@@ -76,6 +78,10 @@ class WorkloadModel:
             stored_dtype_bytes=self._stored_dtype_bytes,
             outer_count=small + embedding + head,
             num_micro_batches=len(batches),
+            stored_embedding_bytes=narrow * embedding + CAST_CHUNK_BYTES if narrow < itemsize else None,
+            stored_head_bytes=narrow * head + CAST_CHUNK_BYTES + _cast_bytes(head * itemsize)
+            if narrow < itemsize
+            else None,
         )
 
     def _block_costs(self, batches: Sequence[MicroBatch]) -> tuple[BlockCost, ...]:
@@ -98,7 +104,7 @@ class WorkloadModel:
                     saved_bytes=max(probe.saved_bytes for probe in probes),
                     largest_bytes=max(probe.largest_bytes for probe in probes),
                     stored_weight_bytes=count * self._dtype.itemsize - sum(matrices) * (self._dtype.itemsize - narrow),
-                    largest_module_bytes=max(matrices, default=0) * self._dtype.itemsize,
+                    largest_module_bytes=_cast_bytes(max(matrices, default=0) * self._dtype.itemsize),
                     product_bytes=self._product_bytes(spec, max(batch.num_rows for batch in batches)),
                 )
             )
@@ -142,6 +148,11 @@ def micro_batch_candidates(setting: str, lengths: Sequence[int], device: torch.d
         candidates.append(size)
         size //= 2
     return (*candidates, 1)
+
+
+def _cast_bytes(size: int) -> int:
+    """What is in the compute dtype at a time of a weight of that size."""
+    return size if size <= LARGE_BYTES else BAND_BYTES
 
 
 def _num_parameters(module: nn.Module) -> int:

@@ -458,9 +458,8 @@ class TestBoundaries:
         every = plan_for("Llama-2-7B", 24 * GB, host_bytes=1000 * self.BOUNDARY)
         assert [made.boundaries_in_memory for made in (none, some, every)] == [0, 5, 33]
         assert none.disk_bytes - some.disk_bytes == 5 * self.BOUNDARY
-        # of the 33, the last has given way to its gradient when the first statistics are committed
-        solved = 32 * solution_bytes(llama_block(MODELS["Llama-2-7B"]), 8)
-        assert 0 <= 32 * self.BOUNDARY - (none.disk_bytes - every.disk_bytes) <= solved
+        # of the 33, one or two have given way to their gradients when the statistics of two blocks are there
+        assert 31 * self.BOUNDARY <= none.disk_bytes - every.disk_bytes <= 32 * self.BOUNDARY
         assert none.peaks == some.peaks == every.peaks  # the host's memory is not the device's
 
     def test_without_an_accelerator_they_come_out_of_its_budget(self) -> None:
@@ -486,8 +485,8 @@ class TestBoundaries:
         memory = 33 * self.BOUNDARY
         freed = plan_for("Llama-2-7B", 24 * GB, host_bytes=memory)
         kept = plan_for("Llama-2-7B", 24 * GB, host_bytes=memory, keep_statistics=True)
-        # beside two gradients: of one block, or of all but the first, which needs no gradient below it
-        assert 0 <= kept.disk_bytes - freed.disk_bytes - 30 * stored_bytes(block) <= 32 * solution_bytes(block, 8)
+        # beside two gradients: of two blocks, or of all but the first, which needs no gradient below it
+        assert 0 <= kept.disk_bytes - freed.disk_bytes - 29 * stored_bytes(block) <= 32 * solution_bytes(block, 8)
         assert (
             plan_for("Llama-2-7B", 24 * GB).disk_bytes
             == plan_for("Llama-2-7B", 24 * GB, keep_statistics=True).disk_bytes

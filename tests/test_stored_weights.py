@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from streamda import stored_weights
 from streamda.blocks import DecoderStack
 from streamda.checkpoint import Checkpoint, build_skeleton, load_config
 from streamda.layers import is_linear
@@ -193,3 +194,31 @@ def test_an_error_in_a_module_leaves_nothing_changed() -> None:
         layer(torch.ones(2, 5))
     assert isinstance(layer.weight, StoredWeight)
     assert torch.equal(layer(torch.ones(2, 6)), torch.full((2, 4), 6.0) + layer.bias)
+
+
+class TestLargeWeights:
+    """The embeddings and the head of a large vocabulary: looked up, and multiplied by bands."""
+
+    def test_an_embedding_looks_up_stored_rows_and_casts_only_those(self) -> None:
+        table = torch.randn(50, 8).bfloat16()
+        ids = torch.tensor([[3, 49, 3], [0, 7, 1]])
+        found = F.embedding(ids, StoredWeight.keep(table, torch.float32))
+        assert found.dtype == torch.float32
+        assert type(found) is torch.Tensor
+        assert torch.equal(found, F.embedding(ids, table.float()))
+
+    @pytest.mark.parametrize("with_bias", [False, True])
+    def test_a_product_by_bands_is_the_whole_product(self, monkeypatch: pytest.MonkeyPatch, with_bias: bool) -> None:
+        monkeypatch.setattr(stored_weights, "LARGE_BYTES", 1000)
+        monkeypatch.setattr(stored_weights, "BAND_BYTES", 7 * 16 * 4)  # seven rows: the last band is a part of one
+        stored, bias = torch.randn(50, 16).bfloat16(), torch.randn(50) if with_bias else None
+        x = torch.randn(3, 5, 16, requires_grad=True)
+        y = x.detach().clone().requires_grad_(True)
+        weight = StoredWeight.keep(stored, torch.float32)
+        found = F.linear(x, weight, bias)
+        whole = F.linear(y, stored.float(), bias)
+        torch.testing.assert_close(found, whole, rtol=1e-6, atol=1e-6)
+        upper = torch.randn_like(whole)
+        found.backward(upper)
+        whole.backward(upper)
+        torch.testing.assert_close(x.grad, y.grad, rtol=1e-5, atol=1e-5)

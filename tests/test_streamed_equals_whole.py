@@ -261,7 +261,7 @@ def test_a_small_budget_costs_replays_and_changes_nothing(
     monkeypatch.setattr(workload, "CAST_CHUNK_BYTES", 0)
     monkeypatch.setattr(panels, "PANEL_ROWS", 32)
     monkeypatch.setattr(store, "TILE", 32)
-    monkeypatch.setattr(plan, "THIN_BLOCKS", 0)
+    monkeypatch.setattr(plan, "_solve_layouts", lambda *_: [])
     options = llama.options(output_dir=str(llama.folder / "unused"))
     _, facts = plan_run(RunConfig.from_options(options))
     smallest = facts["smallest_budget_bytes"]
@@ -307,14 +307,14 @@ def test_blocks_below_the_lowest_adapted_one_are_not_visited_on_the_way_down(
     llama: Case, collected: Statistics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded: list[str] = []
-    load = Checkpoint.load
+    read = Checkpoint.read
 
-    def watched(checkpoint: Checkpoint, names: Any) -> None:
+    def watched(checkpoint: Checkpoint, names: Any, **options: Any) -> Any:
         names = list(names)
         loaded.extend(names)
-        load(checkpoint, names)
+        return read(checkpoint, names, **options)
 
-    monkeypatch.setattr(Checkpoint, "load", watched)
+    monkeypatch.setattr(Checkpoint, "read", watched)
     statistics, _ = llama.collect("upper", target_modules=r"model\.layers\.2\..*")
     require_equal(statistics, {name: layer for name, layer in collected.items() if ".2." in name})
     blocks = [name for name in loaded if re.fullmatch(r"model\.layers\.\d", name)]

@@ -244,15 +244,17 @@ class _Displacement:
     def transposed(self, block: torch.Tensor, solved: torch.Tensor | None = None) -> torch.Tensor:
         """``D^T block``: [d_in, k] -> [d_out, k]; `solved` is ``Z^-1 block`` where it is known already."""
         right = self.precondition(block) if solved is None else solved
-        return -self._weigh(torch.cat([rows @ right for _, rows in self._rows()]))
+        # as rows of vectors, because products with few of them are two to four times as fast that way
+        vectors = right.T.contiguous()
+        return -self._weigh(torch.cat([vectors @ rows.T for _, rows in self._rows()], dim=1).T)
 
     def times(self, block: torch.Tensor) -> torch.Tensor:
         """``D block``: [d_out, k] -> [d_in, k]."""
-        weighted = self._weigh(block)
-        product = weighted.new_zeros(self._d_in, block.shape[1])
+        vectors = self._weigh(block).T.contiguous()  # [k, d_out]
+        product = vectors.new_zeros(vectors.shape[0], self._d_in)
         for start, rows in self._rows():
-            product.addmm_(rows.T, weighted[start : start + rows.shape[0]])
-        return -self.precondition(product)
+            product.addmm_(vectors[:, start : start + rows.shape[0]], rows)
+        return -self.precondition(product.T)
 
     def _rows(self) -> Iterator[tuple[int, torch.Tensor]]:
         """The gradient in float64, by chunks that depend on its shape only: the bits must not depend on the budget."""

@@ -172,7 +172,18 @@ def collect_command(**options: Any) -> None:
 
 @app.command("solve")
 @_with_options(
-    _options(only=("output_dir", "statistics", "device", "profile", "overwrite", "seed", "trust_remote_code"))
+    _options(
+        only=(
+            "output_dir",
+            "statistics",
+            "max_gpu_mem",
+            "device",
+            "profile",
+            "overwrite",
+            "seed",
+            "trust_remote_code",
+        )
+    )
 )
 def solve_command(**options: Any) -> None:
     """Solve an adapter from collected statistics, as often as wanted."""

@@ -24,8 +24,8 @@ from streamda.config import RunConfig
 from streamda.disk_space import room_for_run
 from streamda.errors import ConfigError, DamagedError
 from streamda.layers import require_rank
-from streamda.memory import bound_allocator, enforce_device_limit
-from streamda.plan import Plan
+from streamda.memory import bound_allocator, enforce_device_limit, parse_size
+from streamda.plan import Plan, solve_capacity
 from streamda.progress import Progress
 from streamda.rates import measure_rates
 from streamda.report import REPORT_FILE, InitReport, read_report
@@ -123,6 +123,9 @@ def solve(config: RunConfig, *, quiet: bool = False) -> InitReport:
     Args:
         config: ``statistics`` and ``output_dir`` must be given; of the rest the method's settings count.
         quiet: no progress.
+
+    Raises:
+        BudgetError: ``max_gpu_mem`` is given and too small.
     """
     if config.statistics is None:
         raise ConfigError("no statistics are given; use --statistics with what `collect` wrote")
@@ -148,6 +151,11 @@ def solve(config: RunConfig, *, quiet: bool = False) -> InitReport:
             require_rank(BlockStatisticsReader(run.units, index).spec.linears, config.solve.rank)
         bound_allocator(device)
         solver = _solver(config, config.solve.population_size or facts["population_size"], device, timeline)
+        if config.max_gpu_mem is not None:
+            budget = parse_size(config.max_gpu_mem, "--max-gpu-mem")
+            enforce_device_limit(device, budget)
+            specs = [BlockStatisticsReader(run.units, index).spec for index in facts["adapted_blocks"]]
+            solver = dataclasses.replace(solver, capacity_bytes=solve_capacity(budget, specs, config.solve.rank))
         report = InitReport(config=config.to_dict(), versions=versions(), model=dict(facts["model"]))
         report.data = dict(facts["data"])
         report.notices = list(facts["notices"])

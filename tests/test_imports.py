@@ -20,8 +20,8 @@ LAYERS = (
     {"errors", "files", "units", "rundir", "config", "timeline"},
     # pure: tensors and integers
     {
-        "layers", "memory", "batches", "panels", "costs", "disk_plan", "plan", "bounds", "factors", "cholesky", "eigen",
-        "solve_plan", "stored_weights", "methods",
+        "layers", "memory", "batches", "panels", "costs", "disk_plan", "flops", "plan", "bounds", "factors", "cholesky",
+        "eigen", "solve_plan", "stored_weights", "methods",
     },
     # edges: files, data sets, the hub
     {
@@ -47,7 +47,8 @@ WITHIN = {
     "disk_plan": {"layers", "panels"},
     "solve_plan": {"cholesky", "eigen", "panels"},
     "costs": {"layers"},
-    "plan": {"costs", "disk_plan", "layers", "memory", "panels", "solve_plan"},
+    "flops": {"costs", "eigen", "panels"},
+    "plan": {"costs", "disk_plan", "flops", "layers", "memory", "panels", "solve_plan"},
     "eigen": {"cholesky"},
     "methods": {"cholesky", "eigen", "factors", "solve_plan"},
     # the families of a noun

@@ -146,8 +146,8 @@ def test_other_options_are_refused_by_name_and_nothing_is_touched(tmp_path: Path
 
 def test_solved_blocks_are_not_mixed_with_blocks_solved_otherwise(tmp_path: Path) -> None:
     options = golden_options(tmp_path)
-    # by the tenth unit the last block is solved and its statistics are freed, and the next one's are committed
-    assert run_until("unit-committed:10", options) == -signal.SIGKILL
+    # by the thirteenth unit the last block is solved and its statistics are freed, and the next one's are committed
+    assert run_until("unit-committed:13", options) == -signal.SIGKILL
     assert list((tmp_path / "adapter.work" / "units").glob("solve-*"))
     with pytest.raises(MismatchError, match="other settings of the method"):
         streamda.initialize(**options, rank=4)
@@ -171,7 +171,7 @@ def test_another_budget_continues_the_same_run(tmp_path: Path, uninterrupted: by
 
 def test_statistics_asked_for_on_resume_are_there_for_all_blocks(tmp_path: Path, uninterrupted: bytes) -> None:
     """Blocks whose statistics were freed before the kill are collected again."""
-    assert run_until("unit-committed:10", golden_options(tmp_path)) == -signal.SIGKILL
+    assert run_until("unit-committed:13", golden_options(tmp_path)) == -signal.SIGKILL
     streamda.initialize(**golden_options(tmp_path, keep_statistics=True))
     assert weights(tmp_path) == uninterrupted
     streamda.solve(statistics=str(tmp_path / "adapter.work"), output_dir=str(tmp_path / "again"))

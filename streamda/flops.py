@@ -1,0 +1,51 @@
+"""Operations of a run by phase, multiplications plus additions: exact for products, estimated for the eigensolver.
+
+Attention's own products are left out: at usual lengths they are a percent of the products with weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from streamda.costs import Workload
+from streamda.eigen import guard_vectors
+from streamda.panels import Replay
+
+EIGEN_STEPS = 8
+"""Steps of the eigensolver per layer, for the estimate of its work. The report has the true number of each layer."""
+
+
+def count_flops(
+    workload: Workload, schedule: Sequence[tuple[Replay, ...]], rank: int, blocks_again: Sequence[int]
+) -> dict[str, int]:
+    """Work by phase: forward, epilogue, replay, statistics, solve (in float64).
+
+    Args:
+        workload: the model and the samples.
+        schedule: replays per block.
+        rank: of the adapter (0: nothing is solved).
+        blocks_again: blocks whose forward pass runs a second time.
+    """
+    rows = workload.num_rows
+    again = [workload.blocks[index] for index in blocks_again]
+    forward = sum(2 * cost.weight_count * rows for cost in (*workload.blocks, *again))
+    replay = statistics = solve = 0
+    for cost, replays in zip(workload.blocks, schedule, strict=True):
+        for item in replays or (Replay(()),):
+            replay += (4 if item.needs_backward else 2) * cost.weight_count * rows
+        statistics += sum(
+            2 * (p.stop - p.start) * (p.columns + p.start) // 2 * rows
+            for r in replays
+            for p in r.panels
+            if p.statistic == "input_moment"
+        )
+        statistics += sum(
+            2 * (p.stop - p.start) * p.columns * rows for r in replays for p in r.panels if p.statistic == "gradient"
+        )
+        for group in cost.spec.groups if rank else ():
+            solve += group.d_in**3 // 3
+            # an estimate: each step takes two products with Z^-1, two triangular solves each, and two with the gradient
+            per_vector = sum(4 * group.d_in**2 + 4 * group.d_in * cost.spec.linear(n).d_out for n in group.modules)
+            solve += EIGEN_STEPS * min(group.d_in, rank + guard_vectors(group.d_in)) * per_vector
+    head = 4 * workload.num_labels * workload.vocab_size * workload.hidden_size
+    return {"forward": forward, "epilogue": head, "replay": replay, "statistics": statistics, "solve": solve}

@@ -33,6 +33,9 @@ class Bands(Protocol):
     def __setitem__(self, index: int, band: torch.Tensor, /) -> None:
         """Takes a band over."""
 
+    def clear(self) -> None:
+        """Forgets all bands, before another attempt."""
+
 
 class NotPositiveDefiniteError(ArithmeticError):
     """A pivot was not positive, or not finite; `row` is its block's first row."""

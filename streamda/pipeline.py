@@ -22,7 +22,7 @@ from streamda.checkpoint import Checkpoint, build_skeleton, load_config
 from streamda.collect_stage import Collection
 from streamda.config import RunConfig
 from streamda.disk_space import room_for_run
-from streamda.errors import ConfigError, DamagedError
+from streamda.errors import ConfigError, DamagedError, StorageError
 from streamda.layers import require_rank
 from streamda.memory import bound_allocator, enforce_device_limit, parse_size
 from streamda.plan import Plan, solve_capacity
@@ -83,8 +83,11 @@ def initialize(config: RunConfig, *, quiet: bool = False, verbose: bool = False)
             report.model["fingerprint"] = digest
             _record_time(report, timeline)
             if config.profile or config.rates is not None or report.wall_seconds >= MEASURED_RUN_SECONDS:
-                with timeline.span("measure rates"):
-                    _record_bounds(report, prepared, made, rates, work)
+                try:
+                    with timeline.span("measure rates"):
+                        _record_bounds(report, prepared, made, rates, work)
+                except (StorageError, torch.OutOfMemoryError):  # no reason to lose what is done
+                    report.notices.append("the machine's rates could not be measured: no room for it")
             with Stopwatch(report, "write", meter), timeline.span("write adapter"):
                 _write_adapter(output, run, report, config, prepared.stack.model)
             if not keeps:

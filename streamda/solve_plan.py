@@ -67,11 +67,11 @@ def solve_layout(d_in: int, d_out: int, rank: int, capacity_bytes: int | None) -
 
 
 def _layout(d_in: int, d_out: int, rank: int, sizes: list[int], in_memory: int, form: GradientForm) -> SolveLayout:
-    held, spilled = sum(sizes[:in_memory]), sum(sizes[in_memory:])
+    held, spilled = sum(sizes[:in_memory]), sorted(sizes[in_memory:])  # the last band may be a part of one
     tiles = TILE_COPIES * min(d_in, PANEL_ROWS) ** 2 * FLOAT32_BYTES
     # a block column of a band, its solution, and the copies that the triangular solver makes of both
     columns = 4 * min(d_in, PANEL_ROWS) * min(d_in, BLOCK_ROWS) * FLOAT64_BYTES
-    factorizing = held + (2 * sizes[-1] if spilled else 0) + tiles + columns
+    factorizing = held + sum(spilled[-2:]) + tiles + columns
     gradient_band = min(PANEL_ROWS, d_out) * d_in * FLOAT32_BYTES
     chunk = min(d_out, PANEL_ROWS, max(MIN_CHUNK_ROWS, CHUNK_BYTES // (FLOAT64_BYTES * d_in))) * d_in * FLOAT64_BYTES
     gradient = {
@@ -81,5 +81,5 @@ def _layout(d_in: int, d_out: int, rank: int, sizes: list[int], in_memory: int, 
     }[form]
     width = min(d_in, rank + guard_vectors(d_in))
     thin = (2 * min(d_in, basis_vectors(width)) + THIN_BLOCKS * width) * d_in + 4 * width * d_out
-    solving = held + (sizes[-1] if spilled else 0) + gradient + tiles + thin * FLOAT64_BYTES
-    return SolveLayout(in_memory, form, max(factorizing, solving), spilled)
+    solving = held + sum(spilled[-1:]) + gradient + tiles + thin * FLOAT64_BYTES
+    return SolveLayout(in_memory, form, max(factorizing, solving), sum(spilled))

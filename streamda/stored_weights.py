@@ -2,7 +2,8 @@
 
 To the model it looks like a weight in the compute dtype: it says so when asked, and every operation on it gets a cast
 copy that is gone when the operation ends. Autograd would keep that copy alive until the backward pass; it is given a
-note instead of which stored values to cast again. Casting to a wider dtype is exact, so nothing changes in a result.
+note instead of which stored values to cast again. Casting to a wider dtype is exact, so nothing changes in a result
+(but by rounding where a head is so large that it is multiplied by bands).
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ class WorkloadModel:
 
     def _block_costs(self, batches: Sequence[MicroBatch]) -> tuple[BlockCost, ...]:
         """Probes each kind of block once: a 70B model has eighty blocks of one kind."""
-        stack = self._stack
+        stack, itemsize = self._stack, self._dtype.itemsize
         costs = []
         calls = [stack.calls(len(batch.samples), batch.length) for batch in batches]
         for index, (prefix, block) in enumerate(zip(stack.prefixes, stack.blocks, strict=True)):
@@ -95,6 +95,9 @@ class WorkloadModel:
             spec = BlockSpec(index, prefix, linears, input_groups(prefix, probes[0], linears))
             count = _num_parameters(block)
             matrices = [parameter.numel() for parameter in block.parameters() if parameter.ndim > 1]
+            by_bands = {id(module.weight) for module in block.modules() if isinstance(module, nn.Linear)}
+            sizes = [(id(weight) in by_bands, weight.numel() * itemsize) for weight in block.parameters()]
+            casts = [_cast_bytes(size) if banded else size for banded, size in sizes]
             narrow = min(self._stored_dtype_bytes, self._dtype.itemsize)
             costs.append(
                 BlockCost(
@@ -104,7 +107,7 @@ class WorkloadModel:
                     saved_bytes=max(probe.saved_bytes for probe in probes),
                     largest_bytes=max(probe.largest_bytes for probe in probes),
                     stored_weight_bytes=count * self._dtype.itemsize - sum(matrices) * (self._dtype.itemsize - narrow),
-                    largest_module_bytes=_cast_bytes(max(matrices, default=0) * self._dtype.itemsize),
+                    largest_module_bytes=max(casts, default=0),
                     product_bytes=self._product_bytes(spec, max(batch.num_rows for batch in batches)),
                 )
             )

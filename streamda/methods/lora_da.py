@@ -112,7 +112,7 @@ def prepare_input_factor(
             cholesky.factorize(damped, len(moment), held)
             return InputFactor(held, scale, used, raises)
         except cholesky.NotPositiveDefiniteError:
-            pass
+            held.clear()
         raised = max(10 * used, MIN_RAISED_DAMPING * scale)
         if raised > MAX_RAISED_DAMPING * scale:
             raise NumericalError(
@@ -213,10 +213,12 @@ def solve_layer(
 def _extent(gradient: Sequence[torch.Tensor]) -> tuple[int, int, float]:
     """d_out, d_in, and the largest magnitude (NaN where a value is not finite) of a gradient in bands."""
     d_out, d_in, largest = 0, 0, 0.0
-    for band in gradient:
+    for index in range(len(gradient)):
+        band = gradient[index]
         low, high = (float(bound) for bound in torch.aminmax(band))  # without a second matrix; NaN comes through
         largest = max(largest, -low, high) if math.isfinite(low + high) else math.nan
         d_out, d_in = d_out + band.shape[0], band.shape[1]
+        del band  # before the next one is read
         if math.isnan(largest):
             break
     return d_out, d_in, largest
@@ -246,7 +248,11 @@ class _Displacement:
         right = self.precondition(block) if solved is None else solved
         # as rows of vectors, because products with few of them are two to four times as fast that way
         vectors = right.T.contiguous()
-        return -self._weigh(torch.cat([vectors @ rows.T for _, rows in self._rows()], dim=1).T)
+        product = vectors.new_empty(vectors.shape[0], self._d_out)
+        for start, rows in self._rows():
+            torch.mm(vectors, rows.T, out=product[:, start : start + rows.shape[0]])
+            del rows  # or it would be there while the next one is made
+        return -self._weigh(product.T)
 
     def times(self, block: torch.Tensor) -> torch.Tensor:
         """``D block``: [d_out, k] -> [d_in, k]."""
@@ -254,16 +260,19 @@ class _Displacement:
         product = vectors.new_zeros(vectors.shape[0], self._d_in)
         for start, rows in self._rows():
             product.addmm_(vectors[:, start : start + rows.shape[0]], rows)
+            del rows
         return -self.precondition(product.T)
 
     def _rows(self) -> Iterator[tuple[int, torch.Tensor]]:
         """The gradient in float64, by chunks that depend on its shape only: the bits must not depend on the budget."""
         chunk_rows = max(MIN_CHUNK_ROWS, CHUNK_BYTES // (8 * self._d_in))
         start = 0
-        for band in self._gradient:
-            for chunk in torch.split(band, chunk_rows):
-                yield start, chunk.double()
-                start += chunk.shape[0]
+        for index in range(len(self._gradient)):
+            band = self._gradient[index]  # a band may be read for this; a loop over them would hold two
+            for row in range(0, band.shape[0], chunk_rows):
+                yield start + row, band[row : row + chunk_rows].double()
+            start += band.shape[0]
+            del band
 
     def magnitude(self, start: torch.Tensor) -> float:
         """A rough size of D, to bring everything to order one: at most its spectral norm."""

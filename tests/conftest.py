@@ -20,6 +20,9 @@ GOLDEN = Path(__file__).parent / "golden" / "tiny-llama"
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skips `gpu` tests where there is none, and tests of the real model where it has not been made."""
+    # whole files go to workers in this order: the long ones first, or one worker sits on them at the end
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
     no_gpu = pytest.mark.skip(reason="needs an NVIDIA GPU, and torch sees none")
     no_model = pytest.mark.skip(
         reason="needs the real model: run `make test`, or set STREAMDA_TEST_MODEL to its folder"

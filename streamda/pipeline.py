@@ -150,14 +150,14 @@ def solve(config: RunConfig, *, quiet: bool = False) -> InitReport:
                 f"{config.statistics} lacks the statistics of {len(missing)} blocks; finish `collect` with the same "
                 "options first"
             )
-        for index in facts["adapted_blocks"]:
-            require_rank(BlockStatisticsReader(run.units, index).spec.linears, config.solve.rank)
+        specs = [BlockStatisticsReader(run.units, index).spec for index in facts["adapted_blocks"]]
+        for spec in specs:
+            require_rank(spec.linears, config.solve.rank)
         bound_allocator(device)
         solver = _solver(config, config.solve.population_size or facts["population_size"], device, timeline)
         if config.max_gpu_mem is not None:
             budget = parse_size(config.max_gpu_mem, "--max-gpu-mem")
             enforce_device_limit(device, budget)
-            specs = [BlockStatisticsReader(run.units, index).spec for index in facts["adapted_blocks"]]
             solver = dataclasses.replace(solver, capacity_bytes=solve_capacity(budget, specs, config.solve.rank))
         report = InitReport(config=config.to_dict(), versions=versions(), model=dict(facts["model"]))
         report.data = dict(facts["data"])

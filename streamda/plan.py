@@ -44,7 +44,7 @@ class Plan:
     logit_rows: int
     """Label positions per chunk of the head."""
     keep_stored: bool
-    """Whether weights of blocks stay in the dtype of their files and are cast for each product."""
+    """Whether weights stay in the dtype of their files and are cast for each product."""
     prefetch: bool
     """Whether the next block is read into memory while one is in use; if not, the system is asked to cache it."""
     boundaries_in_memory: int
@@ -152,8 +152,9 @@ def minimum_bytes(workload: Workload, rank: int, host_bytes: int) -> int:
     boundary = _boundary_bytes(workload)
     kept = min(len(workload.blocks) + 1, host_bytes // max(1, boundary)) * boundary
     smallest = []
+    layouts = _solve_layouts([cost.spec for cost in workload.blocks], rank, 0)
     for keep_stored in (False, True):
-        phases = _fixed_peaks(workload, rank, _logit_rows(workload, None, keep_stored), None, keep_stored)
+        phases = _fixed_peaks(workload, _logit_rows(workload, None, keep_stored), layouts, keep_stored)
         for cost in workload.blocks:
             panel = max((panel.num_bytes for panel in block_panels(cost.spec)), default=0)
             phases["backward"] = max(phases.get("backward", 0), _backward_fixed(workload, cost, keep_stored) + panel)
@@ -176,7 +177,10 @@ def _plan_at(
     in_memory = min(len(workload.blocks) + 1, budget.host_bytes // max(1, boundary))
     available = budget.device_bytes - (in_memory * boundary if host_is_device else 0)
     logit_rows = _logit_rows(workload, available, keep_stored)
-    peaks = _fixed_peaks(workload, rank, logit_rows, available, keep_stored)
+    specs = [cost.spec for cost in workload.blocks]
+    capacity = max(0, available - workload.small_bytes - WORKSPACE_BYTES)
+    layouts = _solve_layouts(specs, rank, capacity)
+    peaks = _fixed_peaks(workload, logit_rows, layouts, keep_stored)
     # the next block is there from one block's start to its own, through the solution between them
     ahead = _ahead_bytes(workload, keep_stored) if prefetch else 0
     peaks |= {phase: peaks[phase] + ahead for phase in ("forward", "solve") if phase in peaks}
@@ -194,10 +198,9 @@ def _plan_at(
         return None
     if host_is_device:
         peaks = {phase: peak + in_memory * boundary for phase, peak in peaks.items()}
-    layouts = _solve_layouts(workload, rank, _solve_capacity(workload, available)) if rank else []
     scratch = max((layout.spilled_bytes for layout in layouts), default=0)
     work = disk_work(
-        [cost.spec for cost in workload.blocks],
+        specs,
         schedule,
         boundary_bytes=boundary,
         num_micro_batches=workload.num_micro_batches,
@@ -215,7 +218,7 @@ def _plan_at(
         keep_stored=keep_stored,
         prefetch=prefetch,
         boundaries_in_memory=in_memory,
-        solve_capacity=_solve_capacity(workload, available),
+        solve_capacity=capacity,
         scratch_bytes=scratch,
         peaks=peaks,
         boundary_stride=disk.stride,
@@ -249,7 +252,7 @@ def _logit_rows(workload: Workload, available: int | None, keep_stored: bool) ->
 
 
 def _fixed_peaks(
-    workload: Workload, rank: int, logit_rows: int, available: int | None, keep_stored: bool
+    workload: Workload, logit_rows: int, layouts: Sequence[SolveLayout], keep_stored: bool
 ) -> dict[str, int]:
     """Peaks of the phases that cannot be cut further."""
     base = workload.small_bytes + WORKSPACE_BYTES
@@ -267,15 +270,9 @@ def _fixed_peaks(
         # the head, one chunk of logits, and the boundary state and its gradient
         "epilogue": base + head + LOGIT_COPIES * logit_rows * workload.vocab_size * FLOAT32_BYTES + 3 * hidden,
     }
-    if rank:
-        layouts = _solve_layouts(workload, rank, 0 if available is None else _solve_capacity(workload, available))
-        peaks["solve"] = base + max((layout.num_bytes for layout in layouts), default=0)
+    if layouts:
+        peaks["solve"] = base + max(layout.num_bytes for layout in layouts)
     return peaks
-
-
-def _solve_capacity(workload: Workload, available: int) -> int:
-    """Memory for the solution of one input group."""
-    return max(0, available - workload.small_bytes - WORKSPACE_BYTES)
 
 
 def solve_capacity(budget_bytes: int, specs: Sequence[BlockSpec], rank: int) -> int:
@@ -284,7 +281,7 @@ def solve_capacity(budget_bytes: int, specs: Sequence[BlockSpec], rank: int) -> 
     Raises:
         BudgetError: it is too little, naming the smallest budget that would do.
     """
-    need = max((layout.num_bytes for layout in _layouts(specs, rank, 0)), default=0) + WORKSPACE_BYTES
+    need = max((layout.num_bytes for layout in _solve_layouts(specs, rank, 0)), default=0) + WORKSPACE_BYTES
     if need > budget_bytes:
         raise BudgetError(
             f"the budget of {format_size(budget_bytes)} is too small: these statistics need {format_size(need)} at "
@@ -293,16 +290,12 @@ def solve_capacity(budget_bytes: int, specs: Sequence[BlockSpec], rank: int) -> 
     return budget_bytes - WORKSPACE_BYTES
 
 
-def _solve_layouts(workload: Workload, rank: int, capacity: int) -> list[SolveLayout]:
-    """How each kind of input group is solved."""
-    return _layouts([cost.spec for cost in workload.blocks], rank, capacity)
-
-
-def _layouts(specs: Sequence[BlockSpec], rank: int, capacity: int) -> list[SolveLayout]:
+def _solve_layouts(specs: Sequence[BlockSpec], rank: int, capacity: int) -> list[SolveLayout]:
+    """How each kind of input group is solved; none where the rank is 0 and nothing is."""
     kinds = {
         (group.d_in, max(spec.linear(name).d_out for name in group.modules)) for spec in specs for group in spec.groups
     }
-    return [solve_layout(d_in, d_out, rank, capacity) for d_in, d_out in kinds]
+    return [solve_layout(d_in, d_out, rank, capacity) for d_in, d_out in kinds] if rank else []
 
 
 def _backward_fixed(workload: Workload, cost: BlockCost, keep_stored: bool) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
 
 from streamda.checkpoint import Checkpoint, ReadWeights
 from streamda.timeline import Timeline
@@ -15,7 +14,7 @@ LANE = "prefetch"
 class Prefetcher:
     """Hands weights to the model in the order that they were announced in.
 
-    Close it (or leave its block) whatever happened: the thread ends with it.
+    Close it whatever happened: the thread ends with it.
     """
 
     def __init__(self, checkpoint: Checkpoint, timeline: Timeline, *, in_memory: bool) -> None:
@@ -31,14 +30,6 @@ class Prefetcher:
         self._executor = ThreadPoolExecutor(1, "streamda-prefetch") if in_memory else None
         self._started: tuple[tuple[str, ...], bool] | None = None
         self._future: Future[ReadWeights] | None = None
-
-    def __enter__(self) -> Prefetcher:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def start(self, names: Sequence[str], *, keep_stored: bool = False) -> None:
         """Announces what `take` will want next; names as in `Checkpoint.load`."""

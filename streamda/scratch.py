@@ -61,13 +61,12 @@ class SpilledBands:
             self._held[index] = band
             return
         descriptor = self._open()
-        offset = self._places[index][0] if index in self._places else self._end
         host = band.to("cpu").contiguous()
         with files.storage_errors("write", self._folder):
-            os.lseek(descriptor, offset, os.SEEK_SET)
+            os.lseek(descriptor, self._end, os.SEEK_SET)
             files.write_all(descriptor, host.view(torch.uint8).reshape(-1).numpy().data)
-        self._places[index] = (offset, host.shape, host.dtype, _checksum(host))
-        self._end = max(self._end, offset + host.nbytes)
+        self._places[index] = (self._end, host.shape, host.dtype, _checksum(host))
+        self._end += host.nbytes
 
     def __getitem__(self, index: int) -> torch.Tensor:
         if index in self._held:
@@ -94,7 +93,7 @@ class SpilledBands:
             path = self._folder / f"factor.{secrets.token_hex(4)}.tmp"
             with files.storage_errors("write", path):
                 self._descriptor = files.open_descriptor(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
-                files.system_calls.unlink(path)
+                files.unlink(path)
         return self._descriptor
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
-import os
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,11 +19,10 @@ from streamda.disk_space import START_RESERVE_BYTES, UNIT_RESERVE_BYTES
 from streamda.errors import StorageError
 from streamda.pipeline import plan as plan_run
 from streamda.plan import Plan
+from tests.killed import run_until, weights
 from tests.models import make_samples, write_checkpoint, write_samples
 
 NUM_BLOCKS = 9
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["streamda"])
 
 # PEFT asks transformers 5.23 for an attribute by its old name whenever it wraps a model
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -81,10 +78,6 @@ def make_case(folder: Path, family: str) -> Case:
     write_checkpoint(folder / "model", family, num_hidden_layers=NUM_BLOCKS)
     write_samples(folder / "samples.jsonl", make_samples([57, 60, 41, 60] * 12))
     return Case(folder)
-
-
-def weights(folder: Path) -> bytes:
-    return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
 class Watched:
@@ -209,19 +202,6 @@ class TestStrides:
         assert watched.peak > report.bytes["statistics_written"]
         if made is not None:
             require_as_planned(report, made)
-
-
-def run_until(point: str, options: dict[str, Any]) -> int | None:
-    """Runs `initialize` in a process of its own that kills itself at a point; its exit code."""
-    process = PROCESSES.Process(target=_run_until, args=(point, options))
-    process.start()
-    process.join()
-    return process.exitcode
-
-
-def _run_until(point: str, options: dict[str, Any]) -> None:
-    os.environ["STREAMDA_KILL_AT"] = point
-    streamda.initialize(**options)
 
 
 class TestResume:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def test_what_is_announced_is_read_by_the_thread_and_once(llama: Path, monkeypat
 
     monkeypatch.setattr(Checkpoint, "read", noted)
     timeline = Timeline()
-    with Prefetcher(checkpoint, timeline, in_memory=True) as ahead:
+    with closing(Prefetcher(checkpoint, timeline, in_memory=True)) as ahead:
         ahead.take(BLOCKS[:1])
         ahead.start(BLOCKS[1:])
         ahead.take(BLOCKS[1:])
@@ -107,7 +108,7 @@ def test_what_is_announced_is_read_by_the_thread_and_once(llama: Path, monkeypat
 
 def test_what_was_not_announced_is_read_all_the_same(llama: Path) -> None:
     checkpoint = opened(llama)
-    with Prefetcher(checkpoint, Timeline(), in_memory=True) as ahead:
+    with closing(Prefetcher(checkpoint, Timeline(), in_memory=True)) as ahead:
         ahead.start(BLOCKS[1:])
         ahead.take(BLOCKS[:1])
     model = checkpoint._model
@@ -119,7 +120,7 @@ def test_without_room_the_system_is_asked_and_no_thread_is_made(llama: Path, mon
     asked: list[int] = []
     monkeypatch.setattr("os.posix_fadvise", lambda _fd, _offset, length, _advice: asked.append(length))
     checkpoint = opened(llama)
-    with Prefetcher(checkpoint, Timeline(), in_memory=False) as ahead:
+    with closing(Prefetcher(checkpoint, Timeline(), in_memory=False)) as ahead:
         ahead.start(BLOCKS[1:])
         assert threads() == []
         assert checkpoint.bytes_read == 0
@@ -131,7 +132,7 @@ def test_an_error_of_the_thread_comes_out_where_the_weights_are_wanted(tmp_path:
     checkpoint = opened(write_checkpoint(tmp_path, "llama"))
     for shard in checkpoint.shards:
         shard.write_bytes(shard.read_bytes()[:-200])
-    with Prefetcher(checkpoint, Timeline(), in_memory=True) as ahead:
+    with closing(Prefetcher(checkpoint, Timeline(), in_memory=True)) as ahead:
         ahead.start(BLOCKS)
         with pytest.raises(ModelError, match="cannot be read: it ends"):
             ahead.take(BLOCKS)
@@ -142,7 +143,7 @@ def test_an_error_of_weights_that_nobody_wants_is_none(tmp_path: Path) -> None:
     checkpoint = opened(write_checkpoint(tmp_path, "llama"))
     for shard in checkpoint.shards:
         shard.write_bytes(b"")
-    with Prefetcher(checkpoint, Timeline(), in_memory=True) as ahead:
+    with closing(Prefetcher(checkpoint, Timeline(), in_memory=True)) as ahead:
         ahead.start(BLOCKS)
     assert threads() == []
 

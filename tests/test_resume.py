@@ -1,14 +1,11 @@
 """A run that is killed, at whatever point, is finished by the same command with the same bits."""
 
 import json
-import multiprocessing
-import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,6 +13,7 @@ import streamda
 from streamda.errors import ConfigError, MismatchError
 from streamda.files import read_json
 from tests.golden_options import golden_options
+from tests.killed import run_until, weights
 
 # STREAMDA_KILL_AT makes the process kill itself with SIGKILL the N-th time that it reaches a named point
 KILLS = [
@@ -32,28 +30,6 @@ KILLS = [
     "output-renamed:1",
     "run-retired:1",
 ]
-
-
-# a server that has streamda imported forks a process per kill, which spares each its six seconds of imports
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["streamda"])
-
-
-def run_until(point: str, options: dict[str, Any]) -> int | None:
-    """Runs `initialize` in a process of its own that kills itself at a point; its exit code."""
-    process = PROCESSES.Process(target=_run_until, args=(point, options))
-    process.start()
-    process.join()
-    return process.exitcode
-
-
-def _run_until(point: str, options: dict[str, Any]) -> None:
-    os.environ["STREAMDA_KILL_AT"] = point
-    streamda.initialize(**options)
-
-
-def weights(folder: Path) -> bytes:
-    return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
 @pytest.fixture(scope="module")

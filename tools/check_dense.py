@@ -34,7 +34,7 @@ def main(statistics_dir: Path, adapter_dir: Path) -> None:
                 rank=report["config"]["solve"]["rank"],
                 population_size=report["data"]["population_size"],
             )
-            expected = dense.lora_b @ dense.lora_a
+            expected = dense.product
             key = f"base_model.model.{name}.lora_"
             product = tensors[key + "B.weight"].double() @ tensors[key + "A.weight"].double()
             errors.append((float((product - expected).norm() / expected.norm()), name))

@@ -30,6 +30,10 @@ DEPENDENT = 1e-13
 PLAIN_STEPS = 24
 """Steps before the preconditioner joins in. Where the operator separates its eigenvalues at all it is done by then, and
 the preconditioned half of each block would be wasted."""
+START_VECTORS = 512 + 64
+"""A start may be as wide, where it is known to hold nearly all that is wanted."""
+IMAGE_VECTORS = 128
+"""The operator is applied to so many at a time: enough for products at full rate, and its copies stay small."""
 MAX_BASIS_VECTORS = 30 * 16
 """In the basis before a restart, or 20 blocks of wide ones. A flat spectrum costs twice the steps with a quarter of
 it, and may never settle; 640 float64 vectors at n = 28672 are 147 MB, and their images as much."""
@@ -61,7 +65,9 @@ def largest_eigenpairs(
     start: torch.Tensor,
     rank: int,
     *,
+    width: int | None = None,
     precondition: Operator | None = None,
+    plain_steps: int = PLAIN_STEPS,
     gap_tolerance: float = 1e-5,
     max_steps: int = 200,
 ) -> EigenSolution:
@@ -71,21 +77,26 @@ def largest_eigenpairs(
         apply: the operator; its magnitude should be near 1 (scale it first: solvers judge by absolute numbers).
         start: [n, k] with k >= min(n, rank), the first block; random, or better. float64.
         rank: eigenpairs wanted, at most n.
+        width: Ritz vectors whose residuals make the next block; k where none is given.
         precondition: maps residuals [n, k] towards errors [n, k]; any linear map will do, a good one is faster.
+        plain_steps: steps before `precondition` is used.
         gap_tolerance: residual over gap at which the subspace counts as found.
         max_steps: operator applications at most, each to a block.
     """
     size = start.shape[0]
     eps = torch.finfo(start.dtype).eps
     first = _orthonormal(start.T.contiguous(), None)
-    width = first.shape[0]
-    limit = min(size, basis_vectors(width)) + 2 * width  # a block that overflows is seen before it is added
-    basis, images = _Rows(first, limit), _Rows(apply(first.T).T, limit)
+    width = min(width or first.shape[0], first.shape[0])
+    limit = basis_limit(size, width, first.shape[0])
+    basis, images = _Rows(first, limit), _Rows(first[:0], limit)
+    for column in range(0, first.shape[0], IMAGE_VECTORS):
+        images.append(apply(first[column : column + IMAGE_VECTORS].T).T)
+    del first, start  # a wide one is as large as half of the basis
     for step in range(1, max_steps + 1):
         ritz = basis.all @ images.all.T
         theta, rotation = torch.linalg.eigh((ritz + ritz.T) / 2)  # ascending
         theta, rotation = theta.flip(0), rotation.flip(1).T
-        magnitude = max(float(theta.abs().max()), torch.finfo(start.dtype).tiny)
+        magnitude = max(float(theta.abs().max()), torch.finfo(basis.all.dtype).tiny)
         kept = min(width, theta.numel())
         vectors = rotation[:kept] @ basis.all
         residuals = rotation[:kept] @ images.all - vectors * theta[:kept, None]
@@ -94,7 +105,7 @@ def largest_eigenpairs(
         gap = float(theta[rank - 1] - theta[rank]) if theta.numel() > rank else float("inf")
         # below the rounding of the products themselves no further step can help
         converged = exhausted or worst <= gap_tolerance * gap or worst <= 64 * eps * magnitude
-        extra = precondition if step > PLAIN_STEPS else None
+        extra = precondition if step > plain_steps else None
         block = None if converged else _expansion(residuals, basis.all, extra)
         if converged or block is None or step == max_steps:
             return EigenSolution(
@@ -107,7 +118,7 @@ def largest_eigenpairs(
                 converged=converged or block is None,
             )
         if basis.count + block.shape[0] > limit:
-            kept = min(2 * width, theta.numel())
+            kept = max(2 * width, limit // 2)  # half of it: a thin restart forgets what a wide start knew
             basis.rotate(rotation[:kept])
             images.rotate(rotation[:kept])
             block = _orthonormal(block, basis.all)
@@ -116,9 +127,10 @@ def largest_eigenpairs(
     raise AssertionError("unreachable: the last step returns")
 
 
-def basis_vectors(width: int) -> int:
-    """Vectors in the basis before a restart, for blocks of so many."""
-    return max(MAX_BASIS_VECTORS, 20 * width)
+def basis_limit(size: int, width: int, start: int) -> int:
+    """Room for vectors in the basis, for blocks of `width` after a first one of `start`."""
+    vectors = max(MAX_BASIS_VECTORS, 20 * width, start + 4 * width)
+    return min(size, vectors) + 2 * width  # a block that overflows is seen before it is added
 
 
 class _Rows:

@@ -69,7 +69,8 @@ class PanelCollector:
         """
         for panel, total in self.totals.items():
             # above the diagonal an input moment's panel holds partial blocks, finite like the rest
-            if not bool(torch.isfinite(total).all()):
+            # the sum first, at the speed of memory; it may overflow where no value is more than large
+            if not bool(torch.isfinite(total.sum())) and not bool(torch.isfinite(total).all()):
                 raise NumericalError(
                     f"{panel.module}: its {panel.statistic} holds NaN or Inf; look for a damaged sample or weight, or "
                     "use --dtype float32"

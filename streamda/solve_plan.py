@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from streamda.cholesky import BLOCK_ROWS
-from streamda.eigen import basis_vectors, guard_vectors
+from streamda.eigen import START_VECTORS, basis_limit, guard_vectors
 from streamda.panels import FLOAT32_BYTES, PANEL_ROWS
 
 FLOAT64_BYTES = 8
@@ -80,6 +80,8 @@ def _layout(d_in: int, d_out: int, rank: int, sizes: list[int], in_memory: int, 
         "streamed": gradient_band + chunk,
     }[form]
     width = min(d_in, rank + guard_vectors(d_in))
-    thin = (2 * min(d_in, basis_vectors(width)) + THIN_BLOCKS * width) * d_in + 4 * width * d_out
+    # the widest start, which an expert of few tokens may ask for in any run
+    start = min(d_in, START_VECTORS)
+    thin = (2 * basis_limit(d_in, width, start) + start + THIN_BLOCKS * width) * d_in + 4 * width * d_out
     solving = held + sum(spilled[-1:]) + gradient + tiles + thin * FLOAT64_BYTES
     return SolveLayout(in_memory, form, max(factorizing, solving), sum(spilled))

@@ -113,6 +113,7 @@ class Solver:
                 self.config,
                 population_size=self.population_size,
                 seed=self.seed,
+                num_tokens=reader.facts(name)["num_tokens"],
             )
 
     def _facts(self, reader: BlockStatisticsReader, solution: LayerSolution) -> dict[str, Any]:

@@ -124,9 +124,8 @@ class BlockStatisticsWriter:
             if host.ndim == 1:
                 array[panel.start : panel.stop] = data
                 return
-            for start in range(0, panel.columns, TILE):  # tile by tile, so that Zarr's copies are of one tile
-                stop = min(start + TILE, panel.columns)
-                array[panel.start : panel.stop, start:stop] = data[:, start:stop]
+            # one call for the whole row of tiles: Zarr encodes as many at a time as `_zarr_limits` allows it
+            array[panel.start : panel.stop, : panel.columns] = data[:, : panel.columns]
 
     def write_facts(self, module: str, facts: Mapping[str, Any]) -> None:
         """Writes a module's counts and weight norm."""

@@ -76,7 +76,9 @@ def factorize(statistics: Statistics, damping: float = 1e-6) -> InputFactor | No
     return prepare_input_factor(Cut(statistics.input_moment), damping, ("layer",))
 
 
-def solve(statistics: Statistics, seed: int = 0, name: str = "layer", **options: Any) -> LayerSolution:
+def solve(
+    statistics: Statistics, seed: int = 0, name: str = "layer", num_tokens: int | None = None, **options: Any
+) -> LayerSolution:
     config = SolveConfig(**options)
     return solve_layer(
         name,
@@ -86,6 +88,7 @@ def solve(statistics: Statistics, seed: int = 0, name: str = "layer", **options:
         config,
         population_size=POPULATION,
         seed=seed,
+        num_tokens=num_tokens,
     )
 
 
@@ -151,6 +154,28 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("shape", [(24, 40), (60, 30), (32, 32)], ids=str)
 def test_every_setting_of_the_method_gives_the_dense_solution(name: str, shape: tuple[int, int]) -> None:
     assert_is_dense_answer(draw(7, *shape, tokens=300), **ABLATIONS[name])
+
+
+@pytest.mark.parametrize("name", [name for name in ABLATIONS if name != "without bias"])
+def test_few_tokens_are_solved_from_the_directions_that_they_span(name: str) -> None:
+    """The wide start must give what the plain one gives, in fewer products with the factor and the gradient."""
+    statistics = draw(11, 90, 160, tokens=40)
+    plain = solve(statistics, **ABLATIONS[name])
+    spanned = solve(statistics, num_tokens=40, **ABLATIONS[name])
+    expected = dense(statistics, **ABLATIONS[name])
+    assert spanned.status is plain.status is SolveStatus.OK
+    assert spanned.stats is not None
+    assert plain.stats is not None
+    assert spanned.stats.steps <= plain.stats.steps
+    assert relative_error(product(spanned), expected.product) < 1e-5
+    assert relative_error(product(spanned), product(plain)) < 1e-5
+
+
+def test_a_gradient_of_lower_rank_than_its_tokens_is_no_harm() -> None:
+    statistics = draw(12, 90, 160, tokens=40)
+    statistics.gradient[:] = statistics.gradient[:, :1] @ statistics.gradient[:1]
+    found, expected = solve(statistics, num_tokens=40), dense(statistics)
+    assert relative_error(product(found), expected.product) < 1e-5
 
 
 @st.composite

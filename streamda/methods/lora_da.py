@@ -21,105 +21,18 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
-from streamda import cholesky, eigen
+from streamda import eigen
 from streamda.config import SolveConfig
 from streamda.errors import NumericalError
+from streamda.methods.input_factor import InputFactor
 from streamda.methods.solution import LayerSolution, SolveStats, SolveStatus, layer_generator, standard_start
 from streamda.solve_plan import CHUNK_BYTES, MIN_CHUNK_ROWS
 
-MIN_RAISED_DAMPING = 1e-9
-"""Share of the mean diagonal below which a raised damping need not be tried: float32 sums leave negative eigenvalues of
-about 1e-7 of the largest one. Lower costs futile factorizations where activations are large, higher damps too much."""
-MAX_RAISED_DAMPING = 1e-2
-"""Raised damping never exceeds this share of the mean diagonal: a matrix that needs more is no second moment."""
-
-
-@dataclass(frozen=True, slots=True)
-class InputFactor:
-    """The factorized, damped input moment that the layers of one group share."""
-
-    bands: cholesky.Bands
-    """Of L, float64, the Cholesky factor of the damped moment over `scale`."""
-    scale: float
-    """Mean diagonal of the moment, divided out before factorizing."""
-    damping: float
-    """lambda in use, in the moment's own units."""
-    raises: int
-
-    def solve(self, block: torch.Tensor) -> torch.Tensor:
-        """``Z^-1 block`` for [d_in, k]."""
-        return cholesky.solve(self.bands, block) / self.scale
-
-    def multiply(self, block: torch.Tensor) -> torch.Tensor:
-        """``Z block / scale`` for [d_in, k]."""
-        return cholesky.multiply(self.bands, block)
-
-
-class Moment(Protocol):
-    """A mean input moment [d_in, d_in], read by bands of rows as `streamda.cholesky` cuts them."""
-
-    def __len__(self) -> int:
-        """Bands."""
-
-    def diagonal(self) -> torch.Tensor:
-        """[d_in] float64."""
-
-    def band(self, index: int) -> torch.Tensor:
-        """Band `index`, [rows, stop] float64, which the caller may change."""
-
-
-def prepare_input_factor(
-    moment: Moment, damping: float, names: tuple[str, ...], bands: cholesky.Bands | None = None
-) -> InputFactor | None:
-    """Damps and factorizes an input moment; raises the damping, tenfold at a time, where it must, and says so.
-
-    Args:
-        moment: is read once for each damping that is tried.
-        damping: lambda.
-        names: modules of the group, for messages.
-        bands: takes the factor; in memory where none are given.
-
-    Returns:
-        None for a moment that is exactly zero: its layers never saw an input.
-
-    Raises:
-        NumericalError: non-finite values, or not a second moment even with all the damping that is allowed.
-    """
-    diagonal = moment.diagonal()
-    scale = float(diagonal.mean())
-    if not math.isfinite(scale) or not bool(torch.isfinite(diagonal).all()):
-        raise NumericalError(f"{names[0]}: the input moment is not finite")
-    if scale == 0 and not any(bool(moment.band(index).any()) for index in range(len(moment))):
-        return None
-    if scale <= 0 or bool((diagonal < 0).any()):
-        raise NumericalError(f"{names[0]}: the input moment has a negative diagonal; the statistics are damaged")
-    del diagonal
-    held: cholesky.Bands = {} if bands is None else bands
-    used, raises = damping, 0
-    while True:
-
-        def damped(index: int, used: float = used) -> torch.Tensor:
-            band = moment.band(index).div_(scale)
-            band.diagonal(band.shape[1] - band.shape[0]).add_(used / scale)
-            return band
-
-        try:
-            cholesky.factorize(damped, len(moment), held)
-            return InputFactor(held, scale, used, raises)
-        except cholesky.NotPositiveDefiniteError:
-            held.clear()
-        raised = max(10 * used, MIN_RAISED_DAMPING * scale)
-        if raised > MAX_RAISED_DAMPING * scale:
-            raise NumericalError(
-                f"{names[0]}: the input moment is not positive semidefinite (a damping of {used:.1e} did not help); "
-                "the statistics hold a non-finite value or are damaged"
-            )
-        used, raises = raised, raises + 1
+MAX_SPAN = 512
+"""Tokens up to which the eigensolver starts from all directions that the gradient can have."""
 
 
 def solve_layer(
@@ -131,6 +44,7 @@ def solve_layer(
     *,
     population_size: int,
     seed: int,
+    num_tokens: int | None = None,
 ) -> LayerSolution:
     """Solves one layer.
 
@@ -143,6 +57,7 @@ def solve_layer(
         config: the method's settings.
         population_size: N, rows of the whole training set.
         seed: of the run.
+        num_tokens: that the statistics were summed over, which bounds the rank of the gradient; None where unknown.
 
     Raises:
         NumericalError: a statistic or the result is not finite.
@@ -165,18 +80,20 @@ def solve_layer(
     displacement = _Displacement(
         factor if config.use_fisher else None, gradient, (d_out, d_in), y if config.use_fisher else None
     )
+    generator = layer_generator(name, seed)
     start = torch.randn(
-        d_in,
-        min(d_in, config.rank + eigen.guard_vectors(d_in)),
-        generator=layer_generator(name, seed),
-        dtype=torch.float64,
+        d_in, min(d_in, config.rank + eigen.guard_vectors(d_in)), generator=generator, dtype=torch.float64
     ).to(output_moment.device)
     start = start / start.norm(dim=0)
     scale = displacement.magnitude(start)
     if not math.isfinite(scale) or scale == 0:
         raise NumericalError(f"{name}: the displacement over- or underflows in float64")
     variance = config.variance_weight * float((1 / y).sum()) / population_size
-    found = _eigenvectors(factor, displacement, scale, variance, start, config)
+    span = None
+    if config.bias_weight and num_tokens is not None and num_tokens <= min(MAX_SPAN, d_in // 2):
+        span = torch.randn(d_out, num_tokens, generator=generator, dtype=torch.float64).to(start.device)
+    found = _eigenvectors(factor, displacement, scale, variance, start, span, config)
+    del span
     sigma = displacement.largest_singular_value(found.vectors, start, scale)
 
     def in_units(theta: float) -> float:
@@ -256,12 +173,16 @@ class _Displacement:
 
     def times(self, block: torch.Tensor) -> torch.Tensor:
         """``D block``: [d_out, k] -> [d_in, k]."""
+        return -self.precondition(self.unsolved(block))
+
+    def unsolved(self, block: torch.Tensor) -> torch.Tensor:
+        """``gradient^T diag(1/y) block``, which is ``-Z D block``: [d_out, k] -> [d_in, k]."""
         vectors = self._weigh(block).T.contiguous()  # [k, d_out]
         product = vectors.new_zeros(vectors.shape[0], self._d_in)
         for start, rows in self._rows():
             product.addmm_(vectors[:, start : start + rows.shape[0]], rows)
             del rows
-        return -self.precondition(product.T)
+        return product.T
 
     def _rows(self) -> Iterator[tuple[int, torch.Tensor]]:
         """The gradient in float64, by chunks that depend on its shape only: the bits must not depend on the budget."""
@@ -276,10 +197,11 @@ class _Displacement:
 
     def magnitude(self, start: torch.Tensor) -> float:
         """A rough size of D, to bring everything to order one: at most its spectral norm."""
-        return math.sqrt(float(self.times(self.transposed(start)).norm(dim=0).max()))
+        few = start[:, : eigen.GUARD_VECTORS]
+        return math.sqrt(float(self.times(self.transposed(few)).norm(dim=0).max()))
 
     def largest_singular_value(self, near: torch.Tensor, start: torch.Tensor, scale: float) -> float:
-        """The spectral norm, to about ten digits.
+        """The spectral norm, to eight digits.
 
         Args:
             near: [d_in, k], directions that probably hold the largest one: the eigenvectors found before.
@@ -290,7 +212,7 @@ class _Displacement:
             lambda block: self.times(self.transposed(block / scale)) / scale,
             torch.cat((near, start[:, : eigen.GUARD_VECTORS]), dim=1),
             1,
-            gap_tolerance=1e-5,
+            gap_tolerance=1e-4,  # an eigenvalue's error is the square of its vector's
         )
         return math.sqrt(max(float(found.values[0]), 0.0)) * scale
 
@@ -304,11 +226,16 @@ def _eigenvectors(
     scale: float,
     variance: float,
     start: torch.Tensor,
+    span: torch.Tensor | None,
     config: SolveConfig,
 ) -> eigen.EigenSolution:
     """Largest eigenpairs of ``-Omega / (alpha scale^2)`` (of Z over its own scale, where alpha is 0).
 
     Omega is taken before normalization, its variance term being ``variance Z^-1``.
+
+    With `span` [d_out, tokens] the start also holds the range of ``gradient^T``. What few tokens determine lies in it
+    but for rounding, so that one wide product finds what would take dozens of thin ones; what is left of the error
+    lies where Z is all damping, and that is where the preconditioner helps from the first step on.
     """
     if config.bias_weight == 0:
         return eigen.largest_eigenpairs(factor.multiply, start, config.rank)
@@ -319,7 +246,19 @@ def _eigenvectors(
         result = displacement.times(displacement.transposed(block, solved / scale) / scale)
         return result.sub_(solved, alpha=variance) if variance else result
 
-    return eigen.largest_eigenpairs(apply, start, config.rank, precondition=factor.multiply if variance else None)
+    precondition = factor.multiply if variance else None
+    if span is None:
+        return eigen.largest_eigenpairs(apply, start, config.rank, precondition=precondition)
+    directions = displacement.unsolved(span)
+    directions /= directions.norm(dim=0).clamp_min(torch.finfo(directions.dtype).tiny)
+    return eigen.largest_eigenpairs(
+        apply,
+        torch.cat((directions, start), dim=1),
+        config.rank,
+        width=start.shape[1],
+        precondition=precondition,
+        plain_steps=0,
+    )
 
 
 def _split(

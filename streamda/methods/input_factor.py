@@ -1,0 +1,107 @@
+"""The damped, factorized input moment that the layers of one input group share.
+
+    Z = input_moment + lambda I = scale L L^T
+
+The moment is read by bands, once for each damping that is tried. A damping that is too small for the rounding of the
+stored sums is raised, tenfold at a time and never silently; a matrix that needs much of it is no second moment.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from streamda import cholesky
+from streamda.errors import NumericalError
+
+MIN_RAISED_DAMPING = 1e-9
+"""Share of the mean diagonal below which a raised damping need not be tried: float32 sums leave negative eigenvalues of
+about 1e-7 of the largest one. Lower costs futile factorizations where activations are large, higher damps too much."""
+MAX_RAISED_DAMPING = 1e-2
+"""Raised damping never exceeds this share of the mean diagonal: a matrix that needs more is no second moment."""
+
+
+@dataclass(frozen=True, slots=True)
+class InputFactor:
+    """The factorized, damped input moment that the layers of one group share."""
+
+    bands: cholesky.Bands
+    """Of L, float64, the Cholesky factor of the damped moment over `scale`."""
+    scale: float
+    """Mean diagonal of the moment, divided out before factorizing."""
+    damping: float
+    """lambda in use, in the moment's own units."""
+    raises: int
+
+    def solve(self, block: torch.Tensor) -> torch.Tensor:
+        """``Z^-1 block`` for [d_in, k]."""
+        return cholesky.solve(self.bands, block) / self.scale
+
+    def multiply(self, block: torch.Tensor) -> torch.Tensor:
+        """``Z block / scale`` for [d_in, k]."""
+        return cholesky.multiply(self.bands, block)
+
+
+class Moment(Protocol):
+    """A mean input moment [d_in, d_in], read by bands of rows as `streamda.cholesky` cuts them."""
+
+    def __len__(self) -> int:
+        """Bands."""
+
+    def diagonal(self) -> torch.Tensor:
+        """[d_in] float64."""
+
+    def band(self, index: int) -> torch.Tensor:
+        """Band `index`, [rows, stop] float64, which the caller may change."""
+
+
+def prepare_input_factor(
+    moment: Moment, damping: float, names: tuple[str, ...], bands: cholesky.Bands | None = None
+) -> InputFactor | None:
+    """Damps and factorizes an input moment; raises the damping, tenfold at a time, where it must, and says so.
+
+    Args:
+        moment: is read once for each damping that is tried.
+        damping: lambda.
+        names: modules of the group, for messages.
+        bands: takes the factor; in memory where none are given.
+
+    Returns:
+        None for a moment that is exactly zero: its layers never saw an input.
+
+    Raises:
+        NumericalError: non-finite values, or not a second moment even with all the damping that is allowed.
+    """
+    diagonal = moment.diagonal()
+    scale = float(diagonal.mean())
+    if not math.isfinite(scale) or not bool(torch.isfinite(diagonal).all()):
+        raise NumericalError(f"{names[0]}: the input moment is not finite")
+    if scale == 0 and not any(bool(moment.band(index).any()) for index in range(len(moment))):
+        return None
+    if scale <= 0 or bool((diagonal < 0).any()):
+        raise NumericalError(f"{names[0]}: the input moment has a negative diagonal; the statistics are damaged")
+    del diagonal
+    held: cholesky.Bands = {} if bands is None else bands
+    used, raises = damping, 0
+    while True:
+
+        def damped(index: int, used: float = used) -> torch.Tensor:
+            band = moment.band(index).div_(scale)
+            band.diagonal(band.shape[1] - band.shape[0]).add_(used / scale)
+            return band
+
+        try:
+            cholesky.factorize(damped, len(moment), held)
+            return InputFactor(held, scale, used, raises)
+        except cholesky.NotPositiveDefiniteError:
+            held.clear()
+        raised = max(10 * used, MIN_RAISED_DAMPING * scale)
+        if raised > MAX_RAISED_DAMPING * scale:
+            raise NumericalError(
+                f"{names[0]}: the input moment is not positive semidefinite (a damping of {used:.1e} did not help); "
+                "the statistics hold a non-finite value or are damaged"
+            )
+        used, raises = raised, raises + 1

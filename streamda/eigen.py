@@ -32,7 +32,7 @@ PLAIN_STEPS = 24
 the preconditioned half of each block would be wasted."""
 START_VECTORS = 512 + 64
 """A start may be as wide, where it is known to hold nearly all that is wanted."""
-IMAGE_VECTORS = 128
+IMAGE_VECTORS = 288
 """The operator is applied to so many at a time: enough for products at full rate, and its copies stay small."""
 MAX_BASIS_VECTORS = 30 * 16
 """In the basis before a restart, or 20 blocks of wide ones. A flat spectrum costs twice the steps with a quarter of

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from streamda.cholesky import BLOCK_ROWS
-from streamda.eigen import START_VECTORS, basis_limit, guard_vectors
+from streamda.eigen import IMAGE_VECTORS, START_VECTORS, basis_limit, guard_vectors
 from streamda.panels import FLOAT32_BYTES, PANEL_ROWS
 
 FLOAT64_BYTES = 8
-THIN_BLOCKS = 12
-"""Blocks of rank + guard columns that the eigensolver holds beside its basis and the images of that."""
+THIN_BLOCKS = 4
+"""Blocks of vectors that an application of the operator holds beside the basis and the images of that."""
 CHUNK_BYTES = 64 << 20
 """Of a float32 gradient that is in float64 at a time."""
 MIN_CHUNK_ROWS = 256
@@ -82,6 +82,7 @@ def _layout(d_in: int, d_out: int, rank: int, sizes: list[int], in_memory: int, 
     width = min(d_in, rank + guard_vectors(d_in))
     # the widest start, which an expert of few tokens may ask for in any run
     start = min(d_in, START_VECTORS)
-    thin = (2 * basis_limit(d_in, width, start) + start + THIN_BLOCKS * width) * d_in + 4 * width * d_out
+    at_once = min(start, IMAGE_VECTORS)
+    thin = (2 * basis_limit(d_in, width, start) + start + THIN_BLOCKS * at_once) * d_in + (start + 2 * at_once) * d_out
     solving = held + sum(spilled[-1:]) + gradient + tiles + thin * FLOAT64_BYTES
     return SolveLayout(in_memory, form, max(factorizing, solving), sum(spilled))

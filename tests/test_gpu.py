@@ -1,0 +1,192 @@
+"""On an NVIDIA GPU: the same numbers as on a CPU, the cap held, and reading behind computing.
+
+Skipped where there is none. The tiny model of the golden files serves for numbers, a model of a few hundred megabytes
+with random weights for memory and overlap.
+"""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import streamda
+from streamda import cholesky
+from streamda.factors import add_gradient_, add_input_moment_, add_output_moment_
+from streamda.memory import DeviceCopier, enforce_device_limit, hand_over, parse_size
+from tests.conftest import GOLDEN
+from tests.models import make_samples, write_checkpoint, write_samples
+
+pytestmark = pytest.mark.gpu
+
+RUN: dict[str, Any] = {"model": str(GOLDEN / "model"), "dataset": str(GOLDEN / "calibration.jsonl")}
+MIB = 1 << 20
+
+
+def collect(folder: Path, device: str, dtype: str) -> Path:
+    streamda.collect(**RUN, device=device, dtype=dtype, max_gpu_mem="600MB", statistics=str(folder))
+    return folder
+
+
+def assert_same_statistics(left: Path, right: Path, tolerance: float) -> None:
+    """Relative Frobenius errors of every statistic of every layer."""
+    with streamda.open_statistics(left) as found, streamda.open_statistics(right) as expected:
+        assert set(found) == set(expected)
+        assert len(found) == 3 * 7
+        for name, layer in expected.items():
+            for statistic in ("gradient", "input_moment", "output_moment"):
+                wanted = getattr(layer, statistic)
+                error = (getattr(found[name], statistic) - wanted).norm() / wanted.norm()
+                assert float(error) < tolerance, f"{name} {statistic}"
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 1e-2)])
+def test_statistics_are_those_of_the_cpu(dtype: str, tolerance: float, tmp_path: Path) -> None:
+    """In float32 this fails at once where TF32 is left on."""
+    on_gpu, on_cpu = (collect(tmp_path / device, device, dtype) for device in ("cuda", "cpu"))
+    assert_same_statistics(on_gpu, on_cpu, tolerance)
+
+
+def test_solutions_are_those_of_the_cpu(tmp_path: Path) -> None:
+    """From one set of statistics, so that only the solver's own rounding is between them."""
+    statistics = collect(tmp_path / "statistics", "cpu", "float32")
+    for device in ("cuda", "cpu"):
+        streamda.solve(statistics=str(statistics), output_dir=str(tmp_path / f"on-{device}"), device=device)
+    found, expected = (load_file(tmp_path / f"on-{device}" / "adapter_model.safetensors") for device in ("cuda", "cpu"))
+    for key in (key for key in expected if key.endswith(".lora_A.weight")):
+        partner = key.replace("lora_A", "lora_B")
+        wanted = expected[partner].double() @ expected[key].double()
+        assert float((found[partner].double() @ found[key].double() - wanted).norm() / wanted.norm()) < 1e-4, key
+
+
+def test_a_whole_run_gives_the_dense_float64_solution(tmp_path: Path) -> None:
+    cases = json.loads((GOLDEN / "cases.json").read_text())
+    streamda.initialize(
+        **RUN,
+        device="cuda",
+        dtype="float32",
+        max_gpu_mem="600MB",
+        output_dir=str(tmp_path / "adapter"),
+        population_size=cases["default"]["population_size"],
+    )
+    found = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    expected = load_file(GOLDEN / "default.oracle64.safetensors")
+    for key in (key for key in expected if key.endswith(".lora_A.weight")):
+        partner = key.replace("lora_A", "lora_B")
+        wanted = expected[partner].double() @ expected[key].double()
+        assert float((found[partner].double() @ found[key].double() - wanted).norm() / wanted.norm()) < 2e-3, key
+
+
+def test_products_of_bfloat16_operands_are_summed_in_float32() -> None:
+    """A sum in bfloat16 would be off by a percent after so many tokens."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4096, 256, generator=generator).bfloat16()
+    g = torch.randn(4096, 128, generator=generator).bfloat16()
+    gradient, moment, squares = (torch.zeros(shape, device="cuda") for shape in ((128, 256), (256, 256), (128,)))
+    for rows in range(0, 4096, 512):
+        part = slice(rows, rows + 512)
+        add_gradient_(gradient, x[part].cuda(), g[part].cuda())
+        add_input_moment_(moment, x[part].cuda(), 0)
+        add_output_moment_(squares, g[part].cuda())
+    for found, wanted in (
+        (gradient.cpu(), g.double().T @ x.double()),
+        (moment.cpu().tril(), (x.double().T @ x.double()).tril()),
+        (squares.cpu(), g.double().square().sum(dim=0)),
+    ):
+        assert found.dtype == torch.float32
+        assert float((found.double() - wanted).norm() / wanted.norm()) < 1e-5
+
+
+def test_the_factor_and_its_products_are_those_of_the_cpu() -> None:
+    generator = torch.Generator().manual_seed(0)
+    thin = torch.randn(5000, 3000, generator=generator, dtype=torch.float64)
+    matrix = thin.T @ thin / 5000
+    rhs = torch.randn(3000, 24, generator=generator, dtype=torch.float64)
+    starts = [0, 2048, 3000]
+    results = []
+    for device in ("cpu", "cuda"):
+        parts = [matrix[start:stop, :stop].clone().to(device) for start, stop in pairwise(starts)]
+        bands: dict[int, torch.Tensor] = {}
+        cholesky.factorize(parts.__getitem__, len(parts), bands)
+        results.append([step(bands, rhs.to(device)).cpu() for step in (cholesky.solve, cholesky.multiply)])
+    for on_cpu, on_gpu in zip(*results, strict=True):
+        torch.testing.assert_close(on_gpu, on_cpu, rtol=1e-9, atol=1e-9 * float(on_cpu.abs().max()))
+
+
+def test_chunks_that_pass_through_the_pinned_buffer_arrive_whole_and_in_order() -> None:
+    """The buffer is filled again at once, and the main stream reads right after the hand-over."""
+    device = torch.device("cuda")
+    chunks = [torch.randn(4 * MIB, generator=torch.Generator().manual_seed(seed)).bfloat16() for seed in range(8)]
+    targets = []
+    copier = DeviceCopier(device)
+    with copier:
+        for chunk in chunks:
+            target = torch.empty(chunk.shape, device=device)
+            buffer = copier.buffer(chunk.nbytes).view(torch.bfloat16)
+            buffer.copy_(chunk)
+            copier.copy_(target, buffer)
+            targets.append(target)
+        filled = copier.mark()
+    hand_over(targets, filled, device)
+    for target, chunk in zip(targets, chunks, strict=True):
+        torch.testing.assert_close((target * 2).cpu(), chunk.float() * 2, rtol=0, atol=0)
+
+
+def test_the_cap_is_the_allocator_s() -> None:
+    device = torch.device("cuda")
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.empty_cache()
+    try:
+        enforce_device_limit(device, torch.cuda.memory_reserved(device) + 256 * MIB)
+        held = torch.empty(128 * MIB, dtype=torch.uint8, device=device)
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(256 * MIB, dtype=torch.uint8, device=device)
+        del held
+    finally:
+        enforce_device_limit(device, total)
+
+
+@pytest.fixture(scope="module")
+def larger(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A model of six blocks of 27 MB each in bfloat16, and samples of some hundred tokens."""
+    folder = tmp_path_factory.mktemp("larger")
+    write_checkpoint(
+        folder / "model",
+        "llama",
+        dtype=torch.bfloat16,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        head_dim=128,
+    )
+    data = write_samples(folder / "samples.jsonl", make_samples([256] * 16))
+    return {"model": str(folder / "model"), "dataset": str(data), "device": "cuda", "max_length": 256}
+
+
+@pytest.mark.parametrize("budget", ["350MB", "2GB"])
+def test_the_reserved_peak_stays_below_the_plan_and_the_plan_below_the_budget(
+    budget: str, larger: dict[str, Any], tmp_path: Path
+) -> None:
+    report = streamda.initialize(**larger, max_gpu_mem=budget, output_dir=str(tmp_path / "adapter"))
+    assert report.plan["peak_bytes"] <= parse_size(budget)
+    for phase, peak in report.peaks.items():
+        if phase in report.plan["peaks"]:
+            assert peak <= report.plan["peaks"][phase], phase
+
+
+def test_the_next_block_is_read_while_this_one_computes(larger: dict[str, Any], tmp_path: Path) -> None:
+    streamda.initialize(**larger, max_gpu_mem="2GB", output_dir=str(tmp_path / "adapter"), profile=True)
+    events = json.loads((tmp_path / "adapter" / "streamda_trace.json").read_text())["traceEvents"]
+    spans = [(each["cat"], each["name"], each["ts"], each["ts"] + each["dur"]) for each in events if each["ph"] == "X"]
+    reading = [span for span in spans if span[0] == "prefetch"]
+    computing = [span for span in spans if span[0] == "main" and span[1] in ("forward", "backward")]
+    overlapping = [read for read in reading if any(read[2] < work[3] and work[2] < read[3] for work in computing)]
+    assert len(reading) >= 6
+    assert len(overlapping) >= len(reading) // 2

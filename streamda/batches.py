@@ -1,11 +1,13 @@
 """Samples put together into micro-batches, and what each needs beside its token ids.
 
-Samples are ordered by length, longest first, and a micro-batch takes neighbours only while padding stays small. Samples
-are padded on the right; see `streamda.blocks` for why no mask is needed then.
+Samples are ordered by length, longest first, and a micro-batch takes neighbours. Few micro-batches keep the products
+large and waste rows on padding; the best cut between the two is found exactly. Samples are padded on the right; see
+`streamda.blocks` for why no mask is needed then.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +16,9 @@ import torch
 from streamda.config import TokenMask
 
 MAX_PADDING = 0.05
-"""Padding allowed in a micro-batch. More would pack better; less would leave the matrix products thin."""
+"""Share of all rows that may be padding."""
+BATCH_COST_ROWS = 64
+"""Rows of padding that one micro-batch less is worth: what its small products and its elementwise work lose."""
 IGNORED_LABEL = -100
 
 
@@ -40,20 +44,49 @@ def make_micro_batches(lengths: Sequence[int], max_tokens: int) -> tuple[MicroBa
         lengths: tokens of each sample.
         max_tokens: rows per micro-batch; a sample longer than that is a micro-batch of its own.
     """
-    batches: list[MicroBatch] = []
-    current: list[int] = []
-    real = 0
-    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
-        longest = lengths[current[0]] if current else lengths[index]
-        rows = longest * (len(current) + 1)
-        if current and (rows > max_tokens or (rows - real - lengths[index]) > MAX_PADDING * rows):
-            batches.append(MicroBatch(tuple(current), longest))
-            current, real = [], 0
-        current.append(index)
-        real += lengths[index]
-    if current:
-        batches.append(MicroBatch(tuple(current), lengths[current[0]]))
-    return tuple(batches)
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    real = sum(lengths)
+    cost = BATCH_COST_ROWS
+    while True:
+        cuts = _best_cuts([lengths[index] for index in order], max_tokens, cost)
+        batches = tuple(
+            MicroBatch(tuple(order[start:stop]), lengths[order[start]])
+            for start, stop in itertools.pairwise([0, *cuts])
+        )
+        # at a cost of nothing only samples of one length share a micro-batch
+        rows = sum(batch.num_rows for batch in batches)
+        if cost == 0 or rows - real <= MAX_PADDING * rows:
+            return batches
+        cost //= 2
+
+
+def _best_cuts(lengths: Sequence[int], max_tokens: int, batch_cost: int) -> list[int]:
+    """Where to end each micro-batch so that rows plus costs are least; by dynamic programming.
+
+    Args:
+        lengths: in descending order.
+        max_tokens: rows per micro-batch.
+        batch_cost: of each micro-batch, in rows.
+    """
+    least, begins = (
+        [(0, 0)],
+        [0],
+    )  # of the first samples: rows with costs, and micro-batches, which decide between equals
+    for stop in range(1, len(lengths) + 1):
+        choices = []
+        for start in range(stop - 1, -1, -1):
+            rows = lengths[start] * (stop - start)
+            if rows > max_tokens and choices:
+                break  # only a sample of its own may be longer
+            choices.append((least[start][0] + rows + batch_cost, least[start][1] + 1, -start))
+        cost, count, begin = min(choices)
+        least.append((cost, count))
+        begins.append(-begin)
+    cuts, stop = [], len(lengths)
+    while stop:
+        cuts.append(stop)
+        stop = begins[stop]
+    return cuts[::-1]
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,6 +50,10 @@ class LayerStatistics:
     """Frobenius norm of the base weight."""
 
 
+SQUARE_COLUMNS = 2048
+"""Output features squared at a time, so that no copy of all gradients is made."""
+
+
 def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """``left^T right`` in float32 for [tokens, m] and [tokens, n] operands of any float dtype."""
     if left.dtype == torch.float32:
@@ -98,8 +102,9 @@ def add_output_moment_(total: torch.Tensor, g: torch.Tensor) -> None:
         total: [d_out] float32, changed in place.
         g: [tokens, d_out].
     """
-    g32 = g.to(total.dtype)
-    total.add_(torch.einsum("to,to->o", g32, g32))
+    for start in range(0, total.numel(), SQUARE_COLUMNS):
+        columns = slice(start, start + SQUARE_COLUMNS)
+        total[columns].add_(g[:, columns].to(total.dtype).square().sum(dim=0))
 
 
 def mirror_lower_(matrix: torch.Tensor) -> torch.Tensor:

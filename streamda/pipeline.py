@@ -24,7 +24,7 @@ from streamda.config import RunConfig
 from streamda.disk_space import room_for_run
 from streamda.errors import ConfigError, DamagedError, StorageError
 from streamda.layers import require_rank
-from streamda.memory import bound_allocator, enforce_device_limit, parse_size
+from streamda.memory import bound_allocator, enforce_device_limit, parse_size, reuse_heap
 from streamda.plan import Plan, solve_capacity
 from streamda.progress import Progress
 from streamda.rates import measure_rates
@@ -70,7 +70,7 @@ def initialize(config: RunConfig, *, quiet: bool = False, verbose: bool = False)
         remove_leftover(work, parts)
         return done
     _require_writable(output, config.overwrite)
-    with _meter(prepared, timeline) as meter:
+    with _meter(prepared, made, timeline) as meter:
         progress = Progress(meter, quiet=quiet)
         _announce(progress, prepared, verbose)
         with open_run(work, prepared, parts, made, solves=True) as (run, made):
@@ -109,7 +109,7 @@ def collect(config: RunConfig, *, quiet: bool = False, verbose: bool = False) ->
         made = prepared.plan(solves=False, keep_statistics=True, disk_room=room_for_run(work))
         checkpoint = Checkpoint(prepared.source.folder, prepared.stack.model, prepared.device)
         parts = fingerprint_parts(prepared, checkpoint.fingerprint())
-    with _meter(prepared, timeline) as meter:
+    with _meter(prepared, made, timeline) as meter:
         progress = Progress(meter, quiet=quiet)
         _announce(progress, prepared, verbose)
         with open_run(work, prepared, parts, made, solves=False) as (run, made):
@@ -275,10 +275,10 @@ def _solver(config: RunConfig, population_size: int, device: torch.device, timel
     return Solver(config.solve, population_size, config.data.seed, device, timeline=timeline)
 
 
-def _meter(prepared: Prepared, timeline: Timeline) -> RunMeter:
+def _meter(prepared: Prepared, made: Plan, timeline: Timeline) -> RunMeter:
     """Starts measuring. Imports, tokenizer and samples are behind us; the checkpoint has not given a weight yet."""
     enforce_device_limit(prepared.device, prepared.budget.device_bytes)
-    bound_allocator(prepared.device)
+    reuse_heap(prepared.device, prepared.budget.device_bytes - made.peak_bytes)
     return RunMeter(prepared.device, timeline)
 
 

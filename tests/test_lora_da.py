@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from streamda.config import PRESETS, SolveConfig
 from streamda.errors import NumericalError
 from streamda.methods import InputFactor, LayerSolution, SolveStatus, prepare_input_factor, solve_layer
-from tests.oracles import DenseSolution, dense_lora_da
+from tests.oracles import DenseSolution, dense_lora_da, lower_factor
 
 POPULATION = 5000
 
@@ -67,9 +67,7 @@ class Cut:
 
 def joined(factor: InputFactor) -> torch.Tensor:
     """L as one matrix."""
-    bands = [factor.bands[index] for index in range(len(factor.bands))]
-    size = bands[-1].shape[1]
-    return torch.cat([torch.nn.functional.pad(band, (0, size - band.shape[1])) for band in bands]).tril()
+    return lower_factor(factor.bands)
 
 
 def factorize(statistics: Statistics, damping: float = 1e-6) -> InputFactor | None:

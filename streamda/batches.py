@@ -68,12 +68,10 @@ def _best_cuts(lengths: Sequence[int], max_tokens: int, batch_cost: int) -> list
         max_tokens: rows per micro-batch.
         batch_cost: of each micro-batch, in rows.
     """
-    least, begins = (
-        [(0, 0)],
-        [0],
-    )  # of the first samples: rows with costs, and micro-batches, which decide between equals
+    # of the first samples: rows with costs, and micro-batches, which decide between equals
+    least, begins = [(0, 0)], [0]
     for stop in range(1, len(lengths) + 1):
-        choices = []
+        choices: list[tuple[int, int, int]] = []  # rows with costs, micro-batches, minus the first sample
         for start in range(stop - 1, -1, -1):
             rows = lengths[start] * (stop - start)
             if rows > max_tokens and choices:

@@ -70,10 +70,11 @@ def initialize(config: RunConfig, *, quiet: bool = False, verbose: bool = False)
         remove_leftover(work, parts)
         return done
     _require_writable(output, config.overwrite)
-    with _meter(prepared, made, timeline) as meter:
+    with _meter(prepared, timeline) as meter:
         progress = Progress(meter, quiet=quiet)
         _announce(progress, prepared, verbose)
         with open_run(work, prepared, parts, made, solves=True) as (run, made):
+            reuse_heap(prepared.device, prepared.budget.device_bytes - made.peak_bytes)
             report = new_report(prepared, made)
             solver = dataclasses.replace(solver, capacity_bytes=made.solve_capacity)
             Collection(prepared, checkpoint, run, made, meter, progress, report).collect(solver)
@@ -109,10 +110,11 @@ def collect(config: RunConfig, *, quiet: bool = False, verbose: bool = False) ->
         made = prepared.plan(solves=False, keep_statistics=True, disk_room=room_for_run(work))
         checkpoint = Checkpoint(prepared.source.folder, prepared.stack.model, prepared.device)
         parts = fingerprint_parts(prepared, checkpoint.fingerprint())
-    with _meter(prepared, made, timeline) as meter:
+    with _meter(prepared, timeline) as meter:
         progress = Progress(meter, quiet=quiet)
         _announce(progress, prepared, verbose)
         with open_run(work, prepared, parts, made, solves=False) as (run, made):
+            reuse_heap(prepared.device, prepared.budget.device_bytes - made.peak_bytes)
             report = new_report(prepared, made)
             Collection(prepared, checkpoint, run, made, meter, progress, report).collect(None)
             report.statistics_dir = str(work)
@@ -275,10 +277,10 @@ def _solver(config: RunConfig, population_size: int, device: torch.device, timel
     return Solver(config.solve, population_size, config.data.seed, device, timeline=timeline)
 
 
-def _meter(prepared: Prepared, made: Plan, timeline: Timeline) -> RunMeter:
+def _meter(prepared: Prepared, timeline: Timeline) -> RunMeter:
     """Starts measuring. Imports, tokenizer and samples are behind us; the checkpoint has not given a weight yet."""
     enforce_device_limit(prepared.device, prepared.budget.device_bytes)
-    reuse_heap(prepared.device, prepared.budget.device_bytes - made.peak_bytes)
+    bound_allocator(prepared.device)
     return RunMeter(prepared.device, timeline)
 
 

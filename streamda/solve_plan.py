@@ -18,6 +18,10 @@ from streamda.panels import FLOAT32_BYTES, PANEL_ROWS
 FLOAT64_BYTES = 8
 THIN_BLOCKS = 4
 """Blocks of vectors that an application of the operator holds beside the basis and the images of that."""
+RESIDUAL_BLOCKS = 12
+"""Blocks of rank + guard vectors while new directions are made of residuals."""
+RITZ_MATRICES = 6
+"""Square matrices of the basis's size: the projected operator, its eigenvectors, and LAPACK's workspace."""
 CHUNK_BYTES = 64 << 20
 """Of a float32 gradient that is in float64 at a time."""
 MIN_CHUNK_ROWS = 256
@@ -81,8 +85,9 @@ def _layout(d_in: int, d_out: int, rank: int, sizes: list[int], in_memory: int, 
     }[form]
     width = min(d_in, rank + guard_vectors(d_in))
     # the widest start, which an expert of few tokens may ask for in any run
-    start = min(d_in, START_VECTORS)
-    at_once = min(start, IMAGE_VECTORS)
-    thin = (2 * basis_limit(d_in, width, start) + start + THIN_BLOCKS * at_once) * d_in + (start + 2 * at_once) * d_out
+    start = min(d_in, START_VECTORS + width)
+    limit, at_once = basis_limit(d_in, width, start), min(start, IMAGE_VECTORS)
+    thin = (2 * limit + start + max(THIN_BLOCKS * at_once, RESIDUAL_BLOCKS * width)) * d_in
+    thin += (start + 3 * at_once) * d_out + RITZ_MATRICES * limit**2
     solving = held + sum(spilled[-1:]) + gradient + tiles + thin * FLOAT64_BYTES
     return SolveLayout(in_memory, form, max(factorizing, solving), sum(spilled))

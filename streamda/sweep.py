@@ -30,9 +30,9 @@ from streamda.progress import PassBar
 from streamda.timeline import Timeline
 
 NORM_ROWS = 1024
+"""Rows of a weight whose norm is taken at a time: a float64 copy of the whole would be larger than the block."""
 SMALLEST_NORM = 1e-12
 """A float32 norm below it may have lost squares to underflow."""
-"""Rows of a weight whose norm is taken at a time: a float64 copy of the whole would be larger than the block."""
 
 PanelSink = Callable[[Panel, torch.Tensor], None]
 
@@ -324,13 +324,13 @@ class Sweep:
 
 def _frobenius_norm(weight: torch.Tensor) -> float:
     """Of a weight [rows, columns], to six digits."""
-    # in float32, which runs at the speed of memory and float64 at a twentieth of it; squares may under- or overflow
+    # row by row in float32, at the speed of memory and float64 at a twentieth of it; squares may under- or overflow
     for dtype in (torch.float32, torch.float64):
         bands = [
-            torch.linalg.vector_norm(weight[row : row + NORM_ROWS], dtype=dtype).double()
+            torch.linalg.vector_norm(weight[row : row + NORM_ROWS], dim=1, dtype=dtype).double()
             for row in range(0, weight.shape[0], NORM_ROWS)
         ]
-        norm = float(torch.linalg.vector_norm(torch.stack(bands)))
+        norm = float(torch.linalg.vector_norm(torch.cat(bands)))
         if math.isfinite(norm) and norm > SMALLEST_NORM:
             break
     return norm

@@ -19,6 +19,7 @@ import streamda
 from streamda import cholesky
 from streamda.factors import add_gradient_, add_input_moment_, add_output_moment_
 from streamda.memory import DeviceCopier, enforce_device_limit, hand_over, parse_size
+from streamda.timeline import Span, innermost
 from tests.conftest import GOLDEN
 from tests.models import make_samples, write_checkpoint, write_samples
 
@@ -138,7 +139,7 @@ def test_chunks_that_pass_through_the_pinned_buffer_arrive_whole_and_in_order() 
 
 
 def test_the_cap_is_the_allocator_s() -> None:
-    device = torch.device("cuda")
+    device = torch.device("cuda", torch.cuda.current_device())
     total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.empty_cache()
     try:
@@ -162,6 +163,7 @@ def larger(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         hidden_size=1024,
         intermediate_size=3072,
         num_hidden_layers=6,
+        max_position_embeddings=512,
         num_attention_heads=8,
         num_key_value_heads=8,
         head_dim=128,
@@ -174,6 +176,7 @@ def larger(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_the_reserved_peak_stays_below_the_plan_and_the_plan_below_the_budget(
     budget: str, larger: dict[str, Any], tmp_path: Path
 ) -> None:
+    torch.cuda.empty_cache()  # what earlier tests left would count
     report = streamda.initialize(**larger, max_gpu_mem=budget, output_dir=str(tmp_path / "adapter"))
     assert report.plan["peak_bytes"] <= parse_size(budget)
     for phase, peak in report.peaks.items():
@@ -184,9 +187,14 @@ def test_the_reserved_peak_stays_below_the_plan_and_the_plan_below_the_budget(
 def test_the_next_block_is_read_while_this_one_computes(larger: dict[str, Any], tmp_path: Path) -> None:
     streamda.initialize(**larger, max_gpu_mem="2GB", output_dir=str(tmp_path / "adapter"), profile=True)
     events = json.loads((tmp_path / "adapter" / "streamda_trace.json").read_text())["traceEvents"]
-    spans = [(each["cat"], each["name"], each["ts"], each["ts"] + each["dur"]) for each in events if each["ph"] == "X"]
-    reading = [span for span in spans if span[0] == "prefetch"]
-    computing = [span for span in spans if span[0] == "main" and span[1] in ("forward", "backward")]
-    overlapping = [read for read in reading if any(read[2] < work[3] and work[2] < read[3] for work in computing)]
+    spans = [
+        Span(each["cat"], each["name"], each["ts"], each["ts"] + each["dur"]) for each in events if each["ph"] == "X"
+    ]
+    pieces = innermost(sorted(spans, key=lambda span: (span.start, -span.stop)))
+    reading = [span for span in pieces if span.lane == "prefetch"]
+    computing = [span for span in pieces if span.lane == "main" and span.name in ("forward", "backward")]
+    covered = sum(
+        max(0.0, min(read.stop, work.stop) - max(read.start, work.start)) for read in reading for work in computing
+    )
     assert len(reading) >= 6
-    assert len(overlapping) >= len(reading) // 2
+    assert covered >= 0.5 * sum(read.stop - read.start for read in reading)

@@ -31,9 +31,6 @@ from streamda.methods.input_factor import InputFactor
 from streamda.methods.solution import LayerSolution, SolveStats, SolveStatus, layer_generator, standard_start
 from streamda.solve_plan import CHUNK_BYTES, MIN_CHUNK_ROWS
 
-MAX_SPAN = 512
-"""Tokens up to which the eigensolver starts from all directions that the gradient can have."""
-
 
 def solve_layer(
     name: str,
@@ -57,7 +54,8 @@ def solve_layer(
         config: the method's settings.
         population_size: N, rows of the whole training set.
         seed: of the run.
-        num_tokens: that the statistics were summed over, which bounds the rank of the gradient; None where unknown.
+        num_tokens: that the gradient was summed over, which bounds its rank; None where unknown. It only decides where
+            the eigensolver starts.
 
     Raises:
         NumericalError: a statistic or the result is not finite.
@@ -90,8 +88,8 @@ def solve_layer(
         raise NumericalError(f"{name}: the displacement over- or underflows in float64")
     variance = config.variance_weight * float((1 / y).sum()) / population_size
     span = None
-    if config.bias_weight and num_tokens is not None and num_tokens <= min(MAX_SPAN, d_in // 2):
-        span = torch.randn(d_out, num_tokens, generator=generator, dtype=torch.float64).to(start.device)
+    if config.bias_weight and num_tokens is not None and num_tokens <= min(eigen.START_VECTORS, d_in // 2):
+        span = torch.randn(d_out, min(num_tokens, d_out), generator=generator, dtype=torch.float64).to(start.device)
     found = _eigenvectors(factor, displacement, scale, variance, start, span, config)
     del span
     sigma = displacement.largest_singular_value(found.vectors, start, scale)

@@ -56,7 +56,7 @@ HEAP_BLOCK_BYTES, HEAP_KEPT_BYTES = 8 << 20, 64 << 20
 """Thresholds where the budget has `HEAP_SLACK_BYTES` more than the plan: what passes through a layer is then found
 again on the heap, and what the bug below leaves behind is given back between blocks. A fresh page for each of it took
 a tenth of the time of a 135M model."""
-HEAP_SLACK_BYTES = 128 << 20
+HEAP_SLACK_BYTES = 256 << 20
 SMALL_BLOCK_BYTES = 256 << 10
 """Threshold while a skeleton is built: each weight is allocated, never touched, and dropped, and would stretch the heap
 by the size of the model."""

@@ -45,16 +45,15 @@ def make_micro_batches(lengths: Sequence[int], max_tokens: int) -> tuple[MicroBa
         max_tokens: rows per micro-batch; a sample longer than that is a micro-batch of its own.
     """
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    real = sum(lengths)
+    ordered, real = [lengths[index] for index in order], sum(lengths)
     cost = BATCH_COST_ROWS
     while True:
-        cuts = _best_cuts([lengths[index] for index in order], max_tokens, cost)
+        cuts = _best_cuts(ordered, max_tokens, cost)
         batches = tuple(
-            MicroBatch(tuple(order[start:stop]), lengths[order[start]])
-            for start, stop in itertools.pairwise([0, *cuts])
+            MicroBatch(tuple(order[start:stop]), ordered[start]) for start, stop in itertools.pairwise([0, *cuts])
         )
-        # at a cost of nothing only samples of one length share a micro-batch
         rows = sum(batch.num_rows for batch in batches)
+        # at a cost of nothing only samples of one length share a micro-batch
         if cost == 0 or rows - real <= MAX_PADDING * rows:
             return batches
         cost //= 2

@@ -181,5 +181,4 @@ def _subtract(band: torch.Tensor, pivot: torch.Tensor, columns: slice) -> None:
 
 def _divide(column: torch.Tensor, inverse: torch.Tensor) -> None:
     """``column <- column diagonal^-T``, given the inverse of a finished diagonal block."""
-    if column.shape[0]:
-        column.copy_(column @ inverse.T)
+    column.copy_(column @ inverse.T)

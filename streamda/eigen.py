@@ -35,6 +35,7 @@ START_VECTORS = 512
 IMAGE_VECTORS = 288
 """The operator is applied to so many at a time: enough for products at full rate, and its copies stay small."""
 ROTATED_COLUMNS = 2048
+"""Columns of the basis rotated at a time: or there would be a second basis for a moment."""
 MAX_BASIS_VECTORS = 30 * 16
 """In the basis before a restart, or 20 blocks of wide ones. A flat spectrum costs twice the steps with a quarter of
 it, and may never settle; 704 float64 vectors at n = 28672 are 161 MB, and their images as much."""
@@ -85,7 +86,7 @@ def largest_eigenpairs(
         max_steps: operator applications at most, each to a block.
     """
     size = start.shape[0]
-    eps = torch.finfo(start.dtype).eps
+    precision = torch.finfo(start.dtype)
     first = _orthonormal(start.T.contiguous(), None)
     width = min(width or first.shape[0], first.shape[0])
     limit = basis_limit(size, width, first.shape[0])
@@ -96,7 +97,7 @@ def largest_eigenpairs(
         ritz = basis.all @ images.all.T
         theta, rotation = torch.linalg.eigh((ritz + ritz.T) / 2)  # ascending
         theta, rotation = theta.flip(0), rotation.flip(1).T
-        magnitude = max(float(theta.abs().max()), torch.finfo(basis.all.dtype).tiny)
+        magnitude = max(float(theta.abs().max()), precision.tiny)
         kept = min(width, theta.numel())
         vectors = rotation[:kept] @ basis.all
         residuals = rotation[:kept] @ images.all - vectors * theta[:kept, None]
@@ -104,7 +105,7 @@ def largest_eigenpairs(
         exhausted = basis.count == size
         gap = float(theta[rank - 1] - theta[rank]) if theta.numel() > rank else float("inf")
         # below the rounding of the products themselves no further step can help
-        converged = exhausted or worst <= gap_tolerance * gap or worst <= 64 * eps * magnitude
+        converged = exhausted or worst <= gap_tolerance * gap or worst <= 64 * precision.eps * magnitude
         extra = precondition if step > plain_steps else None
         block = None if converged else _expansion(residuals, basis.all, extra)
         if converged or block is None or step == max_steps:
@@ -118,7 +119,7 @@ def largest_eigenpairs(
                 converged=converged or block is None,
             )
         if basis.count + block.shape[0] > limit:
-            kept = max(2 * width, limit // 2)  # half of it: a thin restart forgets what a wide start knew
+            kept = limit // 2  # half of it: a thin restart forgets what a wide start knew
             basis.rotate(rotation[:kept])
             images.rotate(rotation[:kept])
             block = _orthonormal(block, basis.all)
@@ -154,7 +155,7 @@ class _Rows:
     def rotate(self, rotation: torch.Tensor) -> None:
         """Replaces the vectors by combinations of them."""
         count, self.count = self.count, rotation.shape[0]
-        for start in range(0, self._rows.shape[1], ROTATED_COLUMNS):  # or there would be a second basis for a moment
+        for start in range(0, self._rows.shape[1], ROTATED_COLUMNS):
             columns = slice(start, start + ROTATED_COLUMNS)
             self._rows[: self.count, columns] = rotation @ self._rows[:count, columns]
 

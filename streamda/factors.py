@@ -31,6 +31,8 @@ import torch
 TRIANGLE_ROWS = 256
 """Rows per product inside an input-moment panel. Smaller skips more of the upper triangle (of 576 columns 256 skips a
 third), larger keeps the matrix products big enough to run at full rate."""
+SQUARE_COLUMNS = 2048
+"""Output features squared at a time, so that no copy of all gradients is made."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +50,6 @@ class LayerStatistics:
     num_samples: int
     weight_norm: float
     """Frobenius norm of the base weight."""
-
-
-SQUARE_COLUMNS = 2048
-"""Output features squared at a time, so that no copy of all gradients is made."""
 
 
 def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -280,7 +280,6 @@ def _solver(config: RunConfig, population_size: int, device: torch.device, timel
 def _meter(prepared: Prepared, timeline: Timeline) -> RunMeter:
     """Starts measuring. Imports, tokenizer and samples are behind us; the checkpoint has not given a weight yet."""
     enforce_device_limit(prepared.device, prepared.budget.device_bytes)
-    bound_allocator(prepared.device)
     return RunMeter(prepared.device, timeline)
 
 

@@ -73,7 +73,7 @@ def solve_layout(d_in: int, d_out: int, rank: int, capacity_bytes: int | None) -
 def _layout(d_in: int, d_out: int, rank: int, sizes: list[int], in_memory: int, form: GradientForm) -> SolveLayout:
     held, spilled = sum(sizes[:in_memory]), sorted(sizes[in_memory:])  # the last band may be a part of one
     tiles = TILE_COPIES * min(d_in, PANEL_ROWS) ** 2 * FLOAT32_BYTES
-    # a block column of a band, its solution, and the copies that the triangular solver makes of both
+    # a block column of a band and what it becomes, twice over
     columns = 4 * min(d_in, PANEL_ROWS) * min(d_in, BLOCK_ROWS) * FLOAT64_BYTES
     factorizing = held + sum(spilled[-2:]) + tiles + columns
     gradient_band = min(PANEL_ROWS, d_out) * d_in * FLOAT32_BYTES

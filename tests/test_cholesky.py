@@ -55,7 +55,7 @@ def test_the_factor_is_torch_s_own_around_every_edge(size: int, band_rows: int) 
     matrix = spd(size)
     factor = factor_of(matrix, band_rows)
     torch.testing.assert_close(factor, torch.linalg.cholesky(matrix), rtol=1e-8, atol=1e-11)
-    torch.testing.assert_close(factor @ factor.T, matrix, rtol=0, atol=1e-13)
+    torch.testing.assert_close(factor @ factor.T, matrix, rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("size", [511, 512, 513, 2048, 2100])

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 import streamda
 from tests.conftest import GOLDEN
+from tests.golden_options import products, read_adapter, worst_error
 
 CASES: dict[str, dict[str, Any]] = json.loads((GOLDEN / "cases.json").read_text())
 OPTIONS = {
@@ -49,27 +50,6 @@ def options(case: str) -> dict[str, Any]:
 
 def token_mask(case: str) -> str:
     return str(CASES[case].get("fisher_token_mask", "attention"))
-
-
-def products(adapter: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """B A in float64 by module, from PEFT's names or the golden files'."""
-    modules = [key.removesuffix(".lora_A.weight") for key in adapter if key.endswith(".lora_A.weight")]
-    return {
-        module.removeprefix("base_model.model."): adapter[f"{module}.lora_B.weight"].double()
-        @ adapter[f"{module}.lora_A.weight"].double()
-        for module in modules
-    }
-
-
-def worst_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    """Largest relative Frobenius error over all modules, which must be the same ones."""
-    assert set(found) == set(expected)
-    assert len(expected) == 3 * 7
-    return max(float((found[module] - expected[module]).norm() / expected[module].norm()) for module in expected)
-
-
-def read_adapter(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "adapter_model.safetensors")
 
 
 @pytest.fixture(scope="module")

@@ -65,11 +65,6 @@ class Cut:
         return self._matrix[start : start + self._band_rows, : start + self._band_rows].clone()
 
 
-def joined(factor: InputFactor) -> torch.Tensor:
-    """L as one matrix."""
-    return lower_factor(factor.bands)
-
-
 def factorize(statistics: Statistics, damping: float = 1e-6) -> InputFactor | None:
     return prepare_input_factor(Cut(statistics.input_moment), damping, ("layer",))
 
@@ -316,7 +311,7 @@ class TestNothingDependsOnChance:
         statistics, config = draw(5, 30, 50, tokens=200), SolveConfig()
         shared = factorize(statistics)
         assert shared is not None
-        before = joined(shared)
+        before = lower_factor(shared.bands)
         for _ in range(3):
             found = solve_layer(
                 "layer",
@@ -328,7 +323,7 @@ class TestNothingDependsOnChance:
                 seed=0,
             )
             assert torch.equal(found.lora_b, solve(statistics).lora_b)
-        assert torch.equal(joined(shared), before)
+        assert torch.equal(lower_factor(shared.bands), before)
 
     def test_the_statistics_are_not_changed(self) -> None:
         statistics = draw(5, 30, 50, tokens=200)
@@ -386,7 +381,7 @@ class TestDamping:
         assert (factor.raises > 0) == (factor.damping > 1e-6)
         assert factor.damping >= min(1e-6, -smallest)
         assert factor.damping <= 1e-4 * factor.scale
-        lower = joined(factor)
+        lower = lower_factor(factor.bands)
         damped = moment.double() + factor.damping * torch.eye(300, dtype=torch.float64)
         assert relative_error(lower @ lower.T * factor.scale, damped) < 1e-6
         if factor.raises:

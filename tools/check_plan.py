@@ -1,6 +1,6 @@
 """The plan against what was measured: a grid of whole runs, each in a process of its own.
 
-    python -m tools.check_plan [--shapes wide mlp] [--budgets 1.05 2 6] [--samples 4x128 16x256] [--layers 2]
+    python -m tools.check_plan [--shapes wide mlp] [--budgets 1.05 2 6] [--samples 4x128 16x256]
                                [--work-dir .cache/check-plan] [--json FILE]
 
 Shapes are small models that stress different phases: `deep` (narrow, four blocks), `wide`, `mlp` (as a 70B model's
@@ -27,15 +27,8 @@ from streamda import pipeline
 from streamda.config import RunConfig
 from streamda.memory import format_size
 from streamda.report import table
-from tools.make_checkpoint import make, write_samples
+from tools.make_checkpoint import LLAMA_2, make, write_samples
 
-BASE = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "max_position_embeddings": 4096,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
-}
 SHAPES: dict[str, dict[str, Any]] = {
     "deep": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 4, "vocab_size": 8000},
     "wide": {"hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 2, "vocab_size": 8000},
@@ -57,7 +50,7 @@ def make_shape(name: str, folder: Path) -> Path:
     target = folder / name
     if not target.exists():
         heads = SHAPES[name]["hidden_size"] // 64
-        config = BASE | SHAPES[name] | {"num_attention_heads": heads, "num_key_value_heads": max(1, heads // 4)}
+        config = LLAMA_2 | SHAPES[name] | {"num_attention_heads": heads, "num_key_value_heads": max(1, heads // 4)}
         file = folder / f"{name}.json"
         file.write_text(json.dumps(config))
         make(str(file), target, None, 0, SHARD_BYTES)

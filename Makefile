@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 MODEL := .cache/smollm2-135m
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test test-fast lint format clean
+.PHONY: help setup demo test test-fast test-faults lint format clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -27,10 +27,13 @@ demo: $(VENV)/.ready $(MODEL)/config.json  ## a real 135M model from checkpoint 
 	$(BIN)/python tools/demo.py $(MODEL)
 
 test: $(VENV)/.ready $(MODEL)/config.json  ## all tests, the real model included
-	STREAMDA_TEST_MODEL=$(MODEL) $(BIN)/python -m pytest -q -n 2 --dist loadfile
+	STREAMDA_TEST_MODEL=$(MODEL) $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not faults"
 
 test-fast: $(VENV)/.ready  ## tests without the real model
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not faults"
+
+test-faults: $(VENV)/.ready  ## the long sweeps: kills, failing system calls, crashes, damage, hostile files
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m faults
 
 lint: $(VENV)/.ready  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -10,13 +10,19 @@ import pytest
 
 from tools import check_plan
 
-TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 97}
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "vocab_size": 97,
+}
 
 
 def run_grid(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    monkeypatch.setitem(check_plan.SHAPES, "deep", TINY)
+    monkeypatch.setitem(check_plan.SHAPES, "7b", TINY)
     facts = folder / "facts.json"
-    arguments = ["--shapes", "deep", "--budgets", "2", "--samples", "3x16", "--work-dir", str(folder / "work")]
+    arguments = ["--shapes", "7b", "--budgets", "2", "--samples", "3x16", "--work-dir", str(folder / "work")]
     check_plan.main([*arguments, "--json", str(facts)])
     found: list[dict[str, Any]] = json.loads(facts.read_text())
     return found
@@ -28,7 +34,7 @@ def test_a_run_is_held_against_its_plan(
     (found,) = run_grid(tmp_path, monkeypatch)
     assert 0 < found["measured_peak"] <= found["planned_peak"] <= found["budget"]
     assert found["above"] == []
-    assert "deep" in capsys.readouterr().out
+    assert "7b" in capsys.readouterr().out
     assert not list((tmp_path / "work").glob("tmp*"))  # adapters of the runs are gone
 
 

@@ -1,16 +1,15 @@
 """The plan against what was measured: a grid of whole runs, each in a process of its own.
 
-    python -m tools.check_plan [--shapes wide mlp] [--budgets 1.05 2 6] [--samples 4x128 16x256]
+    python -m tools.check_plan [--shapes 1b mlp] [--budgets 1.05 2 6] [--samples 4x128 16x128]
                                [--work-dir .cache/check-plan] [--json FILE]
 
-Shapes are small models that stress different phases: `deep` (narrow, four blocks), `wide`, `mlp` (as a 70B model's
-blocks are cut, an input moment above everything else) and `vocab` (128k entries, so the head is the peak). Budgets are
-multiples of the smallest one that the plan gives; samples are COUNTxTOKENS. Float32 on the CPU, measured by the run's
-own meter: anonymous memory above the baseline, sampled every 10 ms.
+Shapes are two blocks of real models, with random weights: `1b` (TinyLlama's), `mlp` (narrow with a very wide MLP, as a
+70B model's blocks are cut: one input moment above everything else), `vocab` (128k entries, so that the head is large),
+`7b` (Llama-2-7B's). Budgets are multiples of the smallest one that the plan gives; samples are COUNTxTOKENS. Float32 on
+the CPU, measured by the run's own meter: anonymous memory above the baseline, sampled every 10 ms.
 
 Prints per run the planned and the measured peak and their ratio, and the phases that outgrew their plan. Exits with 1
-where a measured peak is above the plan. Small models flatter nobody here: the plan's fixed allowances, which a real
-block dwarfs, are a good part of theirs.
+where a measured peak is above the plan. Blocks much smaller than these are dwarfed by the plan's fixed allowances.
 """
 
 import argparse
@@ -30,11 +29,18 @@ from streamda.report import table
 from tools.make_checkpoint import LLAMA_2, make, write_samples
 
 SHAPES: dict[str, dict[str, Any]] = {
-    "deep": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 4, "vocab_size": 8000},
-    "wide": {"hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 2, "vocab_size": 8000},
-    "mlp": {"hidden_size": 1024, "intermediate_size": 8192, "num_hidden_layers": 2, "vocab_size": 8000},
-    "vocab": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 2, "vocab_size": 128256},
+    "1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32, "num_key_value_heads": 4},
+    "mlp": {"hidden_size": 2048, "intermediate_size": 14336, "num_attention_heads": 16, "num_key_value_heads": 4},
+    "vocab": {
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    },
+    "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_key_value_heads": 32},
 }
+NUM_LAYERS = 2
 SHARD_BYTES = 2_000_000_000
 ROOMY = "100GB"
 RUN = """
@@ -49,8 +55,7 @@ def make_shape(name: str, folder: Path) -> Path:
     """Writes a shape's checkpoint, unless it is there."""
     target = folder / name
     if not target.exists():
-        heads = SHAPES[name]["hidden_size"] // 64
-        config = LLAMA_2 | SHAPES[name] | {"num_attention_heads": heads, "num_key_value_heads": max(1, heads // 4)}
+        config = LLAMA_2 | {"num_hidden_layers": NUM_LAYERS} | SHAPES[name]
         file = folder / f"{name}.json"
         file.write_text(json.dumps(config))
         make(str(file), target, None, 0, SHARD_BYTES)
@@ -78,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=sorted(SHAPES), default=list(SHAPES))
     parser.add_argument("--budgets", nargs="+", type=float, default=[1.05, 2, 6])
-    parser.add_argument("--samples", nargs="+", default=["4x128", "16x256"], metavar="COUNTxTOKENS")
+    parser.add_argument("--samples", nargs="+", default=["4x128", "16x128"], metavar="COUNTxTOKENS")
     parser.add_argument("--work-dir", type=Path, default=Path(".cache/check-plan"))
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args(arguments)
@@ -89,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for samples in chosen.samples:
             count, tokens = map(int, samples.split("x"))
             data = chosen.work_dir / f"{shape}-{samples}.jsonl"
-            write_samples(data, count, tokens, SHAPES[shape]["vocab_size"], seed=0)
+            write_samples(data, count, tokens, SHAPES[shape].get("vocab_size", LLAMA_2["vocab_size"]), seed=0)
             options = {"model": str(model), "dataset": str(data), "num_samples": count, "device": "cpu"}
             smallest = smallest_budget(options)
             for factor in chosen.budgets:

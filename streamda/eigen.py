@@ -30,10 +30,6 @@ DEPENDENT = 1e-13
 PLAIN_STEPS = 24
 """Steps before the preconditioner joins in. Where the operator separates its eigenvalues at all it is done by then, and
 the preconditioned half of each block would be wasted."""
-START_VECTORS = 512
-"""Directions that a start may hold beside its random ones, where they are known to span nearly all that is wanted."""
-IMAGE_VECTORS = 288
-"""The operator is applied to so many at a time: enough for products at full rate, and its copies stay small."""
 ROTATED_COLUMNS = 2048
 """Columns of the basis rotated at a time: or there would be a second basis for a moment."""
 MAX_BASIS_VECTORS = 30 * 16
@@ -67,9 +63,7 @@ def largest_eigenpairs(
     start: torch.Tensor,
     rank: int,
     *,
-    width: int | None = None,
     precondition: Operator | None = None,
-    plain_steps: int = PLAIN_STEPS,
     gap_tolerance: float = 1e-5,
     max_steps: int = 200,
 ) -> EigenSolution:
@@ -79,20 +73,16 @@ def largest_eigenpairs(
         apply: the operator; its magnitude should be near 1 (scale it first: solvers judge by absolute numbers).
         start: [n, k] with k >= min(n, rank), the first block; random, or better. float64.
         rank: eigenpairs wanted, at most n.
-        width: Ritz vectors whose residuals make the next block; k where none is given.
         precondition: maps residuals [n, k] towards errors [n, k]; any linear map will do, a good one is faster.
-        plain_steps: steps before `precondition` is used.
         gap_tolerance: residual over gap at which the subspace counts as found.
         max_steps: operator applications at most, each to a block.
     """
     size = start.shape[0]
     precision = torch.finfo(start.dtype)
     first = _orthonormal(start.T.contiguous(), None)
-    width = min(width or first.shape[0], first.shape[0])
-    limit = basis_limit(size, width, first.shape[0])
-    basis, images = _Rows(first, limit), _Rows(first[:0], limit)
-    del first, start  # a wide one is as large as half of the basis
-    _append_images(apply, basis.all, images)
+    width = first.shape[0]
+    limit = basis_limit(size, width)
+    basis, images = _Rows(first, limit), _Rows(apply(first.T).T, limit)
     for step in range(1, max_steps + 1):
         ritz = basis.all @ images.all.T
         theta, rotation = torch.linalg.eigh((ritz + ritz.T) / 2)  # ascending
@@ -106,7 +96,7 @@ def largest_eigenpairs(
         gap = float(theta[rank - 1] - theta[rank]) if theta.numel() > rank else float("inf")
         # below the rounding of the products themselves no further step can help
         converged = exhausted or worst <= gap_tolerance * gap or worst <= 64 * precision.eps * magnitude
-        extra = precondition if step > plain_steps else None
+        extra = precondition if step > PLAIN_STEPS else None
         block = None if converged else _expansion(residuals, basis.all, extra)
         if converged or block is None or step == max_steps:
             return EigenSolution(
@@ -119,19 +109,20 @@ def largest_eigenpairs(
                 converged=converged or block is None,
             )
         if basis.count + block.shape[0] > limit:
-            kept = limit // 2  # half of it: a thin restart forgets what a wide start knew
+            kept = limit // 2  # a thin restart forgets what took many steps to find
             basis.rotate(rotation[:kept])
             images.rotate(rotation[:kept])
             block = _orthonormal(block, basis.all)
         basis.append(block)
-        _append_images(apply, block, images)
+        images.append(apply(block.T).T)
     raise AssertionError("unreachable: the last step returns")
 
 
-def basis_limit(size: int, width: int, start: int) -> int:
-    """Room for vectors in the basis, for blocks of `width` after a first one of `start`."""
-    vectors = max(MAX_BASIS_VECTORS, 20 * width, start + 4 * width)
-    return min(size, vectors) + 2 * width  # a block that overflows is seen before it is added
+def basis_limit(size: int, width: int) -> int:
+    """Room for vectors in the basis, for blocks of `width`."""
+    return (
+        min(size, max(MAX_BASIS_VECTORS, 20 * width)) + 2 * width
+    )  # a block that overflows is seen before it is added
 
 
 class _Rows:
@@ -158,11 +149,6 @@ class _Rows:
         for start in range(0, self._rows.shape[1], ROTATED_COLUMNS):
             columns = slice(start, start + ROTATED_COLUMNS)
             self._rows[: self.count, columns] = rotation @ self._rows[:count, columns]
-
-
-def _append_images(apply: Operator, block: torch.Tensor, images: _Rows) -> None:
-    for start in range(0, block.shape[0], IMAGE_VECTORS):
-        images.append(apply(block[start : start + IMAGE_VECTORS].T).T)
 
 
 def canonical_signs(vectors: torch.Tensor) -> torch.Tensor:

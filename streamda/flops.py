@@ -9,7 +9,9 @@ from collections.abc import Sequence
 
 from streamda.costs import Workload
 from streamda.eigen import guard_vectors
+from streamda.low_rank import extra_vectors
 from streamda.panels import Replay
+from streamda.solve_plan import few_tokens
 
 EIGEN_STEPS = 8
 """Steps of the eigensolver per layer, for the estimate of its work. The report has the true number of each layer."""
@@ -43,9 +45,19 @@ def count_flops(
             2 * (p.stop - p.start) * p.columns * rows for r in replays for p in r.panels if p.statistic == "gradient"
         )
         for group in cost.spec.groups if rank else ():
-            solve += group.d_in**3 // 3
-            # an estimate: each step takes two products with Z^-1, two triangular solves each, and two with the gradient
-            per_vector = sum(4 * group.d_in**2 + 4 * group.d_in * cost.spec.linear(n).d_out for n in group.modules)
-            solve += EIGEN_STEPS * min(group.d_in, rank + guard_vectors(group.d_in)) * per_vector
+            widths = [cost.spec.linear(name).d_out for name in group.modules]
+            solve += _solve_flops(group.d_in, widths, rank, rows)
     head = 4 * workload.num_labels * workload.vocab_size * workload.hidden_size
     return {"forward": forward, "epilogue": head, "replay": replay, "statistics": statistics, "solve": solve}
+
+
+def _solve_flops(d_in: int, widths: Sequence[int], rank: int, num_tokens: int) -> int:
+    """Of an input group whose layers have `widths` outputs."""
+    if 0 < num_tokens <= few_tokens(d_in):
+        wide = num_tokens + extra_vectors(d_in, num_tokens)
+        # two products with the moment, two orthogonal bases; per layer the gradient on the span, and what that makes
+        shared = 2 * 2 * d_in**2 * wide + 2 * 4 * d_in * wide**2
+        return shared + sum(2 * d_in * d_out * num_tokens + 2 * d_out * num_tokens**2 for d_out in widths)
+    # an estimate: each step takes two products with Z^-1, two triangular solves each, and two with the gradient
+    per_vector = sum(4 * d_in**2 + 4 * d_in * d_out for d_out in widths)
+    return d_in**3 // 3 + EIGEN_STEPS * min(d_in, rank + guard_vectors(d_in)) * per_vector

@@ -152,7 +152,7 @@ def minimum_bytes(workload: Workload, rank: int, host_bytes: int) -> int:
     boundary = _boundary_bytes(workload)
     kept = min(len(workload.blocks) + 1, host_bytes // max(1, boundary)) * boundary
     smallest = []
-    layouts = _solve_layouts([cost.spec for cost in workload.blocks], rank, 0)
+    layouts = _solve_layouts([cost.spec for cost in workload.blocks], rank, 0, workload.num_rows)
     for keep_stored in (False, True):
         phases = _fixed_peaks(workload, _logit_rows(workload, None, keep_stored), layouts, keep_stored)
         for cost in workload.blocks:
@@ -179,7 +179,7 @@ def _plan_at(
     logit_rows = _logit_rows(workload, available, keep_stored)
     specs = [cost.spec for cost in workload.blocks]
     capacity = max(0, available - workload.small_bytes - WORKSPACE_BYTES)
-    layouts = _solve_layouts(specs, rank, capacity)
+    layouts = _solve_layouts(specs, rank, capacity, workload.num_rows)
     peaks = _fixed_peaks(workload, logit_rows, layouts, keep_stored)
     # the next block is there from one block's start to its own, through the solution between them
     ahead = _ahead_bytes(workload, keep_stored) if prefetch else 0
@@ -290,12 +290,14 @@ def solve_capacity(budget_bytes: int, specs: Sequence[BlockSpec], rank: int) -> 
     return budget_bytes - WORKSPACE_BYTES
 
 
-def _solve_layouts(specs: Sequence[BlockSpec], rank: int, capacity: int) -> list[SolveLayout]:
+def _solve_layouts(
+    specs: Sequence[BlockSpec], rank: int, capacity: int, num_tokens: int | None = None
+) -> list[SolveLayout]:
     """How each kind of input group is solved; none where the rank is 0 and nothing is."""
     kinds = {
         (group.d_in, max(spec.linear(name).d_out for name in group.modules)) for spec in specs for group in spec.groups
     }
-    return [solve_layout(d_in, d_out, rank, capacity) for d_in, d_out in kinds] if rank else []
+    return [solve_layout(d_in, d_out, rank, capacity, num_tokens) for d_in, d_out in kinds] if rank else []
 
 
 def _backward_fixed(workload: Workload, cost: BlockCost, keep_stored: bool) -> int:

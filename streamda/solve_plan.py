@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from streamda.cholesky import BLOCK_ROWS
-from streamda.eigen import IMAGE_VECTORS, START_VECTORS, basis_limit, guard_vectors
+from streamda.eigen import basis_limit, guard_vectors
+from streamda.low_rank import extra_vectors
 from streamda.panels import FLOAT32_BYTES, PANEL_ROWS
 
 FLOAT64_BYTES = 8
@@ -27,6 +28,11 @@ CHUNK_BYTES = 64 << 20
 MIN_CHUNK_ROWS = 256
 TILE_COPIES = 3
 """Float32 copies of a tile that is read: the reader's, Zarr's, and what it is converted to."""
+
+FEW_TOKENS = 1024
+"""Rows that the small eigenproblem may have: dense, it costs the cube of them."""
+FEW_ENTRIES = 1 << 24
+"""And entries of its span: what it needs then hardly exceeds what the Cholesky factor needs."""
 
 GradientForm = Literal["float64", "float32", "streamed"]
 
@@ -43,6 +49,14 @@ class SolveLayout:
     """Of the factor, in a file."""
 
 
+def few_tokens(d_in: int) -> int:
+    """Most tokens for which a layer is solved on the span of its inputs: fewer than inputs, or there would be no gain.
+
+    Decided by the shape only, never by the budget.
+    """
+    return min(FEW_TOKENS, d_in - 1, FEW_ENTRIES // d_in)
+
+
 def band_bytes(d_in: int) -> list[int]:
     """Float64 bytes of each band of a lower triangle."""
     return [
@@ -51,7 +65,9 @@ def band_bytes(d_in: int) -> list[int]:
     ]
 
 
-def solve_layout(d_in: int, d_out: int, rank: int, capacity_bytes: int | None) -> SolveLayout:
+def solve_layout(
+    d_in: int, d_out: int, rank: int, capacity_bytes: int | None, num_tokens: int | None = None
+) -> SolveLayout:
     """The fastest layout that fits, or the smallest one where none does.
 
     Args:
@@ -59,8 +75,10 @@ def solve_layout(d_in: int, d_out: int, rank: int, capacity_bytes: int | None) -
         d_out: of its widest layer.
         rank: of the adapter.
         capacity_bytes: memory for all of it; None for as much as it likes.
+        num_tokens: that the statistics are summed over, at most. Few of them need no Cholesky factor.
     """
-    sizes = band_bytes(d_in)
+    # a factor that is made all the same, of a moment that is not what its count says, goes to a file
+    sizes = [] if num_tokens is not None and 0 < num_tokens <= few_tokens(d_in) else band_bytes(d_in)
     whole = len(sizes)
     forms: tuple[GradientForm, ...] = ("float64", "float32", "streamed")
     choices = [(whole, form) for form in forms]
@@ -75,7 +93,7 @@ def _layout(d_in: int, d_out: int, rank: int, sizes: list[int], in_memory: int, 
     tiles = TILE_COPIES * min(d_in, PANEL_ROWS) ** 2 * FLOAT32_BYTES
     # a block column of a band and what it becomes, twice over
     columns = 4 * min(d_in, PANEL_ROWS) * min(d_in, BLOCK_ROWS) * FLOAT64_BYTES
-    factorizing = held + sum(spilled[-2:]) + tiles + columns
+    factorizing = held + sum(spilled[-2:]) + tiles + columns if sizes else 0
     gradient_band = min(PANEL_ROWS, d_out) * d_in * FLOAT32_BYTES
     chunk = min(d_out, PANEL_ROWS, max(MIN_CHUNK_ROWS, CHUNK_BYTES // (FLOAT64_BYTES * d_in))) * d_in * FLOAT64_BYTES
     gradient = {
@@ -84,10 +102,21 @@ def _layout(d_in: int, d_out: int, rank: int, sizes: list[int], in_memory: int, 
         "streamed": gradient_band + chunk,
     }[form]
     width = min(d_in, rank + guard_vectors(d_in))
-    # the widest start, which an expert of few tokens may ask for in any run
-    start = min(d_in, START_VECTORS + width)
-    limit, at_once = basis_limit(d_in, width, start), min(start, IMAGE_VECTORS)
-    thin = (2 * limit + start + max(THIN_BLOCKS * at_once, RESIDUAL_BLOCKS * width)) * d_in
-    thin += (start + 3 * at_once) * d_out + RITZ_MATRICES * limit**2
+    limit = basis_limit(d_in, width)
+    thin = (2 * limit + width * (THIN_BLOCKS + RESIDUAL_BLOCKS)) * d_in + 4 * width * d_out + RITZ_MATRICES * limit**2
     solving = held + sum(spilled[-1:]) + gradient + tiles + thin * FLOAT64_BYTES
-    return SolveLayout(in_memory, form, max(factorizing, solving), sum(spilled))
+    peak = max(factorizing, solving, _few_tokens_bytes(d_in, d_out, gradient) + tiles)
+    return SolveLayout(in_memory, form, peak, sum(spilled))
+
+
+def _few_tokens_bytes(d_in: int, d_out: int, gradient: int) -> int:
+    """Peak on the span of few tokens, which in a mixture of experts any run may have.
+
+    A band is read beside the vectors, their images and those of one multiplication; later the span lies beside the
+    gradient and what that makes of it.
+    """
+    tokens = few_tokens(d_in)
+    wide = tokens + extra_vectors(d_in, tokens)
+    small = RITZ_MATRICES * wide**2
+    factorizing = max(band_bytes(d_in)) + (5 * wide * d_in + small) * FLOAT64_BYTES
+    return max(factorizing, gradient + ((d_in + d_out) * tokens + small) * FLOAT64_BYTES)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from streamda.config import PRESETS, SolveConfig
 from streamda.errors import NumericalError
-from streamda.methods import InputFactor, LayerSolution, SolveStatus, prepare_input_factor, solve_layer
+from streamda.methods import InputFactor, LayerSolution, SolveStatus, SpannedFactor, prepare_input_factor, solve_layer
 from tests.oracles import DenseSolution, dense_lora_da, lower_factor
 
 POPULATION = 5000
@@ -65,8 +65,10 @@ class Cut:
         return self._matrix[start : start + self._band_rows, : start + self._band_rows].clone()
 
 
-def factorize(statistics: Statistics, damping: float = 1e-6) -> InputFactor | None:
-    return prepare_input_factor(Cut(statistics.input_moment), damping, ("layer",))
+def factorize(
+    statistics: Statistics, damping: float = 1e-6, num_tokens: int | None = None
+) -> InputFactor | SpannedFactor | None:
+    return prepare_input_factor(Cut(statistics.input_moment), damping, ("layer",), num_tokens=num_tokens)
 
 
 def solve(
@@ -75,13 +77,12 @@ def solve(
     config = SolveConfig(**options)
     return solve_layer(
         name,
-        factorize(statistics, config.damping),
+        factorize(statistics, config.damping, num_tokens),
         statistics.gradient.split(16),
         statistics.output_moment,
         config,
         population_size=POPULATION,
         seed=seed,
-        num_tokens=num_tokens,
     )
 
 
@@ -149,19 +150,33 @@ def test_every_setting_of_the_method_gives_the_dense_solution(name: str, shape: 
     assert_is_dense_answer(draw(7, *shape, tokens=300), **ABLATIONS[name])
 
 
-@pytest.mark.parametrize("name", [name for name in ABLATIONS if name != "without bias"])
-def test_few_tokens_are_solved_from_the_directions_that_they_span(name: str) -> None:
-    """The wide start must give what the plain one gives, in fewer products with the factor and the gradient."""
-    statistics = draw(11, 90, 160, tokens=40)
-    plain = solve(statistics, **ABLATIONS[name])
+@pytest.mark.parametrize("name", ABLATIONS)
+@pytest.mark.parametrize("rounded", [False, True], ids=["exact", "float32"])
+def test_few_tokens_are_solved_on_the_span_of_their_inputs(name: str, rounded: bool) -> None:
+    """The small eigenproblem gives what the plain way gives, and the dense one; also of rounded sums."""
+    exact = draw(11, 90, 160, tokens=40)
+    statistics = exact
+    if rounded:
+        statistics = Statistics(
+            *(each.float().double() for each in (exact.gradient, exact.input_moment, exact.output_moment))
+        )
     spanned = solve(statistics, num_tokens=40, **ABLATIONS[name])
-    expected = dense(statistics, **ABLATIONS[name])
-    assert spanned.status is plain.status is SolveStatus.OK
+    expected = dense(exact, **ABLATIONS[name])
+    assert spanned.status is SolveStatus.OK
     assert spanned.stats is not None
-    assert plain.stats is not None
-    assert spanned.stats.steps <= plain.stats.steps
+    assert spanned.stats.steps == 1
     assert relative_error(product(spanned), expected.product) < 1e-5
+    if rounded:
+        return
+    plain = solve(statistics, **ABLATIONS[name])
+    assert plain.stats is not None
+    assert plain.stats.steps > 1
     assert relative_error(product(spanned), product(plain)) < 1e-5
+    torch.testing.assert_close(
+        torch.tensor(spanned.stats.eigenvalues), torch.tensor(plain.stats.eigenvalues), rtol=1e-5, atol=0
+    )
+    assert spanned.stats.next_eigenvalue == pytest.approx(plain.stats.next_eigenvalue, rel=1e-3)
+    assert spanned.stats.displacement_norm == pytest.approx(plain.stats.displacement_norm, rel=1e-6)
 
 
 def test_a_gradient_of_lower_rank_than_its_tokens_is_no_harm() -> None:
@@ -169,6 +184,45 @@ def test_a_gradient_of_lower_rank_than_its_tokens_is_no_harm() -> None:
     statistics.gradient[:] = statistics.gradient[:, :1] @ statistics.gradient[:1]
     found, expected = solve(statistics, num_tokens=40), dense(statistics)
     assert relative_error(product(found), expected.product) < 1e-5
+
+
+def test_repeated_tokens_span_less_and_are_no_harm() -> None:
+    """Ten directions, though forty tokens were counted."""
+    statistics = draw(13, 90, 160, tokens=10)
+    found, expected = solve(statistics, num_tokens=40), dense(statistics)
+    assert found.stats is not None
+    assert found.stats.steps == 1
+    assert relative_error(product(found), expected.product) < 1e-5
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 8])
+def test_fewer_directions_than_the_rank_are_solved_by_steps(tokens: int) -> None:
+    """The complement of the span, where all eigenvalues are equal, gives the rest: only the product is determined."""
+    statistics = draw(14, 90, 160, tokens=tokens)
+    found, expected = solve(statistics, num_tokens=tokens), dense(statistics)
+    assert found.stats is not None
+    assert found.stats.steps > 1
+    assert relative_error(product(found), expected.product) < 1e-5
+
+
+def test_a_gradient_of_other_tokens_than_the_moment_counts_is_not_taken_for_one_on_their_span() -> None:
+    """As with token mask `labels`: the moment counts some tokens, the gradient all."""
+    statistics, others = draw(15, 90, 160, tokens=40), draw(16, 90, 160, tokens=300)
+    statistics.gradient[:] += 1e-3 * others.gradient
+    found, expected = solve(statistics, num_tokens=40), dense(statistics)
+    assert found.stats is not None
+    assert found.stats.steps > 1
+    assert relative_error(product(found), expected.product) < 1e-4
+
+
+def test_the_factor_of_few_tokens_is_the_damped_moment_and_its_inverse() -> None:
+    statistics = draw(17, 20, 160, tokens=40)
+    factor = factorize(statistics, 1e-3, 40)
+    assert isinstance(factor, SpannedFactor)
+    damped = statistics.input_moment + 1e-3 * torch.eye(160)
+    block = torch.randn(160, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(factor.multiply(block) * factor.scale, damped @ block, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(factor.solve(block), torch.linalg.solve(damped, block), rtol=1e-6, atol=1e-6)
 
 
 @st.composite

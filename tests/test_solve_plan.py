@@ -11,7 +11,7 @@ from streamda import plan, solve_plan
 from streamda.config import SolveConfig
 from streamda.errors import BudgetError
 from streamda.memory import parse_size
-from streamda.solve_plan import band_bytes, solve_layout
+from streamda.solve_plan import band_bytes, few_tokens, solve_layout
 from streamda.solve_stage import Solver
 from streamda.store import BlockStatisticsReader
 from tests.test_store import CPU, a_run, block, draw, write
@@ -46,6 +46,19 @@ def test_a_70b_down_projection_fits_where_two_float64_copies_of_its_moment_would
     assert layout.spilled_bytes == 0
     assert 28672**2 * 8 > 6 * GB > layout.num_bytes
     assert solve_layout(28672, 8192, 8, 0).num_bytes < 2 * GB
+
+
+def test_few_tokens_need_no_room_for_a_cholesky_factor() -> None:
+    many, few = solve_layout(13824, 5120, 8, None, few_tokens(13824) + 1), solve_layout(13824, 5120, 8, None, 512)
+    assert many == solve_layout(13824, 5120, 8, None)
+    assert few.num_bytes < many.num_bytes - sum(band_bytes(13824)) // 2
+    assert (few.bands_in_memory, few.spilled_bytes) == (0, 0)
+
+
+@pytest.mark.parametrize("d_in", [1, 2, 100, 5000, 28672])
+def test_few_is_fewer_than_inputs_and_a_bounded_span(d_in: int) -> None:
+    assert 0 <= few_tokens(d_in) < min(d_in, 1025)
+    assert few_tokens(d_in) * d_in <= 1 << 24
 
 
 def test_every_layout_solves_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """Initializations: each module turns the statistics of a layer into `lora_A` and `lora_B`."""
 
-from streamda.methods.input_factor import InputFactor, prepare_input_factor
+from streamda.methods.input_factor import InputFactor, SpannedFactor, prepare_input_factor
 from streamda.methods.lora_da import solve_layer
 from streamda.methods.solution import LayerSolution, SolveStatus
 
-__all__ = ["InputFactor", "LayerSolution", "SolveStatus", "prepare_input_factor", "solve_layer"]
+__all__ = ["InputFactor", "LayerSolution", "SolveStatus", "SpannedFactor", "prepare_input_factor", "solve_layer"]

@@ -4,6 +4,8 @@
 
 The moment is read by bands, once for each damping that is tried. A damping that is too small for the rounding of the
 stored sums is raised, tenfold at a time and never silently; a matrix that needs much of it is no second moment.
+
+A moment that was summed over few tokens, fewer than it has rows, is kept as its few eigenpairs instead.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ import torch
 
 from streamda import cholesky
 from streamda.errors import NumericalError
+from streamda.low_rank import low_rank_factor
+from streamda.solve_plan import few_tokens
 
 MIN_RAISED_DAMPING = 1e-9
 """Share of the mean diagonal below which a raised damping need not be tried: float32 sums leave negative eigenvalues of
@@ -45,6 +49,32 @@ class InputFactor:
         return cholesky.multiply(self.bands, block)
 
 
+@dataclass(frozen=True, slots=True)
+class SpannedFactor:
+    """The damped input moment of few tokens: ``vectors diag(eigenvalues) vectors^T + lambda I``."""
+
+    vectors: torch.Tensor
+    """W [d_in, T], orthonormal, float64."""
+    eigenvalues: torch.Tensor
+    """[T] of the moment, positive, ascending."""
+    scale: float
+    """Mean diagonal of the moment."""
+    damping: float
+    """lambda."""
+    raises: int = 0
+
+    def solve(self, block: torch.Tensor) -> torch.Tensor:
+        """``Z^-1 block`` for [d_in, k]."""
+        inside = self.vectors.T @ block
+        outside = block - self.vectors @ inside  # first, or 1/lambda would magnify the rounding of what lies inside
+        return outside / self.damping + self.vectors @ (inside / (self.eigenvalues + self.damping)[:, None])
+
+    def multiply(self, block: torch.Tensor) -> torch.Tensor:
+        """``Z block / scale`` for [d_in, k]."""
+        inside = self.vectors.T @ block
+        return (self.vectors @ (inside * self.eigenvalues[:, None]) + block * self.damping) / self.scale
+
+
 class Moment(Protocol):
     """A mean input moment [d_in, d_in], read by bands of rows as `streamda.cholesky` cuts them."""
 
@@ -59,8 +89,12 @@ class Moment(Protocol):
 
 
 def prepare_input_factor(
-    moment: Moment, damping: float, names: tuple[str, ...], bands: cholesky.Bands | None = None
-) -> InputFactor | None:
+    moment: Moment,
+    damping: float,
+    names: tuple[str, ...],
+    bands: cholesky.Bands | None = None,
+    num_tokens: int | None = None,
+) -> InputFactor | SpannedFactor | None:
     """Damps and factorizes an input moment; raises the damping, tenfold at a time, where it must, and says so.
 
     Args:
@@ -68,6 +102,7 @@ def prepare_input_factor(
         damping: lambda.
         names: modules of the group, for messages.
         bands: takes the factor; in memory where none are given.
+        num_tokens: that were summed, which bounds the rank; None where unknown.
 
     Returns:
         None for a moment that is exactly zero: its layers never saw an input.
@@ -83,6 +118,10 @@ def prepare_input_factor(
         return None
     if scale <= 0 or bool((diagonal < 0).any()):
         raise NumericalError(f"{names[0]}: the input moment has a negative diagonal; the statistics are damaged")
+    if num_tokens is not None and 0 < num_tokens <= few_tokens(diagonal.numel()):
+        thin = low_rank_factor(moment.band, diagonal, len(moment), num_tokens)
+        if thin is not None:
+            return _spanned(thin, scale, damping)
     del diagonal
     held: cholesky.Bands = {} if bands is None else bands
     used, raises = damping, 0
@@ -105,3 +144,10 @@ def prepare_input_factor(
                 "the statistics hold a non-finite value or are damaged"
             )
         used, raises = raised, raises + 1
+
+
+def _spanned(thin: torch.Tensor, scale: float, damping: float) -> SpannedFactor:
+    """From a factor [d_in, T] of the moment."""
+    basis, triangle = torch.linalg.qr(thin)
+    left, singular, _ = torch.linalg.svd(triangle)
+    return SpannedFactor((basis @ left).flip(1).contiguous(), singular.flip(0).square(), scale, damping)

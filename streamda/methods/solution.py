@@ -18,6 +18,7 @@ class SolveStatus(enum.Enum):
     DAMPED = "damped"
     ZERO = "zero"
     UNCONVERGED = "unconverged"
+    SKIPPED = "skipped"
 
     @property
     def advice(self) -> str:
@@ -35,6 +36,10 @@ class SolveStatus(enum.Enum):
             SolveStatus.UNCONVERGED: (
                 "The eigenvectors did not settle: eigenvalues on both sides of the cut are nearly equal; another "
                 "--rank moves the cut."
+            ),
+            SolveStatus.SKIPPED: (
+                "The layer has no adapter: its weight or statistics hold NaN or Inf, or it could not be solved, and "
+                "--skip-bad-layers was given; the reasons are in the notes."
             ),
         }[self]
 

@@ -1,0 +1,96 @@
+"""The displacement D of LoRA-DA as products with thin blocks: ``D = -Z^-1 gradient^T diag(1/y)`` is never formed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from streamda import eigen
+from streamda.methods.input_factor import InputFactor, SpannedFactor
+from streamda.solve_plan import CHUNK_BYTES, MIN_CHUNK_ROWS
+
+
+class Displacement:
+    """The matrix D [d_in, d_out] as products with thin blocks; without Fisher factors it is minus the gradient."""
+
+    def __init__(
+        self,
+        factor: InputFactor | SpannedFactor | None,
+        gradient: Sequence[torch.Tensor],
+        shape: tuple[int, int],
+        y: torch.Tensor | None,
+        device: torch.device,
+    ) -> None:
+        self._factor = factor
+        self._gradient = gradient
+        self.d_out, self.d_in = shape
+        self.device = device
+        self.inverse_y = None if y is None else 1 / y[:, None]
+
+    def precondition(self, block: torch.Tensor) -> torch.Tensor:
+        """``Z^-1 block`` for [d_in, k]."""
+        return block if self._factor is None else self._factor.solve(block)
+
+    def transposed(self, block: torch.Tensor, solved: torch.Tensor | None = None) -> torch.Tensor:
+        """``D^T block``: [d_in, k] -> [d_out, k]; `solved` is ``Z^-1 block`` where it is known already."""
+        right = self.precondition(block) if solved is None else solved
+        # as rows of vectors, because products with few of them are two to four times as fast that way
+        vectors = right.T.contiguous()
+        product = vectors.new_empty(vectors.shape[0], self.d_out)
+        for start, rows in self.rows():
+            torch.mm(vectors, rows.T, out=product[:, start : start + rows.shape[0]])
+            del rows  # or it would be there while the next one is made
+        return -self._weigh(product.T)
+
+    def times(self, block: torch.Tensor) -> torch.Tensor:
+        """``D block``: [d_out, k] -> [d_in, k]."""
+        return -self.precondition(self.unsolved(block))
+
+    def unsolved(self, block: torch.Tensor) -> torch.Tensor:
+        """``gradient^T diag(1/y) block``, which is ``-Z D block``: [d_out, k] -> [d_in, k]."""
+        vectors = self._weigh(block).T.contiguous()  # [k, d_out]
+        product = vectors.new_zeros(vectors.shape[0], self.d_in)
+        for start, rows in self.rows():
+            product.addmm_(vectors[:, start : start + rows.shape[0]], rows)
+            del rows
+        return product.T
+
+    def rows(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """First row, and rows of the gradient in float64.
+
+        Chunks depend on the shape only: the bits must not depend on the budget.
+        """
+        chunk_rows = max(MIN_CHUNK_ROWS, CHUNK_BYTES // (8 * self.d_in))
+        start = 0
+        for index in range(len(self._gradient)):
+            band = self._gradient[index]  # a band may be read for this; a loop over them would hold two
+            for row in range(0, band.shape[0], chunk_rows):
+                yield start + row, band[row : row + chunk_rows].double()
+            start += band.shape[0]
+            del band
+
+    def magnitude(self, start: torch.Tensor) -> float:
+        """A rough size of D, to bring everything to order one: at most its spectral norm."""
+        few = start[:, : eigen.GUARD_VECTORS]
+        return math.sqrt(float(self.times(self.transposed(few)).norm(dim=0).max()))
+
+    def largest_singular_value(self, near: torch.Tensor, start: torch.Tensor, scale: float) -> float:
+        """The spectral norm, to eight digits.
+
+        Args:
+            near: [d_in, k], directions that probably hold the largest one: the eigenvectors found before.
+            start: [d_in, k], random directions for the case that they do not.
+            scale: what `magnitude` gave.
+        """
+        found = eigen.largest_eigenpairs(
+            lambda block: self.times(self.transposed(block / scale)) / scale,
+            torch.cat((near, start[:, : eigen.GUARD_VECTORS]), dim=1),
+            1,
+            gap_tolerance=1e-4,  # an eigenvalue's error is the square of its vector's
+        )
+        return math.sqrt(max(float(found.values[0]), 0.0)) * scale
+
+    def _weigh(self, block: torch.Tensor) -> torch.Tensor:
+        return block if self.inverse_y is None else block * self.inverse_y

@@ -1,0 +1,194 @@
+"""The low end of LoRA-DA's guidance matrix: its eigenvectors, the displacement along them, and sigma.
+
+    Omega = c Z^-1 - alpha D D^T          [d_in, d_in], before normalization; eq. 19 of arXiv 2510.24561
+
+`by_krylov` is the general way: ``v -> alpha D (D^T v) - c Z^-1 v``, scaled to order one. Applying it costs two
+triangular solves and four thin products; the Cholesky factorization, shared by the layers that read one input, is
+nearly all that is left. Where beta is large, the wanted eigenvectors lie where ``Z^-1`` is small and the operator
+hardly tells them apart; there ``Z`` itself, applied to the residuals, is the preconditioner that does. With alpha = 0
+they are the top eigenvectors of ``Z``, and ``Z`` is the operator.
+
+`on_span` is for few tokens. The input moment of T tokens is ``W diag(s) W^T`` with T columns in W at most, and where
+the gradient's rows lie in the span of W, as they do where the same tokens made it, so do the columns of D:
+
+    D^T = -K W^T,   K = diag(1/y) (gradient W) diag(1 / (s + lambda))                                  [d_out, T]
+    Omega = W (c diag(1 / (s + lambda)) - alpha K^T K) W^T + (c / lambda) (I - W W^T)
+
+No eigenvalue on the span is above c / lambda, so that the low end of Omega is that of a T x T matrix. Nothing iterates,
+and the rounding of the stored sums, which 1 / lambda would magnify outside the span, does not enter.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from streamda import eigen
+from streamda.config import SolveConfig
+from streamda.errors import NumericalError
+from streamda.methods.displacement import Displacement
+from streamda.methods.input_factor import InputFactor, SpannedFactor
+
+LEAK_TOLERANCE = 1e-5
+"""Share of the gradient that may lie outside the span of the inputs. Rounding leaves 1e-7 to 1e-6; gradients of tokens
+that the input moment does not count (token mask `labels`) leave more than that."""
+LEAK_PROBES = 8
+"""Random vectors by which that share is measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class LowEnd:
+    """Eigenpairs of minus the guidance matrix, largest first, and what the adapter is made of."""
+
+    eigenvalues: tuple[float, ...]
+    """The kept ones, of the matrix as it is with sigma divided out where the configuration says so."""
+    next_eigenvalue: float | None
+    """The first one left out; None where there is none."""
+    vectors: torch.Tensor
+    """V [d_in, rank]; in each column the entry of largest magnitude is positive."""
+    projected: torch.Tensor
+    """``D^T V`` [d_out, rank], sigma not divided out."""
+    sigma: float
+    """Largest singular value of D."""
+    residual: float
+    steps: int
+    converged: bool
+
+
+def by_krylov(
+    name: str,
+    factor: InputFactor | SpannedFactor,
+    displacement: Displacement,
+    variance: float,
+    generator: torch.Generator,
+    config: SolveConfig,
+) -> LowEnd:
+    """Finds the low end by block Krylov steps.
+
+    Args:
+        name: of the layer, for messages.
+        factor: of the layer's input.
+        displacement: of the layer.
+        variance: c.
+        generator: makes the start.
+        config: the method's settings.
+
+    Raises:
+        NumericalError: D over- or underflows.
+    """
+    d_in = displacement.d_in
+    start = torch.randn(
+        d_in, min(d_in, config.rank + eigen.guard_vectors(d_in)), generator=generator, dtype=torch.float64
+    ).to(displacement.device)
+    start = start / start.norm(dim=0)
+    scale = displacement.magnitude(start)
+    _require_range(name, scale)
+    scaled = variance / (config.bias_weight * scale**2) if config.bias_weight else 0.0
+
+    def apply(block: torch.Tensor) -> torch.Tensor:
+        solved = displacement.precondition(block)  # both terms begin with it
+        result = displacement.times(displacement.transposed(block, solved / scale) / scale)
+        return result.sub_(solved, alpha=scaled) if scaled else result
+
+    if config.bias_weight == 0:
+        found = eigen.largest_eigenpairs(factor.multiply, start, config.rank)
+    else:
+        found = eigen.largest_eigenpairs(apply, start, config.rank, precondition=factor.multiply if scaled else None)
+    sigma = displacement.largest_singular_value(found.vectors, start, scale)
+
+    def in_units(theta: float) -> float:
+        unit = sigma**2 if config.normalize else 1.0
+        if config.bias_weight == 0:
+            return -variance / unit / max(theta * factor.scale, factor.damping)
+        return theta * config.bias_weight * scale**2 / unit
+
+    return LowEnd(
+        eigenvalues=tuple(in_units(float(value)) for value in found.values),
+        next_eigenvalue=in_units(found.next_value) if math.isfinite(found.next_value) else None,
+        vectors=found.vectors,
+        projected=displacement.transposed(found.vectors),
+        sigma=sigma,
+        residual=found.residual,
+        steps=found.steps,
+        converged=found.converged,
+    )
+
+
+def on_span(
+    name: str,
+    factor: SpannedFactor,
+    displacement: Displacement,
+    variance: float,
+    generator: torch.Generator,
+    config: SolveConfig,
+) -> LowEnd | None:
+    """Finds the low end as that of a matrix of as many rows as the inputs have independent directions.
+
+    Takes what `by_krylov` takes.
+
+    Returns:
+        None where that would not do: the gradient leaves the span, or the span has no direction beside the wanted ones.
+
+    Raises:
+        NumericalError: D over- or underflows.
+    """
+    rank = config.rank
+    if factor.eigenvalues.numel() <= rank:
+        return None
+    weighted = _along_span(factor, displacement, generator)
+    if weighted is None:
+        return None
+    damped = factor.eigenvalues + factor.damping
+    if displacement.inverse_y is not None:
+        weighted.mul_(displacement.inverse_y).div_(damped)
+    scale = float(weighted.abs().max())
+    _require_range(name, scale)
+    weighted /= scale
+    gram = weighted.T @ weighted
+    sigma = math.sqrt(max(float(torch.linalg.eigvalsh(gram)[-1]), 0.0)) * scale
+    # minus the guidance matrix on the span; without a bias term its order is that of Z
+    small = gram * config.bias_weight if config.bias_weight else torch.diag(damped)
+    if variance and config.bias_weight:
+        small.diagonal().sub_(variance / scale**2 / damped)
+    theta, rotation = torch.linalg.eigh(small)
+    theta, rotation = theta.flip(0), rotation.flip(1)[:, :rank]
+    residual = (small @ rotation - rotation * theta[:rank]).norm(dim=0).max() / theta.abs().max()
+    unsigned = factor.vectors @ rotation
+    vectors = eigen.canonical_signs(unsigned)
+    signs = (unsigned * vectors).sum(0).sign()
+
+    def in_units(value: float) -> float:
+        unit = sigma**2 if config.normalize else 1.0
+        return value * scale**2 / unit if config.bias_weight else -variance / unit / value
+
+    return LowEnd(
+        eigenvalues=tuple(in_units(float(value)) for value in theta[:rank]),
+        next_eigenvalue=in_units(float(theta[rank])),
+        vectors=vectors,
+        projected=-(weighted @ (rotation * signs)) * scale,
+        sigma=sigma,
+        residual=float(residual),
+        steps=1,
+        converged=True,
+    )
+
+
+def _along_span(factor: SpannedFactor, displacement: Displacement, generator: torch.Generator) -> torch.Tensor | None:
+    """``gradient W`` [d_out, T], or None where the gradient has a part outside the span that is not rounding."""
+    vectors = factor.vectors
+    probes = torch.randn(vectors.shape[0], LEAK_PROBES, generator=generator, dtype=torch.float64).to(vectors.device)
+    probes -= vectors @ (vectors.T @ probes)
+    along = vectors.new_empty(displacement.d_out, vectors.shape[1])
+    leaked = 0.0
+    for start, rows in displacement.rows():
+        torch.mm(rows, vectors, out=along[start : start + rows.shape[0]])
+        leaked += float((rows @ probes).square().sum())
+        del rows
+    return along if leaked <= LEAK_TOLERANCE**2 * LEAK_PROBES * float(along.norm()) ** 2 else None
+
+
+def _require_range(name: str, scale: float) -> None:
+    if not math.isfinite(scale) or scale == 0:
+        raise NumericalError(f"{name}: the displacement over- or underflows in float64")

@@ -1,0 +1,102 @@
+"""A thin factor reproduces the matrix that it was made from, or there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from streamda.low_rank import low_rank_factor
+
+BAND_ROWS = 48
+
+
+def bands_of(matrix: torch.Tensor) -> Callable[[int], torch.Tensor]:
+    """Bands of the lower triangle, with garbage above the diagonal, where nobody may look."""
+    size = matrix.shape[0]
+    garbage = matrix.double().tril() + torch.full((size, size), 7.0, dtype=torch.float64).triu(1)
+
+    def read(index: int) -> torch.Tensor:
+        start = index * BAND_ROWS
+        return garbage[start : start + BAND_ROWS, : min(start + BAND_ROWS, size)].clone()
+
+    return read
+
+
+def factor_of(matrix: torch.Tensor, max_rank: int) -> torch.Tensor | None:
+    num_bands = -(-matrix.shape[0] // BAND_ROWS)
+    return low_rank_factor(bands_of(matrix), matrix.diagonal().double(), num_bands, max_rank)
+
+
+def moment(seed: int, size: int, tokens: int, spread: float = 1.0) -> torch.Tensor:
+    """Of tokens whose channels differ in size by orders of magnitude."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, size, generator=generator, dtype=torch.float64)
+    x *= (spread * torch.randn(size, generator=generator, dtype=torch.float64)).exp()
+    return x.T @ x / tokens
+
+
+@pytest.mark.parametrize("size", [40, 48, 200, 331])
+@pytest.mark.parametrize("tokens", [1, 5, 30])
+def test_the_factor_reproduces_the_matrix(size: int, tokens: int) -> None:
+    matrix = moment(size + tokens, size, tokens)
+    factor = factor_of(matrix, tokens)
+    assert factor is not None
+    assert factor.shape == (size, tokens)
+    torch.testing.assert_close(factor @ factor.T, matrix, rtol=1e-9, atol=1e-9 * float(matrix.abs().max()))
+
+
+def test_each_entry_is_good_to_the_rounding_of_its_own_channels() -> None:
+    """Channels differ by ten orders of magnitude, and the sums are rounded to float32."""
+    matrix = moment(3, 300, 25, spread=4.0)
+    scale = matrix.diagonal().sqrt()
+    assert float(scale.max() / scale.min()) > 1e8
+    factor = factor_of(matrix.float(), 25)
+    assert factor is not None
+    error = (factor @ factor.T - matrix) / (scale[:, None] * scale)
+    assert float(error.abs().max()) < 1e-5
+
+
+def test_repeated_tokens_and_dead_channels_lower_the_rank() -> None:
+    matrix = moment(4, 200, 12)
+    matrix[50:60] = 0
+    matrix[:, 50:60] = 0
+    factor = factor_of(matrix.float(), 30)
+    assert factor is not None
+    assert factor.shape[1] == 12
+    assert not bool(factor[50:60].any())
+
+
+@pytest.mark.parametrize("max_rank", [10, 29])
+def test_a_matrix_of_higher_rank_has_none(max_rank: int) -> None:
+    assert factor_of(moment(5, 200, 30), max_rank) is None
+
+
+def test_a_matrix_that_is_not_semidefinite_has_none() -> None:
+    matrix = moment(6, 200, 20)
+    direction = torch.randn(200, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    direction *= matrix.diagonal().sqrt() / direction.norm()
+    matrix -= 0.3 * torch.outer(direction, direction) + torch.diag(-0.3 * direction.square())
+    assert float(torch.linalg.eigvalsh(matrix)[0]) < 0
+    assert factor_of(matrix, 20) is None
+
+
+@pytest.mark.parametrize("eigenvalue", [-0.005, 0.005])
+def test_a_small_eigenvalue_too_many_is_noticed(eigenvalue: float) -> None:
+    """Of the mean diagonal: far below what products with random vectors show where all others are large."""
+    matrix = moment(8, 400, 20, spread=0.0)
+    direction = torch.randn(400, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for vector in torch.linalg.eigh(matrix).eigenvectors[:, -20:].T:
+        direction -= (direction @ vector) * vector
+    direction /= direction.norm()
+    assert factor_of(matrix, 20) is not None
+    assert factor_of(matrix + eigenvalue * matrix.diagonal().mean() * torch.outer(direction, direction), 20) is None
+
+
+def test_the_same_matrix_gives_the_same_bits() -> None:
+    matrix = moment(7, 200, 20)
+    first, second = factor_of(matrix, 20), factor_of(matrix, 20)
+    assert first is not None
+    assert second is not None
+    assert torch.equal(first, second)

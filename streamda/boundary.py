@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import google_crc32c
@@ -21,6 +22,7 @@ from streamda.errors import DamagedError
 from streamda.units import UnitDraft, UnitStore
 
 STATES_FILE = "states.bin"
+_PIECE_BYTES = 8 << 20  # a multiple of every dtype's size; smaller only costs calls
 
 
 class BoundaryWriter:
@@ -112,16 +114,17 @@ class BoundaryStore:
         path = self._units.path(name) / STATES_FILE
         checksums = self._units.metadata(name)["checksums"]
         self._units.check(name)
-        with files.closing(files.open_descriptor(path, os.O_RDONLY)) as descriptor:
+        with files.damage_errors(path):
+            opened = files.open_descriptor(path, os.O_RDONLY)
+        with files.closing(opened) as descriptor:
             offset = 0
             for shape, size, checksum in zip(self._shapes, self._sizes, checksums, strict=True):
                 buffer = torch.empty(size, dtype=torch.uint8)
                 with files.damage_errors(path):
-                    count = os.preadv(descriptor, [buffer.numpy().data], offset)
+                    count = files.system_calls.preadv(descriptor, [buffer.numpy().data], offset)
                 if count != size or google_crc32c.value(buffer.numpy().tobytes()) != checksum:
                     raise DamagedError(
-                        f"{path} does not have the bytes that were committed; delete the folder {path.parent} and run "
-                        "the same command again"
+                        f"{path} does not have the bytes that were committed; {self._units.repair(name)}"
                     )
                 offset += size
                 self.bytes_read += size
@@ -132,3 +135,23 @@ class BoundaryStore:
         self._held.pop(name, None)
         if name in self._units:
             self._units.drop(name)
+
+
+def require_finite_states(units: UnitStore, name: str) -> None:
+    """Reads a committed boundary piece by piece.
+
+    Raises:
+        DamagedError: it holds NaN or Inf, or states of no known dtype.
+    """
+    path = units.path(name) / STATES_FILE
+    dtype = getattr(torch, str(units.metadata(name).get("dtype")).removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype) or not _is_finite(path, dtype):
+        raise DamagedError(f"{files.shown(path)} holds what no boundary state can be; {units.repair(name)}")
+
+
+def _is_finite(path: Path, dtype: torch.dtype) -> bool:
+    with files.damage_errors(path), path.open("rb") as stream:
+        while piece := bytearray(stream.read(_PIECE_BYTES)):
+            if len(piece) % dtype.itemsize or not bool(torch.frombuffer(piece, dtype=dtype).isfinite().all()):
+                return False
+    return True

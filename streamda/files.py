@@ -41,7 +41,7 @@ _ADVICE = {
 }
 _SPACE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Of libraries that write by themselves: safetensors loses the errno ("os error 28"), NumPy never had it.
-_SPACE_TEXT = re.compile(r"os error (?:28|122|27)\b|no space left|not enough free space|quota exceeded", re.IGNORECASE)
+_TEXT = re.compile(r"os error (5|13|27|28|30|122)\b|no space left|not enough free space|quota exceeded", re.IGNORECASE)
 
 
 class SystemCalls:
@@ -50,6 +50,7 @@ class SystemCalls:
     open = staticmethod(os.open)
     close = staticmethod(os.close)
     read = staticmethod(os.read)
+    preadv = staticmethod(os.preadv)
     write = staticmethod(os.write)
     ftruncate = staticmethod(os.ftruncate)
     fsync = staticmethod(os.fsync)
@@ -122,8 +123,8 @@ def foreign_storage_error(error: BaseException, action: str, folder: Path) -> St
         else:
             of_writing = error.errno in (errno.EROFS, errno.EIO)
         return storage_error(error, action, folder) if of_writing or error.errno in _SPACE_ERRORS else None
-    if isinstance(error, Exception) and _SPACE_TEXT.search(str(error)):
-        return storage_error(OSError(errno.ENOSPC, str(error)), action, folder)
+    if isinstance(error, Exception) and (found := _TEXT.search(str(error))) is not None:
+        return storage_error(OSError(int(found[1] or errno.ENOSPC), str(error)), action, folder)
     return None
 
 

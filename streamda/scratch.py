@@ -13,7 +13,7 @@ from typing import Self
 
 import torch
 
-from streamda import files
+from streamda import files, stopping
 from streamda.errors import DamagedError
 
 
@@ -69,6 +69,7 @@ class SpilledBands:
         self._end += host.nbytes
 
     def __getitem__(self, index: int) -> torch.Tensor:
+        stopping.check()  # what iterates with a factor asks for its bands again and again
         if index in self._held:
             return self._held[index]
         offset, shape, dtype, total = self._places[index]
@@ -77,7 +78,7 @@ class SpilledBands:
         assert self._descriptor is not None
         with files.damage_errors(self._folder):
             while view:
-                count = os.preadv(self._descriptor, [view], offset)
+                count = files.system_calls.preadv(self._descriptor, [view], offset)
                 if count == 0:
                     break
                 view, offset = view[count:], offset + count

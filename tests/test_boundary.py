@@ -183,7 +183,9 @@ class TestDamage:
         data[sum(sizes[:batch]) + 7] ^= 1
         self.file(units).write_bytes(bytes(data))
         given: list[torch.Tensor] = []
-        with pytest.raises(DamagedError, match=r"states\.bin does not have the bytes .* delete the folder .*acts-0"):
+        with pytest.raises(
+            DamagedError, match=r"states\.bin does not have the bytes .*streamda repair .* --drop acts-0"
+        ):
             read_into(given, store, "acts-0")
         assert bits(given) == bits(states(torch.bfloat16)[:batch])
 

@@ -158,6 +158,8 @@ def test_errors_of_other_libraries_about_space_are_recognized(tmp_path: Path) ->
         OSError(errno.EACCES, "denied", inside),
         OSError("10 requested and 0 written: Not enough free space to write 80 bytes"),
         RuntimeError('I/O error: No space left on device (os error 28)"'),
+        RuntimeError("I/O error: Input/output error (os error 5)"),
+        RuntimeError("I/O error: Read-only file system (os error 30)"),
     ):
         assert isinstance(translated(error), StorageError)
     for other in (

@@ -1,0 +1,217 @@
+"""Signals stop a run where it is safe to, lost terminals do not, and either way the same command continues.
+
+Sent by the process to itself at points with a name, so that they strike in the middle of what must not be cut short.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import streamda
+from streamda import pipeline, stopping
+from streamda.errors import StoppedError
+from tests.killed import LEFTOVER, finish, run_command, weights, whole_units, write_tiny
+
+MIDDLE = "folders-synced:4"
+"""In the commit of the fourth unit: everything is written, nothing is committed."""
+
+
+@pytest.fixture(scope="module", name="tiny")
+def _tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return write_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    folder = tmp_path_factory.mktemp("whole")
+    streamda.initialize(**tiny, output_dir=str(folder / "adapter"))
+    return weights(folder)
+
+
+@pytest.fixture(name="options")
+def _options(tiny: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    return tiny | {"output_dir": str(tmp_path / "adapter")}
+
+
+def send(number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
+def send_and_hang(number: int) -> None:
+    """A factorization of minutes is as deaf as this to what the main thread should hear."""
+    send(number)
+    time.sleep(2 * stopping.ECHO_SECONDS)
+    send(number)
+    time.sleep(60)
+
+
+def send_twice(number: int) -> None:
+    send(number)
+    send(number)
+
+
+def be_stopped_while_downloading() -> None:
+    def prepare(*_arguments: Any, **_options: Any) -> None:
+        send(signal.SIGTERM)
+        time.sleep(60)
+        os._exit(99)
+
+    pipeline.prepare = prepare  # type: ignore[assignment]
+
+
+def ignore_hangups() -> None:
+    """What ``nohup`` does."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
+def break_pipes() -> None:
+    """Standard output and error go where nobody reads."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    os.dup2(writing, 1)
+    os.dup2(writing, 2)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
+
+
+def close_streams() -> None:
+    """As under ``<&- >&- 2>&-``."""
+    for number in (0, 1, 2):
+        os.close(number)
+    sys.stdin = sys.stdout = sys.stderr = None  # type: ignore[assignment]
+
+
+def fill_stdout() -> None:
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        pytest.param(signal.SIGINT, marks=pytest.mark.faults),
+        pytest.param(signal.SIGHUP, marks=pytest.mark.faults),
+    ],
+)
+def test_a_signal_lets_the_commit_end_and_the_same_command_continues(
+    tmp_path: Path, options: dict[str, Any], uninterrupted: bytes, number: signal.Signals
+) -> None:
+    ended = run_command(tmp_path, options, at=MIDDLE, act=partial(send, number))
+    assert ended.code == 75
+    assert ended.stderr.splitlines()[-1:] == [
+        f"streamda: error: stopped by {number.name}; the same command continues from here"
+    ]
+    assert not [path for path in tmp_path.rglob("*") if LEFTOVER.search(path.name)]
+    assert "grads-0002" in whole_units(tmp_path / "adapter.work")  # which was being committed
+    finish(tmp_path, options, uninterrupted)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.faults)])
+def test_a_second_signal_leaves_at_once_and_is_as_safe(
+    tmp_path: Path, options: dict[str, Any], uninterrupted: bytes, number: signal.Signals
+) -> None:
+    begun = time.monotonic()
+    ended = run_command(tmp_path, options, at=MIDDLE, act=partial(send_and_hang, number))
+    assert ended.code == 128 + number
+    assert time.monotonic() - begun < 50  # it would have hung for 60
+    assert whole_units(tmp_path / "adapter.work") == {"acts-0000", "acts-0001", "acts-0002"}
+    finish(tmp_path, options, uninterrupted)
+
+
+@pytest.mark.faults
+def test_a_signal_and_its_echo_are_one(tmp_path: Path, options: dict[str, Any], uninterrupted: bytes) -> None:
+    assert run_command(tmp_path, options, at=MIDDLE, act=partial(send_twice, signal.SIGTERM)).code == 75
+    finish(tmp_path, options, uninterrupted)
+
+
+def test_a_signal_before_anything_is_written_stops_at_once(tmp_path: Path, options: dict[str, Any]) -> None:
+    ended = run_command(tmp_path, options, before=be_stopped_while_downloading)
+    assert ended.code == 75
+    assert "stopped by SIGTERM" in ended.stderr
+    assert not (tmp_path / "adapter.work").exists()
+
+
+def test_ignored_hangups_stay_ignored(tmp_path: Path, options: dict[str, Any], uninterrupted: bytes) -> None:
+    ended = run_command(tmp_path, options, before=ignore_hangups, at=MIDDLE, act=partial(send, signal.SIGHUP))
+    assert ended.code == 0
+    assert weights(tmp_path) == uninterrupted
+
+
+@pytest.mark.parametrize("lose", [break_pipes, close_streams])
+def test_a_run_outlives_its_terminal(tmp_path: Path, options: dict[str, Any], uninterrupted: bytes, lose: Any) -> None:
+    """The notes on stderr come in the middle of it, the table on stdout at its end."""
+    assert run_command(tmp_path, options, before=lose).code == 0
+    assert weights(tmp_path) == uninterrupted
+
+
+def test_a_full_disk_under_stdout_is_reported_when_all_else_is_done(
+    tmp_path: Path, options: dict[str, Any], uninterrupted: bytes
+) -> None:
+    ended = run_command(tmp_path, options | {"json": True}, before=fill_stdout)
+    assert ended.code == 7
+    assert "stdout cannot be written: No space left on device" in ended.stderr
+    assert weights(tmp_path) == uninterrupted
+
+
+def stopped_at(number: int, folder: Path, tiny: dict[str, Any], expected: bytes) -> None:
+    """Stops a run at its n-th safe point, and finishes it."""
+    folder.mkdir()
+    options = tiny | {"output_dir": str(folder / "adapter")}
+    safe_points = iter(range(1, number))
+
+    def check() -> None:
+        if next(safe_points, None) is None:
+            raise StoppedError("here")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stopping, "check", check)
+        with pytest.raises(StoppedError):
+            streamda.initialize(**options)
+    assert not [path for path in folder.rglob("*") if LEFTOVER.search(path.name)]
+    finish(folder, options, expected)
+
+
+def num_safe_points(tiny: dict[str, Any], folder: Path) -> int:
+    folder.mkdir()
+    reached: list[None] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stopping, "check", lambda: reached.append(None))
+        streamda.initialize(**tiny, output_dir=str(folder / "adapter"))
+    return len(reached)
+
+
+def test_a_run_can_be_stopped_between_any_two_micro_batches(
+    tmp_path: Path, tiny: dict[str, Any], uninterrupted: bytes
+) -> None:
+    total = num_safe_points(tiny, tmp_path / "counted")
+    assert total > 50
+    for number in random.Random(0).sample(range(1, total + 1), 2):
+        stopped_at(number, tmp_path / str(number), tiny, uninterrupted)
+
+
+@pytest.mark.faults
+def test_a_run_can_be_stopped_at_every_safe_point(tmp_path: Path, tiny: dict[str, Any], uninterrupted: bytes) -> None:
+    for number in range(1, num_safe_points(tiny, tmp_path / "counted") + 1):
+        stopped_at(number, tmp_path / str(number), tiny, uninterrupted)
+
+
+def test_keyboard_interrupts_are_left_to_users_of_the_python_interface(
+    tmp_path: Path, options: dict[str, Any], uninterrupted: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("streamda.boundary.BoundaryWriter.append", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            streamda.initialize(**options)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finish(tmp_path, options, uninterrupted)

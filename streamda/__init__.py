@@ -8,11 +8,13 @@ print(report.to_table())
 # later, anywhere: PeftModel.from_pretrained(base, "adapter", is_trainable=True)
 """
 
-from streamda.api import collect, initialize, solve
+from streamda.api import collect, initialize, repair, solve, verify
 from streamda.collected import Statistics, open_statistics
 from streamda.errors import StreamdaError
 from streamda.factors import LayerStatistics
+from streamda.repair import Repair
 from streamda.report import InitReport
+from streamda.verification import Verification
 
 __version__ = "0.1.0"
 
@@ -21,10 +23,15 @@ __all__ = [  # noqa: RUF022 - in groups, as a table of contents
     "collect",
     "initialize",
     "solve",
+    # checks
+    "repair",
+    "verify",
     # what they read and return
     "InitReport",
     "LayerStatistics",
+    "Repair",
     "Statistics",
+    "Verification",
     "open_statistics",
     # what they raise
     "StreamdaError",

@@ -10,7 +10,7 @@ import copy
 import json
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,14 +26,17 @@ from streamda.errors import ConfigError, DamagedError, NumericalError
 from streamda.layers import LinearSpec, is_linear, linear_spec
 from streamda.model_card import CARD_MARK, AdapterFacts, model_card
 from streamda.output import OutputFolder, named, resolved
+from streamda.units import FileRecord
 
 __all__ = [
     "OWN_FILES",
     "AdapterFacts",
     "check_adapter",
+    "check_recorded",
     "peft_config",
     "relative_change",
     "require_writable_output",
+    "verify_adapter",
     "write_adapter",
 ]
 
@@ -133,7 +136,7 @@ def write_adapter(
     skeleton: PreTrainedModel,
     *,
     overwrite: bool = False,
-    extra_files: Mapping[str, bytes] | None = None,
+    report: Callable[[Mapping[str, FileRecord]], str] | None = None,
 ) -> None:
     """Writes an adapter folder that holds either what it held before or the whole, checked adapter.
 
@@ -144,32 +147,72 @@ def write_adapter(
         facts: what the configuration and the card say.
         skeleton: the base model, weights on meta or not; unchanged on return.
         overwrite: replace a folder that holds nothing but an adapter made by streamda.
-        extra_files: contents by name; only the report.
+        report: makes the report, given what the adapter's configuration and weights came to.
 
     Raises:
         ConfigError: the folder is not ours to write, see `require_writable_output`.
         NumericalError: a factor holds NaN or Inf.
         StorageError: no space, or the place cannot be written.
-        ValueError: factors that do not fit the model and the rank, or an unknown extra file: the caller's mistake.
+        ValueError: factors that do not fit the model and the rank: the caller's mistake.
     """
-    extra_files = extra_files or {}
-    if set(extra_files) - {REPORT_FILE}:
-        raise ValueError(f"extra files {sorted(extra_files)} would not be ours to replace; only {REPORT_FILE} is")
     config = peft_config(facts, list(factors), skeleton)
-    texts = {
-        CONFIG_FILE: files.json_text(config.to_dict()),  # type: ignore[no-untyped-call]
-        CARD_FILE: model_card(facts).encode(errors="backslashreplace"),
-        **extra_files,
-    }
+    settings = files.json_text(config.to_dict())  # type: ignore[no-untyped-call]
+    card = model_card(facts).encode(errors="backslashreplace")
     linears = _linears(list(factors), skeleton)
     output = _output(folder, overwrite)
     output.prepare()
     with output.building() as part:
-        for name, data in texts.items():
-            with files.FileWriter(part / name) as file:
-                file.write(data)
-        _write_weights(part / WEIGHTS_FILE, factors, facts, linears)
+        _write_file(part / CARD_FILE, card)
+        written = {
+            CONFIG_FILE: _write_file(part / CONFIG_FILE, settings),
+            WEIGHTS_FILE: _write_weights(part / WEIGHTS_FILE, factors, facts, linears),
+        }
         check_adapter(part, skeleton)
+        if report is not None:
+            _write_file(part / REPORT_FILE, report(written).encode())
+
+
+def check_recorded(folder: Path, written: Mapping[str, FileRecord]) -> None:
+    """Compares files of an adapter, by name, with what they came to when they were written.
+
+    Raises:
+        DamagedError: naming the first one that is missing or other.
+    """
+    for name, record in written.items():
+        path = folder / name
+        if (path.stat().st_size if path.is_file() else -1, files.crc32c_of_file(path)) != (record.size, record.crc32c):
+            raise DamagedError(
+                f"{files.shown(path)} does not have the bytes that were written: it is damaged, or was changed since, "
+                f"as by training that saves here; move {files.shown(folder)} away and make the adapter again"
+            )
+
+
+def verify_adapter(folder: Path, written: Mapping[str, FileRecord], modules: Sequence[str]) -> None:
+    """Checks all of an adapter that can be checked without its base model: bytes, configuration, names, shapes, values.
+
+    Args:
+        folder: the adapter.
+        written: what its files came to, as its report has it.
+        modules: full names of the adapted modules, as its report has them.
+
+    Raises:
+        DamagedError: naming the file and what is wrong in it.
+    """
+    check_recorded(folder, written)
+    rank = _lora_settings(folder)["r"]
+    tensors = _finite_tensors_on_meta(folder / WEIGHTS_FILE)
+    config_path, weights_path = files.shown(folder / CONFIG_FILE), files.shown(folder / WEIGHTS_FILE)
+    config = LoraConfig.from_pretrained(str(folder))
+    for name in modules:
+        for letter, side in (("A", 0), ("B", 1)):
+            tensor = tensors.pop(_KEY.format(name, letter), None)
+            if tensor is None or tensor.dim() != 2 or tensor.shape[side] != rank:
+                found = "no tensor" if tensor is None else f"shape {list(tensor.shape)}"
+                raise DamagedError(f"{weights_path} has {found} for lora_{letter} of {name} at rank {rank}")
+        if not check_target_module_exists(config, name):
+            raise DamagedError(f"{config_path} does not adapt {name}, which the weights are for")
+    if tensors:
+        raise DamagedError(f"{weights_path} holds {named(sorted(tensors))}, which the report does not name")
 
 
 def check_adapter(folder: Path, skeleton: PreTrainedModel) -> None:
@@ -184,10 +227,8 @@ def check_adapter(folder: Path, skeleton: PreTrainedModel) -> None:
     Raises:
         DamagedError: naming the file, and the tensors that are missing, unexpected, misshapen or not finite.
     """
-    values = files.read_json(folder / CONFIG_FILE)
+    _lora_settings(folder)
     config_path, weights_path = files.shown(folder / CONFIG_FILE), files.shown(folder / WEIGHTS_FILE)
-    if not isinstance(values, dict) or values.get("peft_type") != "LORA":
-        raise DamagedError(f"{config_path} is not the configuration of a LoRA adapter")
     tensors = _finite_tensors_on_meta(folder / WEIGHTS_FILE)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # whatever PEFT warns of is an error below, or PEFT's own correction
@@ -206,6 +247,14 @@ def check_adapter(folder: Path, skeleton: PreTrainedModel) -> None:
         raise DamagedError(f"{weights_path} lacks {named(missing)}, which {CONFIG_FILE} asks for")
     if result.unexpected_keys:
         raise DamagedError(f"{weights_path} holds {named(result.unexpected_keys)}, which {CONFIG_FILE} does not use")
+
+
+def _lora_settings(folder: Path) -> dict[str, Any]:
+    """The configuration's JSON."""
+    values = files.read_json(folder / CONFIG_FILE)
+    if not isinstance(values, dict) or values.get("peft_type") != "LORA" or not isinstance(values.get("r"), int):
+        raise DamagedError(f"{files.shown(folder / CONFIG_FILE)} is not the configuration of a LoRA adapter")
+    return values
 
 
 def _output(folder: Path, overwrite: bool) -> OutputFolder:
@@ -236,9 +285,15 @@ def _linears(names: Sequence[str], skeleton: PreTrainedModel) -> list[LinearSpec
     return [linear_spec(name, modules[name]) for name in names]
 
 
+def _write_file(path: Path, data: bytes) -> FileRecord:
+    with files.FileWriter(path) as file:
+        file.write(data)
+    return FileRecord(file.size, file.crc32c)
+
+
 def _write_weights(
     path: Path, factors: Mapping[str, tuple[Tensor, Tensor]], facts: AdapterFacts, linears: Sequence[LinearSpec]
-) -> None:
+) -> FileRecord:
     """Writes the safetensors format itself, tensor by tensor.
 
     The library's writer wants all tensors at once, leaves mode 0600 whatever the umask, does not fsync, and reports a
@@ -265,6 +320,7 @@ def _write_weights(
                 if not bool(stored.isfinite().all()):
                     raise NumericalError(f"the adapter of {spec.name} is not finite in float32; nothing was written")
                 file.write(stored.numpy().data)
+    return FileRecord(file.size, file.crc32c)
 
 
 def _finite_tensors_on_meta(path: Path) -> dict[str, Tensor]:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from streamda import pipeline
 from streamda.config import RunConfig
+from streamda.repair import Repair, repair_folder
 from streamda.report import InitReport
+from streamda.requirements import require_platform
+from streamda.verification import Verification, verify_folder
 
 
 def initialize(*, quiet: bool = True, verbose: bool = False, **options: Any) -> InitReport:
@@ -24,6 +29,7 @@ def initialize(*, quiet: bool = True, verbose: bool = False, **options: Any) -> 
     Raises:
         StreamdaError: of the kind that fits, see `streamda.errors`.
     """
+    require_platform()
     return pipeline.initialize(RunConfig.from_options(options), quiet=quiet, verbose=verbose)
 
 
@@ -32,6 +38,7 @@ def collect(*, quiet: bool = True, verbose: bool = False, **options: Any) -> Ini
 
     Arguments as for `initialize`; ``statistics`` is required.
     """
+    require_platform()
     return pipeline.collect(RunConfig.from_options(options), quiet=quiet, verbose=verbose)
 
 
@@ -41,4 +48,39 @@ def solve(*, quiet: bool = True, **options: Any) -> InitReport:
     Arguments as for `initialize`; ``statistics`` and ``output_dir`` are required, and of the other options those of
     the method count (``rank``, ``variance_weight`` ...).
     """
+    require_platform()
     return pipeline.solve(RunConfig.from_options(options), quiet=quiet)
+
+
+def verify(folder: str | Path, *, strict: bool = True) -> Verification:
+    """Checks every byte of statistics, of a run's work directory, or of an adapter. Changes nothing.
+
+    Args:
+        folder: what `collect` or `initialize` wrote.
+        strict: False returns a result with damages instead of raising.
+
+    Returns:
+        What was found sound, the damages with their repairs, and notes.
+
+    Raises:
+        DamagedError: naming the first damaged file and its repair, and how many more there are.
+        StreamdaError: of the kind that fits, where there is nothing to check, or a run is writing it.
+    """
+    found = verify_folder(Path(folder))
+    if strict:
+        found.require_sound()
+    return found
+
+
+def repair(folder: str | Path, *, drop: Sequence[str]) -> Repair:
+    """Drops units of a run, damaged or not, so that the same call as before makes them again, with the same bits.
+
+    Args:
+        folder: statistics, or a run's work directory.
+        drop: names of units, as `verify` gives them.
+
+    Raises:
+        ConfigError: a name that is no unit; nothing is dropped then.
+        StreamdaError: of the kind that fits, see `streamda.errors`.
+    """
+    return repair_folder(Path(folder), [drop] if isinstance(drop, str) else drop)

@@ -11,6 +11,14 @@ from streamda.report import REPORT_FILE, read_report, table
 from streamda.rundir import RunDirectory
 from streamda.store import stats_unit
 
+UNIT_KINDS = {
+    "acts": "boundary states",
+    "grads": "boundary gradients",
+    "stats": "statistics",
+    "solve": "solved blocks",
+}
+"""What the units of a run hold, by the first part of their names."""
+
 
 def inspect_folder(folder: Path) -> tuple[dict[str, Any], str]:
     """Describes a folder.
@@ -38,9 +46,8 @@ def _inspect_run(run: RunDirectory) -> tuple[dict[str, Any], str]:
         run.units.check(name)
         sizes[name] = sum(record.size for record in run.units.metadata(name).files.values())
     settings = run.settings
-    kinds = {"acts": "boundary states", "grads": "boundary gradients", "stats": "statistics", "solve": "solved blocks"}
     rows = []
-    for kind, what in kinds.items():
+    for kind, what in UNIT_KINDS.items():
         chosen = [name for name in sizes if name.startswith(kind + "-")]
         if chosen:
             rows.append([what, str(len(chosen)), format_size(sum(sizes[name] for name in chosen))])

@@ -9,30 +9,30 @@ directory is as good as the first.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import re
 import secrets
-import weakref
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from streamda import files
-from streamda.errors import ConfigError, DamagedError, LockedError, MismatchError, StreamdaError
+from streamda.errors import ConfigError, DamagedError, MismatchError, StreamdaError
 from streamda.files import JSON, reached, shown
-from streamda.units import UnitStore, read_sealed_json, write_sealed_json
+from streamda.folder_lock import LOCK_FORMAT, FolderLock
+from streamda.sealed_json import read_sealed_json, write_sealed_json
+from streamda.units import UnitStore
 
 FORMAT = "streamda-run"
 VERSION = 1
 
 _LOCK, _RECORD, _UNITS, _MODEL = "LOCK", "run.json", "units", "model"
-_LOCK_TEXT_START = b'{"format":"streamda-lock"'
+_LOCK_TEXT_START = b'{"format":"%b"' % LOCK_FORMAT.encode()
 _RECORD_TEMPORARY = re.compile(r"run\.json\.[0-9a-f]{8}\.tmp")
 _RECORD_TRASH = re.compile(r"run\.json\.[0-9a-f]{8}\.trash")
 _ABSENT = object()
@@ -43,71 +43,6 @@ _MOST_CHARACTERS = 60  # of one value
 def canonical_digest(obj: JSON) -> str:
     """The sha256 of the canonical JSON of ``obj``, in hexadecimal."""
     return hashlib.sha256(files.canonical_json(obj)).hexdigest()
-
-
-class FolderLock:
-    """A flock on a file, held until `release` or the end of the process; a `LockedError` at once if it is not free.
-
-    The file that a dead process leaves is no lock.
-    """
-
-    def __init__(self, path: Path, *, exclusive: bool) -> None:
-        self.path = path
-        self.exclusive = exclusive
-        self._signed = False
-        self._descriptor = self._locked_descriptor()
-        # A forked child inherits the lock and would go on holding it when this process is killed.
-        reference = weakref.ref(self)
-        os.register_at_fork(after_in_child=lambda: FolderLock._forget(reference()))
-
-    def sign(self) -> None:
-        """Say in the file who holds the lock, for the message that others get."""
-        since = datetime.now(UTC).isoformat(timespec="seconds")
-        text = files.canonical_json(
-            {"format": "streamda-lock", "host": os.uname().nodename, "pid": os.getpid(), "since": since}
-        )
-        self._signed = True
-        with files.storage_errors("write", self.path):
-            files.system_calls.ftruncate(self._descriptor, 0)
-            files.write_all(self._descriptor, text)
-
-    def release(self) -> None:
-        """Let others in. Safe to call again."""
-        descriptor, self._descriptor = self._descriptor, -1
-        if descriptor >= 0:
-            with suppress(OSError), files.closing(descriptor):
-                if self._signed:  # the text would only mislead, but nothing depends on it
-                    files.system_calls.ftruncate(descriptor, 0)
-
-    def _locked_descriptor(self) -> int:
-        flags = (os.O_RDWR if self.exclusive else os.O_RDONLY) | os.O_CREAT
-        kind = fcntl.LOCK_EX if self.exclusive else fcntl.LOCK_SH
-        while True:
-            with files.storage_errors("lock", self.path), ExitStack() as undo:
-                descriptor = files.open_descriptor(self.path, flags)
-                undo.callback(files.system_calls.close, descriptor)
-                try:
-                    files.system_calls.flock(descriptor, kind | fcntl.LOCK_NB)
-                except BlockingIOError as error:
-                    raise LockedError(self._holder(descriptor)) from error
-                # Who held it may have removed the file since it was opened: the lock must be on the one others see.
-                with suppress(FileNotFoundError):
-                    if os.path.samestat(os.fstat(descriptor), files.system_calls.lstat(self.path)):
-                        undo.pop_all()
-                        return descriptor
-
-    def _holder(self, descriptor: int) -> str:
-        who = "another process"
-        with suppress(ValueError, TypeError, KeyError):  # the text may be missing or half written
-            text = json.loads(files.system_calls.read(descriptor, 4096))
-            who = shown(f"process {text['pid']} on {text['host']} since {text['since']}")
-        return f"{shown(self.path.parent)} is in use by {who}; wait for it, or choose another directory"
-
-    @staticmethod
-    def _forget(lock: FolderLock | None) -> None:
-        if lock is not None and lock._descriptor >= 0:
-            os.close(lock._descriptor)
-            lock._descriptor = -1
 
 
 class RunDirectory:
@@ -124,6 +59,8 @@ class RunDirectory:
         self.units = UnitStore(path / _UNITS, self.fingerprint)
         self._created: str = record["created"]
         self._lock = lock
+        self.was_killed = lock.was_left
+        """Whether the last process at work here was killed, or the machine stopped."""
 
     @classmethod
     def open(
@@ -150,7 +87,8 @@ class RunDirectory:
             ConfigError: The folder holds something else, or a run although ``resume`` is false.
             MismatchError: The run has other parts, or a format that this version does not know.
             LockedError: Another process uses the directory.
-            DamagedError: ``run.json`` is damaged, or a symbolic link is where none should be.
+            DamagedError: ``run.json`` or a unit is damaged (looked at without reading the data), or a symbolic link
+                is where none should be.
         """
         path = Path(os.path.realpath(path))
         with ExitStack() as undo:
@@ -169,15 +107,23 @@ class RunDirectory:
             run = cls(path, lock, record)
             _sweep(path)
             run.units.sweep()
+            run.units.check_all()
             run.update_settings(settings)
             undo.pop_all()
         return run
 
     @classmethod
-    def open_existing(cls, path: Path | str, *, exclusive: bool) -> Self:
-        """Open the run that is there, whatever its parts: alone, or beside other readers. Raises as `open` does."""
+    def open_existing(cls, path: Path | str, *, exclusive: bool, check: bool = True) -> Self:
+        """Open the run that is there, whatever its parts: alone, or beside other readers. Raises as `open` does.
+
+        Args:
+            path: Of the run.
+            exclusive: Alone, to change it; else for reading only, and the units are not looked at.
+            check: False opens a run with damaged units.
+        """
         path = Path(os.path.realpath(path))
         if not os.path.lexists(path / _RECORD):
+            _require_no_lost_record(path)
             raise ConfigError(f"there is no streamda run in {shown(path)}")
         with ExitStack() as undo:
             lock, record = _locked(path, exclusive=exclusive)
@@ -189,6 +135,8 @@ class RunDirectory:
                 lock.sign()
                 _sweep(path)
                 run.units.sweep()
+                if check:
+                    run.units.check_all()
             undo.pop_all()
         return run
 
@@ -216,13 +164,23 @@ class RunDirectory:
         """Remove the run and close it. What is not ours stays, and with it the folder."""
         self._require_exclusive()
         _retire(self.path)
-        _clear(self.path)
-        files.remove_tree(self.path / _LOCK)
-        reached("run-lock-removed")
-        with files.storage_errors("remove", self.path):
-            if not files.system_calls.listdir(self.path):
-                files.system_calls.rmdir(self.path)
+        _clear_away(self.path)
         self.close()
+
+    @staticmethod
+    def finish_removal(path: Path | str) -> None:
+        """Remove what is left of a run whose removal was cut short; anything else stays as it is."""
+        path = Path(os.path.realpath(path))
+        with files.storage_errors("look at", path):
+            try:
+                names = set(files.system_calls.listdir(path))
+            except FileNotFoundError:
+                return
+        if _RECORD not in names and (not names - {_LOCK} or any(map(_RECORD_TRASH.fullmatch, names))):
+            lock, record = _locked(path, exclusive=True)
+            if record is None:  # nor has another process begun anew meanwhile
+                _clear_away(path)
+            lock.release()
 
     def _require_exclusive(self) -> None:
         if not self._lock.exclusive:
@@ -236,19 +194,19 @@ def _locked(path: Path, *, exclusive: bool) -> tuple[FolderLock, dict[str, Any] 
             raise DamagedError(f"{shown(path / name)} is a symbolic link; put the real thing in its place")
     # LOCK is the first of our files to appear and the last to go: without it, nobody is at work here.
     if not os.path.lexists(path / _LOCK):
-        _find_record(path)
+        find_record(path)
         files.make_folders(path)
         reached("run-folder-made")
     lock = FolderLock(path / _LOCK, exclusive=exclusive)
     reached("run-locked")
     try:
-        return lock, _find_record(path)
+        return lock, find_record(path)
     except StreamdaError:
         lock.release()
         raise
 
 
-def _find_record(path: Path) -> dict[str, Any] | None:
+def find_record(path: Path) -> dict[str, Any] | None:
     """The content of ``run.json``; None where nothing is, or only what a killed process left of a run."""
     with files.storage_errors("use", path):
         try:
@@ -259,20 +217,44 @@ def _find_record(path: Path) -> dict[str, Any] | None:
             half_removed = any(_RECORD_TRASH.fullmatch(name) for name in names)
             if half_removed or all(_is_half_made(path / name) for name in names):
                 return None
+            _require_no_lost_record(path)
             raise ConfigError(f"{shown(path)} is not a streamda run directory, and not empty; choose another")
-    record = files.read_json(path / _RECORD)
-    if not isinstance(record, dict) or "format" not in record:
-        raise ConfigError(f"{shown(path)} is not a streamda run directory; choose another")
+    with _damage_of_record(path):
+        record = files.read_json(path / _RECORD)
+        if not isinstance(record, dict) or not {"format", "self_crc"} & set(record):
+            raise ConfigError(f"{shown(path)} is not a streamda run directory; choose another")
+        if "format" not in record:
+            raise DamagedError(f"{shown(path / _RECORD)} does not say its format")
     found = (record["format"], record.get("version"))
     if found != (FORMAT, VERSION):
         raise MismatchError(
             f"{shown(path)} has format {found[0]!r} version {found[1]!r}, this streamda reads {FORMAT!r} version "
             f"{VERSION}; use the streamda that wrote it, or choose another directory"
         )
-    record = read_sealed_json(path / _RECORD)
+    with _damage_of_record(path):
+        record = read_sealed_json(path / _RECORD)
     if not os.path.isdir(path / _UNITS):
-        raise DamagedError(f"{shown(path / _UNITS)} is missing; delete {shown(path)} and run the same command again")
+        raise DamagedError(f"{shown(path / _UNITS)} is missing; {_start_over(path)}")
     return record
+
+
+def _require_no_lost_record(path: Path) -> None:
+    """Raise a `DamagedError` if the folder holds units without the record that says whose they are."""
+    if os.path.lexists(path / _LOCK) and any((path / _UNITS).glob("*/COMMIT.json")):
+        raise DamagedError(f"{shown(path / _RECORD)} is missing; {_start_over(path)}")
+
+
+@contextmanager
+def _damage_of_record(path: Path) -> Iterator[None]:
+    """Add what to do to a `DamagedError` of the block, which reads ``run.json``."""
+    try:
+        yield
+    except DamagedError as error:
+        raise DamagedError(f"{error}; {_start_over(path)}") from error
+
+
+def _start_over(path: Path) -> str:
+    return f"restore it from a copy, or delete {shown(path)} and run the same command again, which starts over"
 
 
 def _is_half_made(entry: Path) -> bool:
@@ -317,6 +299,16 @@ def _clear(path: Path) -> None:
     _sweep(path, _RECORD_TRASH)
 
 
+def _clear_away(path: Path) -> None:
+    """Remove all of a retired run, and the folder unless something foreign is in it."""
+    _clear(path)
+    files.remove_tree(path / _LOCK)
+    reached("run-lock-removed")
+    with files.storage_errors("remove", path):
+        if not files.system_calls.listdir(path):
+            files.system_calls.rmdir(path)
+
+
 def _sweep(path: Path, leftover: re.Pattern[str] = _RECORD_TEMPORARY) -> None:
     with files.storage_errors("look through", path):
         for name in filter(leftover.fullmatch, files.system_calls.listdir(path)):
@@ -326,19 +318,25 @@ def _sweep(path: Path, leftover: re.Pattern[str] = _RECORD_TEMPORARY) -> None:
 def _compare(path: Path, old: Mapping[str, Any], new: Mapping[str, Any], ignored: Collection[str]) -> None:
     """Raise a `MismatchError` that names the first few fields in which the parts differ."""
     old, new = ({name: part for name, part in parts.items() if name not in ignored} for parts in (old, new))
-    found = list(_differences(old, json.loads(files.canonical_json(new)), ""))
+    found = list(differences(old, json.loads(files.canonical_json(new))))
     if found:
         more = f" and {len(found) - _MOST_FIELDS} more" if len(found) > _MOST_FIELDS else ""
+        accept = ", or accept other numbers with --allow-environment-change" if _are_of(found, "numerics") else ""
         raise MismatchError(
             f"{shown(path)} belongs to another run: {', '.join(found[:_MOST_FIELDS])}{more}; "
-            "choose another --work-dir, or --overwrite to start over"
+            f"choose another --work-dir, or --overwrite to start over{accept}"
         )
 
 
-def _differences(old: Any, new: Any, field: str) -> Iterator[str]:
+def _are_of(found: Sequence[str], part: str) -> bool:
+    return all(text.startswith(part + ".") for text in found)
+
+
+def differences(old: Any, new: Any, field: str = "") -> Iterator[str]:
+    """One clause for each field in which two nested mappings differ, with both values."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted({*old, *new}):
-            yield from _differences(old.get(key, _ABSENT), new.get(key, _ABSENT), f"{field}.{key}" if field else key)
+            yield from differences(old.get(key, _ABSENT), new.get(key, _ABSENT), f"{field}.{key}" if field else key)
     elif old is _ABSENT or new is _ABSENT or files.canonical_json(old) != files.canonical_json(new):
         yield f"{shown(field)} was {_shortened(old)} and is now {_shortened(new)}"
 

@@ -164,8 +164,9 @@ class BlockStatisticsReader:
         Raises:
             DamagedError: its manifest, names, sizes or descriptions are not what was committed.
         """
-        self._unit = stats_unit(index)
-        units.check(self._unit)
+        self._unit, self._units = stats_unit(index), units
+        # a chunk's own checksum says that it is whole, its last bytes that it is not another array's
+        units.check_ends(self._unit)
         self._path = units.path(self._unit) / ZARR_FOLDER
         for relpath, record in units.metadata(self._unit).files.items():
             # a chunk has its own checksum and is read once; what describes it has none, and counts stand in there
@@ -181,16 +182,39 @@ class BlockStatisticsReader:
         members: dict[str, list[str]] = {}
         for name, fact in facts.items():
             members.setdefault(fact["input_group"], []).append(name)
+        if not members.keys() <= facts.keys():
+            raise self._damage("an input moment is not where its layers look for it")
         groups = tuple(
             InputGroup((first, *(name for name in names if name != first)), facts[first]["d_in"])  # as it was collected
             for first, names in members.items()
         )
         self.spec = BlockSpec(index, units.metadata(self._unit)["prefix"], linears, groups)
         self._facts = facts
+        self._require_consistent_counts()
+
+    def _require_consistent_counts(self) -> None:
+        """Layers that read the same input saw the same tokens: their gradients and their moment belong together."""
+        for group in self.spec.groups:
+            kept = [name for name in group.modules if "skipped" not in self._facts[name]]
+            for name in kept:
+                facts, first = self._facts[name], self._facts[kept[0]]
+                least = {"num_tokens": 0, "num_samples": 1}  # a layer may never be called, but not without samples
+                if any(type(facts[key]) is not int or facts[key] < value for key, value in least.items()):
+                    raise self._damage(f"{name} has counts that cannot be")
+                if any(facts[key] != first[key] for key in ("num_tokens", "num_samples", "d_in")):
+                    raise self._damage(f"{name} and {group.name} share an input but not its counts")
 
     def facts(self, module: str) -> dict[str, Any]:
         """Counts and weight norm of a module."""
         return self._facts[module]
+
+    def sums(self, module: str, statistic: str, *where: slice) -> torch.Tensor:
+        """A region of the stored sums of a statistic, float32; of an input moment only its lower tiles are there.
+
+        Raises:
+            DamagedError: not what was committed, or not finite.
+        """
+        return self._read(self._array(module, f"{statistic}_sum"), *where)
 
     def moment(self, group: InputGroup, device: torch.device) -> StoredMoment:
         """The mean input moment of a group, to be read band by band."""
@@ -272,8 +296,7 @@ class BlockStatisticsReader:
             raise self._damage(f"it cannot be read ({reason})") from error
 
     def _damage(self, what: str) -> DamagedError:
-        unit = self._path.parent
-        return DamagedError(f"{self._path}: {what}; delete the folder {unit} and run the same command again")
+        return DamagedError(f"{self._path}: {what}; {self._units.repair(self._unit)}")
 
 
 class StoredMoment:

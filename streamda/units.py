@@ -8,8 +8,10 @@ no half of it is ever taken for the whole. What a killed process leaves ends in 
 
 from __future__ import annotations
 
+import os
 import re
 import secrets
+import shlex
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -18,11 +20,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-import google_crc32c
-
 from streamda import files
 from streamda.errors import DamagedError, MismatchError, StorageError, StreamdaError
 from streamda.files import JSON, reached, shown
+from streamda.sealed_json import read_sealed_json, write_sealed_json
 
 FORMAT = "streamda-unit-1"
 LEFTOVER_SUFFIXES = (".part", ".trash", ".tmp", ".partial")
@@ -42,6 +43,9 @@ class FileRecord(NamedTuple):
 
     size: int
     crc32c: int
+    end: int | None = None
+    """The last four bytes, little-endian; None where the file was checksummed while it was written. A chunk of Zarr
+    ends in the crc32c of what is before, and the crc32c of any such file is the same number: this tells two apart."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -141,7 +145,7 @@ class UnitStore:
             raise KeyError(f"no unit {name!r} in {self.folder}")
         path = self.folder / name
         if path.is_symlink():
-            raise DamagedError(f"unit {name} is a symbolic link; {self._repair(name)}")
+            raise DamagedError(f"unit {name} is a symbolic link; {self.repair(name)}")
         return path
 
     def create(self, name: str, fingerprint: str | None = None) -> UnitDraft:
@@ -207,6 +211,11 @@ class UnitStore:
                 self._metadata[name] = self._read_manifest(name)
         return self._metadata[name]
 
+    def check_all(self) -> None:
+        """`check` of all units: what is opened for continuing must hold what was committed."""
+        for name in self.names():
+            self.check(name)
+
     def check(self, name: str) -> None:
         """Shallow check: the manifest is whole, and exactly its files are there, with their sizes.
 
@@ -216,6 +225,12 @@ class UnitStore:
         with self._damage_of(name):
             self._check(name)
 
+    def check_ends(self, name: str) -> None:
+        """`check`, and the last bytes of every file: with checksums of their own inside the files, all of them."""
+        with self._damage_of(name):
+            for relpath, record in self._check(name).files.items():
+                self._check_end(self.folder / name / relpath, record)
+
     def verify(self, name: str) -> None:
         """Deep check: `check`, and the crc32c of every file. Reads the whole unit."""
         with self._damage_of(name):
@@ -223,6 +238,7 @@ class UnitStore:
                 file = self.folder / name / relpath
                 if files.crc32c_of_file(file) != record.crc32c:
                     raise DamagedError(f"{shown(file)} does not have the bytes that were committed")
+                self._check_end(file, record)
 
     def drop(self, name: str) -> None:
         """Remove a committed unit, damaged or not."""
@@ -278,8 +294,15 @@ class UnitStore:
                 raise DamagedError(f"{file} has {tree.sizes[relpath]} bytes, committed were {sizes[relpath]}")
         return metadata
 
-    def _repair(self, name: str) -> str:
-        return f"delete the folder {shown(self.folder / name)} and run the same command again"
+    @staticmethod
+    def _check_end(file: Path, record: FileRecord) -> None:
+        if record.end is not None and _end_of(file, record.size) != record.end:
+            raise DamagedError(f"{shown(file)} does not have the bytes that were committed")
+
+    def repair(self, name: str) -> str:
+        """What to do about a damaged unit, for the message."""
+        run = shlex.quote(shown(self.folder.parent))
+        return f"run `streamda repair {run} --drop {name}`, then the same command again"
 
     @contextmanager
     def _damage_of(self, name: str) -> Iterator[None]:
@@ -288,29 +311,19 @@ class UnitStore:
         try:
             yield
         except DamagedError as error:
-            raise DamagedError(f"unit {path.name} is damaged: {error}; {self._repair(name)}") from error
+            raise DamagedError(f"unit {path.name} is damaged: {error}; {self.repair(name)}") from error
 
 
 def _record_of(file: Path, size: int) -> FileRecord:
     try:
-        return FileRecord(size, files.crc32c_of_file(file))
+        return FileRecord(size, files.crc32c_of_file(file), _end_of(file, size))
     except DamagedError as error:  # nothing is damaged that was ever committed
         raise StorageError(f"what was just written {error}; check the disk") from error
 
 
-def write_sealed_json(path: Path, obj: Mapping[str, JSON]) -> None:
-    """`files.write_json_atomic` with ``self_crc``, the crc32c of the canonical JSON of ``obj``, added."""
-    files.write_json_atomic(path, {**obj, "self_crc": google_crc32c.value(files.canonical_json(obj))})
-
-
-def read_sealed_json(path: Path) -> dict[str, Any]:
-    """What `write_sealed_json` wrote, without the seal. One changed byte anywhere in the file is a `DamagedError`."""
-    obj = files.read_json(path)
-    seal = obj.get("self_crc") if isinstance(obj, dict) else None
-    # The bytes are compared as well: another spelling of the same value is a changed file too.
-    if seal is None or files.read_bytes(path) != files.json_text(obj):
-        raise DamagedError(f"{shown(path)} does not match its own checksum")
-    del obj["self_crc"]
-    if seal != google_crc32c.value(files.canonical_json(obj)):
-        raise DamagedError(f"{shown(path)} does not match its own checksum")
-    return obj  # type: ignore[no-any-return]
+def _end_of(file: Path, size: int) -> int:
+    """The last four bytes of a file."""
+    end = bytearray(min(4, size))
+    with files.damage_errors(file), files.closing(files.open_descriptor(file, os.O_RDONLY)) as descriptor:
+        files.system_calls.preadv(descriptor, [end], size - len(end))
+    return int.from_bytes(end, "little")

@@ -25,7 +25,7 @@ from typing import Any
 
 import pytest
 
-from streamda import files, rundir, units
+from streamda import files, folder_lock, rundir, units
 from streamda.errors import (
     ConfigError,
     DamagedError,
@@ -609,7 +609,8 @@ def test_nothing_depends_on_the_clock(tmp_path: Path, monkeypatch: pytest.Monkey
 
     with RunDirectory.open(tmp_path / "run", PARTS, settings={}) as run, run.units.create("one"):
         pass
-    monkeypatch.setattr(rundir, "datetime", Clock)
+    for module in (rundir, folder_lock):
+        monkeypatch.setattr(module, "datetime", Clock)
     for each in (tmp_path / "run").rglob("*"):
         os.utime(each, (2**33, 2**33))
     with RunDirectory.open(tmp_path / "run", PARTS, settings={}) as run:

@@ -281,7 +281,7 @@ class TestDamage:
             read_everything(run)
         assert len(str(caught.value).splitlines()) == 1
         assert "stats-0000" in str(caught.value)
-        assert "delete the folder" in str(caught.value)
+        assert f"streamda repair {run.path} --drop stats-0000" in str(caught.value)
 
     def test_every_chunk_that_is_missing_is_noticed(self, run: RunDirectory) -> None:
         """Zarr itself would hand out its fill value."""

@@ -151,9 +151,12 @@ class DecoderStack:
         for self._num_extras in (None, *range(MAX_EXTRAS + 1)):
             try:
                 self._calls.clear()
-                self.calls(1, 3)
+                calls = self.calls(1, 3)
             except _FAILURES as error:
                 reasons[self._num_extras] = str(error).splitlines()[0] if str(error) else type(error).__name__
+            else:  # a mask may hold infinity; rope settings that make no sense give NaN
+                if any(bool(tensor.isnan().any()) for call in calls for tensor in call.tensors()):
+                    raise ModelError(f"{type(self.model).__name__} gives its blocks NaN; look at rope in config.json")
         # a model that takes short tuples may still hand on the rest of a longer one, so all forms were tried
         works = [form for form in (None, *range(MAX_EXTRAS + 1)) if form not in reasons]
         if not works:

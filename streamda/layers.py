@@ -7,9 +7,13 @@ for example ``model.layers.0.self_attn.q_proj``.
 from __future__ import annotations
 
 import copy
+import difflib
+import json
 import re
+import subprocess
+import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +25,11 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from streamda.errors import ConfigError
+from streamda.quoting import quoted
 
 ALL_LINEAR = "all-linear"
+REGEX_SECONDS = 5
+"""How long a regular expression may take for all names of a model; real ones take milliseconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +130,7 @@ def parse_target_modules(text: str) -> str | list[str]:
     try:
         re.compile(text)
     except re.error as error:
-        raise ConfigError(f"target_modules {text!r} is no regular expression: {error}") from error
+        raise ConfigError(f"target_modules {quoted(text)} is no regular expression: {error}") from error
     return text
 
 
@@ -145,13 +152,21 @@ def find_targets(model: nn.Module, block_prefixes: Sequence[str], target_modules
         # PEFT leaves the output layer out of all-linear
         chosen = [name for name, module in linears.items() if module is not head]
     else:
-        config = LoraConfig(target_modules=parse_target_modules(target_modules))
+        wanted = parse_target_modules(target_modules)
+        if isinstance(wanted, str):
+            _require_quick(wanted, [name for name, _ in model.named_modules()])
+        config = LoraConfig(target_modules=wanted)
         chosen = [name for name in linears if check_target_module_exists(config, name)]
         if not chosen:
             endings = sorted({name.rsplit(".", 1)[-1] for name in linears})
             raise ConfigError(
-                f"target_modules {target_modules!r} matches no linear layer; this model has {', '.join(endings)}"
+                f"target_modules {quoted(target_modules)} matches no linear layer; this model has {', '.join(endings)}"
+                + _near(target_modules, endings)
             )
+        for name in wanted if isinstance(wanted, list) else ():
+            if not any(found == name or found.endswith(f".{name}") for found in chosen):
+                near = _near(name, [other.rsplit(".", 1)[-1] for other in linears])
+                raise ConfigError(f"target_modules names {quoted(name)}, which is no linear layer of this model{near}")
     inside = [name for name in chosen if any(name.startswith(prefix + ".") for prefix in block_prefixes)]
     outside = tuple(name for name in chosen if name not in set(inside))
     if outside and target_modules != ALL_LINEAR:
@@ -163,6 +178,38 @@ def find_targets(model: nn.Module, block_prefixes: Sequence[str], target_modules
         raise ConfigError("the decoder blocks of this model hold no linear layer to adapt")
     _require_peft_adapts(model, inside)
     return Targets(tuple(linear_spec(name, linears[name]) for name in inside), outside)
+
+
+def _near(target: str, endings: Iterable[str]) -> str:
+    """The names most like the last one in a target, as a clause; empty if there are none."""
+    words = re.findall(r"[\w-]+", target)
+    near = difflib.get_close_matches(words[-1].lower(), dict.fromkeys(endings), n=3) if words else []
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def _require_quick(pattern: str, names: Sequence[str]) -> None:
+    """Refuses a regular expression that would be tried for ages: nested repetitions double the time with each letter.
+
+    Python's matching cannot be given a time limit, so a process of its own tries it first.
+    """
+    if not sys.executable:  # embedded in another program
+        return
+    attempt = "import json, re, sys; p, names = json.load(sys.stdin); [re.fullmatch(p, name) for name in names]"
+    try:
+        # what goes wrong in there will go wrong here, and with a better message
+        subprocess.run(
+            [sys.executable, "-I", "-S", "-c", attempt],
+            input=json.dumps([pattern, names]).encode(),
+            timeout=REGEX_SECONDS,
+            capture_output=True,
+        )
+    except OSError:  # no process to be had
+        return
+    except subprocess.TimeoutExpired as error:
+        raise ConfigError(
+            f"target_modules {quoted(pattern)} takes more than {REGEX_SECONDS} s to be matched with this model's "
+            "names; write it without a repetition inside a repetition"
+        ) from error
 
 
 def _require_peft_adapts(model: nn.Module, names: Sequence[str]) -> None:

@@ -1,15 +1,18 @@
-"""The safetensors files of a model folder: which there are, what is in them, and their bytes.
+"""The files of a model folder: which there are, what is in them, and their bytes.
 
-Headers are read and checked by safetensors; values are read with ``pread`` by chunks, into their place where nothing
-is cast. A memory-mapped shard would count as resident memory, and kill the process with SIGBUS if it were truncated
-meanwhile.
+A folder may come from anyone. Nothing in it is executed or unpickled, what it names lies in it, and what is not as it
+should be is refused before any weight is read. Headers are read and checked by safetensors; values are read with
+``pread`` by chunks, into their place where nothing is cast. A memory-mapped shard would count as resident memory, and
+kill the process with SIGBUS if it were truncated meanwhile.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+import re
+import stat
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +22,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from streamda.errors import ModelError
+from streamda.files import shown
 from streamda.memory import READ_CHUNK_BYTES, DeviceCopier
+from streamda.quoting import one_line, quoted
 
 STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+MAX_JSON_BYTES = 100_000_000
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+_NUM_NAMED = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,46 +64,99 @@ class StoredTensor:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-def find_shards(folder: Path) -> tuple[Path, ...]:
-    """The safetensors files of a model folder, in the order of their names.
+class NonFiniteWeightError(ModelError):
+    """A weight holds NaN or Inf."""
+
+    def __init__(self, tensor: StoredTensor, dtype: torch.dtype, count: int) -> None:
+        """Takes the tensor, the dtype it is read in, and how many of its values are not finite in it."""
+        self.target = tensor.target
+        """Name of the parameter in the model."""
+        self.count = count
+        numel = torch.Size(tensor.shape).numel()
+        super().__init__(
+            f"{shown(tensor.file.name)}: {one_line(tensor.key)} holds NaN or Inf: {count} of its {numel} values in "
+            f"{str(dtype).removeprefix('torch.')}; the checkpoint is damaged, so download or convert it again"
+        )
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object.
 
     Raises:
-        ModelError: there are none, or the index is damaged or names one that is not there.
+        ModelError: it cannot be read, or holds something else.
+    """
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise ValueError(f"it is larger than {MAX_JSON_BYTES // 1_000_000} MB")
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text, parse_constant=_no_nan)
+    except (OSError, ValueError, RecursionError) as error:
+        reason = "it is nested too deep" if isinstance(error, RecursionError) else first_line(error)
+        raise ModelError(f"{shown(path)} cannot be used: {reason}{_hint(path)}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{shown(path)} cannot be used: it should hold a JSON object, and holds {quoted(value)}")
+    return value
+
+
+def find_shards(folder: Path) -> dict[Path, frozenset[str]]:
+    """The safetensors files of a model folder, in the order of their names, with the tensors its index puts in each.
+
+    Without an index there is one file, of which nothing is said. A single file comes first, as in transformers.
+
+    Raises:
+        ModelError: there are none, or the index is damaged, names one that is not there, or passes one over.
     """
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ModelError(f"{index} is no index of a sharded checkpoint: {first_line(error)}") from error
-        for name in names:
-            if not isinstance(name, str) or name != Path(name).name or name in ("", ".", ".."):
-                raise ModelError(f"{index} names the shard {name!r}; it must be a plain file name")
-            if not (folder / name).is_file():
-                raise ModelError(f"{folder} lacks the shard {name} that its index names")
-        return tuple(folder / name for name in names)
-    if (folder / "model.safetensors").is_file():
-        return (folder / "model.safetensors",)
-    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
-        raise ModelError(
-            f"{folder} holds pickled weights only; convert them once with transformers' save_pretrained, which writes "
-            "safetensors"
-        )
-    raise ModelError(f"{folder} holds no model.safetensors and no model.safetensors.index.json")
+    single = folder / "model.safetensors"
+    if single.is_file():
+        require_within(folder, single)
+        return {single: frozenset()}
+    if not index.is_file():
+        raise ModelError(_no_weights(folder))
+    require_within(folder, index)
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ModelError(f"{shown(index)} is no index of a sharded checkpoint: it has no object weight_map")
+    for name in weight_map.values():
+        # also a legal name of no other file: what is no safetensors is not even opened
+        plain = isinstance(name, str) and name == Path(name).name and name.isprintable() and len(name.encode()) < 256
+        if not plain or not name.endswith(".safetensors"):
+            raise ModelError(
+                f"{shown(index)} names the shard {quoted(name)}; it must be a plain file name that ends in .safetensors"
+            )
+    shards: dict[Path, list[str]] = {folder / name: [] for name in sorted(set(weight_map.values()))}
+    for tensor, name in weight_map.items():
+        shards[folder / name].append(tensor)
+    missing = [shard.name for shard in shards if not shard.is_file()]
+    if missing:
+        more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ModelError(f"{shown(folder)} lacks the shard {missing[0]} that its index names{more}; download it again")
+    others = [path.name for path in sorted(folder.glob("*.safetensors")) if _SHARD.fullmatch(path.name)]
+    if extra := [name for name in others if folder / name not in shards]:
+        raise ModelError(f"{shown(folder)} holds {_some('shard', extra)} that its index does not name")
+    for shard in shards:
+        require_within(folder, shard)
+    return {shard: frozenset(names) for shard, names in shards.items()}
 
 
-def read_header(shard: Path) -> list[ShardEntry]:
+def read_header(shard: Path, listed: frozenset[str] = frozenset()) -> list[ShardEntry]:
     """What is in a shard, in the order of safetensors' own names.
 
+    Args:
+        shard: the file.
+        listed: tensors that the folder's index puts in it.
+
     Raises:
-        ModelError: it is damaged or cannot be read.
+        ModelError: it is damaged or cannot be read, or lacks a listed tensor.
     """
     with _reading(shard):
         with safe_open(shard, framework="pt", backend="pread") as handle:  # checks sizes and offsets
             keys = list(handle.keys())
         with shard.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(length))
+            header = json.loads(stream.read(length), object_pairs_hook=_no_key_twice)
+    if missing := sorted(listed - set(keys)):
+        raise ModelError(f"{shown(shard)} lacks {_some('tensor', missing)} that the folder's index puts in it")
     return [
         ShardEntry(key, tuple(entry["shape"]), entry["dtype"], 8 + length + entry["data_offsets"][0])
         for key, entry in ((key, header[key]) for key in keys)
@@ -117,7 +178,9 @@ def opened(shard: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def read_tensor(descriptor: int, tensor: StoredTensor, dtype: torch.dtype, copier: DeviceCopier) -> torch.Tensor:
+def read_tensor(
+    descriptor: int, tensor: StoredTensor, dtype: torch.dtype, copier: DeviceCopier, *, zero_not_finite: bool = False
+) -> torch.Tensor:
     """Reads one tensor in some dtype, by chunks, so that no two whole copies of it exist at a time.
 
     Args:
@@ -125,9 +188,11 @@ def read_tensor(descriptor: int, tensor: StoredTensor, dtype: torch.dtype, copie
         tensor: what to read.
         dtype: what to cast it to.
         copier: knows the device.
+        zero_not_finite: puts zeros in the place of NaN and Inf.
 
     Raises:
-        ModelError: it cannot be read, or holds NaN or Inf, before or after the cast.
+        NonFiniteWeightError: it holds NaN or Inf, before or after the cast.
+        ModelError: it cannot be read.
     """
     value = torch.empty(tensor.shape, dtype=dtype, device=copier.device)
     flat = value.view(-1)
@@ -140,7 +205,9 @@ def read_tensor(descriptor: int, tensor: StoredTensor, dtype: torch.dtype, copie
         _read_into(part, descriptor, tensor, tensor.offset + start * tensor.dtype.itemsize)
         low, high = torch.aminmax(part)
         if not (float(low) >= -largest and float(high) <= largest):  # NaN is neither
-            raise ModelError(f"{tensor.file.name}: {tensor.key} holds NaN or Inf")
+            if not zero_not_finite:
+                raise NonFiniteWeightError(tensor, dtype, _count_not_within(largest, descriptor, tensor))
+            part.masked_fill_(~(part.abs() <= largest), 0.0)
         if not in_place:
             copier.copy_(target, part)
     return value
@@ -153,9 +220,19 @@ def announce(descriptor: int, tensor: StoredTensor) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its kind where it has none."""
+    """The first line of an error's text, printable and of bounded length, or its kind where it has none."""
     lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__
+    return one_line(lines[0]) if lines and lines[0].strip() else type(error).__name__
+
+
+def _count_not_within(largest: float, descriptor: int, tensor: StoredTensor) -> int:
+    count, rows = 0, max(1, READ_CHUNK_BYTES // tensor.dtype.itemsize)
+    numel = torch.Size(tensor.shape).numel()
+    for start in range(0, numel, rows):
+        part = torch.empty(min(rows, numel - start), dtype=tensor.dtype)
+        _read_into(part, descriptor, tensor, tensor.offset + start * tensor.dtype.itemsize)
+        count += part.numel() - int((part.abs() <= largest).sum())
+    return count
 
 
 def _read_into(part: torch.Tensor, descriptor: int, tensor: StoredTensor, offset: int) -> None:
@@ -172,10 +249,74 @@ def _read_into(part: torch.Tensor, descriptor: int, tensor: StoredTensor, offset
 def _reading(shard: Path) -> Iterator[None]:
     try:
         yield
-    except (SafetensorError, OSError, ValueError) as error:
-        hint = ""
-        with suppress(OSError), shard.open("rb") as stream:
-            hint = (
-                " (a git-lfs pointer: run `git lfs pull`)" if stream.read(20).startswith(b"version https://git") else ""
-            )
-        raise ModelError(f"{shard} cannot be read: {first_line(error)}{hint}") from error
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{shown(shard)} cannot be read: {first_line(error)}{_hint(shard)}") from error
+
+
+def _hint(path: Path) -> str:
+    """What a file is instead of what it should be, and what to do about it, where that can be told."""
+    head = b""
+    with suppress(OSError), path.open("rb") as stream:
+        head = stream.read(64).lstrip().lower()
+    if head.startswith(b"version https://git"):
+        return " (a git-lfs pointer: run `git lfs pull`)"
+    if head.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return " (a web page was saved in its place: download it again)"
+    return ""
+
+
+def require_within(folder: Path, path: Path) -> None:
+    """Refuses a link that leads out of the model's folder; in a cache of the hub, out of the model's part of it.
+
+    Raises:
+        ModelError: with where it leads, or because it leads to no file.
+    """
+    home = folder.resolve()
+    if home.parent.name == "snapshots":  # .../models--a--b/snapshots/<commit>, which links into ../../blobs
+        home = home.parent.parent
+    try:
+        target = path.resolve(strict=True)
+    except (OSError, RuntimeError) as error:  # the second of a link to itself
+        raise ModelError(f"{shown(path)} cannot be used: {first_line(error)}") from error
+    if not target.is_relative_to(home):
+        raise ModelError(
+            f"{shown(path)} is a link to {shown(target)}, outside the model's folder; put the file itself in its place"
+        )
+    if not stat.S_ISREG(target.stat().st_mode):
+        raise ModelError(f"{shown(path)} is no regular file")
+
+
+def _no_weights(folder: Path) -> str:
+    """Why a folder without safetensors cannot be used, and what to do."""
+    if any(any(folder.glob(pattern)) for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt")):
+        # of what torch pickled transformers takes tensors and nothing else
+        return (
+            f"{shown(folder)} holds pickled weights only; convert them once, if you trust them: python -c 'from "
+            f'transformers import AutoModelForCausalLM as M; M.from_pretrained("{shown(folder)}", dtype="auto")'
+            f'.save_pretrained("{shown(folder)}-safetensors")\''
+        )
+    if any(folder.glob("*.gguf")):
+        return f"{shown(folder)} holds GGUF weights only; gradients need the original ones, as safetensors"
+    return f"{shown(folder)} holds no model.safetensors and no model.safetensors.index.json"
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a header: where a name comes twice, readers differ in what they take."""
+    entries: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in entries:
+            raise ValueError(f"its header has {quoted(key)} twice")
+        entries[key] = value
+    return entries
+
+
+def _no_nan(constant: str) -> float:
+    if constant == "NaN":  # infinity has its uses, in the limits of a range
+        raise ValueError("it holds NaN")
+    return float(constant)
+
+
+def _some(noun: str, names: Sequence[str]) -> str:
+    """``2 tensors (a, b)``, with five names at most."""
+    shown_names = ", ".join(one_line(name, 100) for name in names[:_NUM_NAMED])
+    return f"{len(names)} {noun}{'s' * (len(names) > 1)} ({shown_names}{', ...' * (len(names) > _NUM_NAMED)})"

@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, LlamaConfig, PreTrainedModel
 
 from streamda.blocks import CACHED_SHAPES, BlockCall, DecoderStack, find_block_list
-from streamda.checkpoint import build_skeleton
 from streamda.errors import ModelError
+from streamda.skeleton import build_skeleton
 from tests.models import VOCAB_SIZE, make_config, make_model
 
 CPU = torch.device("cpu")

@@ -19,8 +19,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from streamda import shards
-from streamda.checkpoint import Checkpoint, build_skeleton, load_config
+from streamda.checkpoint import Checkpoint
 from streamda.errors import ModelError
+from streamda.skeleton import build_skeleton, load_config
 from tests.models import make_config, write_checkpoint
 
 CPU = torch.device("cpu")

@@ -18,10 +18,11 @@ import torch
 import streamda
 from streamda import plan as plan_module
 from streamda import setup
-from streamda.checkpoint import Checkpoint, build_skeleton, load_config
+from streamda.checkpoint import Checkpoint
 from streamda.errors import ModelError
 from streamda.plan import Plan
 from streamda.prefetch import Prefetcher
+from streamda.skeleton import build_skeleton, load_config
 from streamda.timeline import Timeline
 from tests.models import make_samples, write_checkpoint, write_samples
 

@@ -19,8 +19,9 @@ from transformers.pytorch_utils import Conv1D
 
 from streamda import stored_weights
 from streamda.blocks import DecoderStack
-from streamda.checkpoint import Checkpoint, build_skeleton, load_config
+from streamda.checkpoint import Checkpoint
 from streamda.layers import is_linear
+from streamda.skeleton import build_skeleton, load_config
 from streamda.stored_weights import StoredWeight
 from tests.models import write_checkpoint
 

@@ -18,9 +18,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from streamda.bad_rows import BadRowError, BadRows
 from streamda.config import DataConfig
 from streamda.errors import ConfigError, DataError
-from streamda.rows import JsonLines, Row, Rows, kind, one_line, open_rows, quoted
+from streamda.json_rows import JsonLines, Row
+from streamda.quoting import kind, one_line, quoted
+from streamda.rows import Rows, open_rows
 from streamda.samples import Sample, SampleEncoder, describe_sample
 
 if TYPE_CHECKING:
@@ -52,15 +55,40 @@ class CalibrationSet:
     """Hub id, path, or the name of the shipped file."""
     is_shipped: bool
     """Whether this is the general set that comes with streamda."""
+    row_numbers: tuple[int, ...] = ()
+    """Of each sample the row that it was made of, from 0."""
+    num_bad_lines: int = 0
+    """Lines of the file, and rows drawn, that were malformed and skipped because the options allow it."""
+    first_bad_line: str | None = None
+    """What was wrong with the first of them."""
+
+    @property
+    def num_duplicates(self) -> int:
+        """How many samples have the tokens and labels of an earlier one."""
+        return len(self.samples) - len({_digest((sample,)) for sample in self.samples})
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What the user should be told of the data."""
+        found = []
+        if self.first_bad_line is not None:
+            found.append(f"bad lines skipped, as --skip-bad-lines allows: {self.num_bad_lines}, {self.first_bad_line}")
+        if count := self.num_duplicates:
+            found.append(f"{count} of {len(self.samples)} samples repeat an earlier one, and count as often")
+        return tuple(found)
 
     def digest(self) -> str:
         """SHA-256 over token ids, labels and order: of what was tokenized, whatever file and tokenizer it came from."""
-        sha = hashlib.sha256()
-        for sample in self.samples:
-            sha.update(struct.pack("<q", sample.num_tokens))
-            for tensor in (sample.input_ids, sample.labels):
-                sha.update(tensor.numpy().astype("<i8").tobytes())
-        return sha.hexdigest()
+        return _digest(self.samples)
+
+
+def _digest(samples: Iterable[Sample]) -> str:
+    sha = hashlib.sha256()
+    for sample in samples:
+        sha.update(struct.pack("<q", sample.num_tokens))
+        for tensor in (sample.input_ids, sample.labels):
+            sha.update(tensor.numpy().astype("<i8").tobytes())
+    return sha.hexdigest()
 
 
 def load_calibration(
@@ -78,6 +106,9 @@ def load_calibration(
     If there are more rows than ``num_samples``, rows are drawn by a seeded permutation, skipping those without label
     tokens, until there are enough; the drawn ones stay in file order.
 
+    Up to ``skip_bad_lines`` malformed lines and drawn rows are left out and counted. All other rows give the samples
+    that they give in a file without the bad ones. A tokenizer or template that does not fit is never skipped.
+
     Args:
         config: What to read and how.
         tokenizer: The model's; may be None for rows that are tokenized already.
@@ -93,7 +124,8 @@ def load_calibration(
     source = f"streamda/{SHIPPED_FILE}" if config.dataset is None else config.dataset
     samples: dict[int, Sample] = {}
     num_skipped = num_truncated = 0
-    with _open_source(config) as rows:
+    bad = BadRows(config.skip_bad_lines)
+    with _open_source(config, bad) as rows:
         encode = _choose_format(
             _with_shipped_layout(config), rows, SampleEncoder(tokenizer, vocab_size), one_line(source)
         )
@@ -101,8 +133,11 @@ def load_calibration(
             row = rows.read(index)
             try:
                 whole = encode(row)
+            except BadRowError as error:
+                bad.skip(_placed(error, rows.locate(index)))
+                continue
             except DataError as error:
-                raise DataError(f"{rows.locate(index)}: {error}") from error.__cause__
+                raise _placed(error, rows.locate(index)) from error.__cause__
             sample = whole.cut(max_tokens)
             if sample.num_label_tokens == 0:  # also what has a single token
                 num_skipped += 1
@@ -124,13 +159,20 @@ def load_calibration(
         num_truncated=num_truncated,
         source=source,
         is_shipped=config.dataset is None,
+        row_numbers=tuple(sorted(samples)),
+        num_bad_lines=bad.count,
+        first_bad_line=bad.first,
     )
 
 
+def _placed(error: DataError, place: str) -> DataError:
+    return DataError(f"{place}: {error}")
+
+
 @contextmanager
-def _open_source(config: DataConfig) -> Iterator[Rows]:
+def _open_source(config: DataConfig, bad: BadRows) -> Iterator[Rows]:
     if config.dataset is not None:
-        with open_rows(config.dataset, config.dataset_config, config.split) as rows:
+        with open_rows(config.dataset, config.dataset_config, config.split, bad) as rows:
             yield rows
         return
     if config.split != "train" or config.dataset_config is not None:
@@ -256,7 +298,7 @@ def _text(row: Row, column: str, accept_numbers: bool = False) -> str:
     if accept_numbers and isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
     state = f"holds {kind(value)}, not text" if column in row else "is missing"
-    raise DataError(f"column {quoted(column)} {state}")
+    raise BadRowError(f"column {quoted(column)} {state}")
 
 
 def _known(name: str, columns: Sequence[str]) -> str:

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import difflib
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from streamda.errors import ConfigError
+from streamda.quoting import quoted
 
 TokenMask = Literal["attention", "labels"]
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
@@ -43,7 +45,7 @@ def option(default: Any, text: str, flag: str | None = None) -> Any:
 
 def _require(legal: bool, name: str, value: object, allowed: str) -> None:
     if not legal:
-        raise ConfigError(f"{name} is {value!r}; allowed is {allowed}")
+        raise ConfigError(f"{name} is {quoted(value)}; allowed is {allowed}")
 
 
 def _require_finite(config: Any, *names: str) -> None:
@@ -59,12 +61,16 @@ class DataConfig:
 
     dataset: str | None = option(
         None,
-        "Hub id or local .jsonl, .json, .csv or .parquet file. Default: a small general set that ships with streamda.",
+        "Hub id or local .jsonl, .json, .csv or .parquet file (JSON rows of up to 8 MiB). Default: a small general set "
+        "that ships with streamda.",
     )
     dataset_config: str | None = option(None, "Name of the dataset's configuration on the hub.")
     split: str = option("train", "Split of the dataset.")
     num_samples: int = option(256, "Samples used; if there are more, a seeded random choice in file order.")
     max_length: int = option(1024, "Tokens per sample; longer samples are cut, and counted.")
+    skip_bad_lines: int = option(
+        0, "Malformed lines, and rows without their columns, that are skipped and counted; one more ends the run."
+    )
     prompt_column: str | None = option(None, "Column with the prompt (no loss).")
     completion_column: str | None = option(None, "Column with the completion (loss).")
     text_column: str | None = option(None, "Column with plain text (loss on all of it).")
@@ -73,7 +79,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _require(1 <= self.num_samples <= 4096, "num_samples", self.num_samples, "1 to 4096")
-        _require(self.max_length >= 2, "max_length", self.max_length, "2 or more (one token predicts the next)")
+        _require(2 <= self.max_length <= 10**9, "max_length", self.max_length, "2 (one token predicts the next) to 1e9")
+        _require(0 <= self.skip_bad_lines <= 10**9, "skip_bad_lines", self.skip_bad_lines, "0 to 1e9")
         _require(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2^63 - 1")
         if self.text_column is not None and (self.prompt_column or self.completion_column or self.template):
             raise ConfigError("text_column excludes prompt_column, completion_column and template")
@@ -104,7 +111,7 @@ class CollectConfig:
         codecs = ("none", "zstd", "blosc", "bitround")
         _require(self.statistics_codec in codecs, "statistics_codec", self.statistics_codec, ", ".join(codecs))
         legal = self.micro_batch_tokens == "auto" or (
-            self.micro_batch_tokens.isascii() and self.micro_batch_tokens.isdigit() and int(self.micro_batch_tokens) > 0
+            re.fullmatch(r"[0-9]{1,18}", self.micro_batch_tokens) is not None and int(self.micro_batch_tokens) > 0
         )
         _require(legal, "micro_batch_tokens", self.micro_batch_tokens, "auto or a positive number")
 
@@ -135,17 +142,14 @@ class SolveConfig:
         _require_finite(
             self, "lora_alpha", "variance_weight", "bias_weight", "gamma", "a_norm", "damping", "output_damping_ratio"
         )
-        _require(self.rank >= 1, "rank", self.rank, "1 or more")
-        _require(self.lora_alpha > 0, "lora_alpha", self.lora_alpha, "above 0")
-        _require(self.variance_weight >= 0, "variance_weight", self.variance_weight, "0 or more")
-        _require(self.bias_weight >= 0, "bias_weight", self.bias_weight, "0 or more")
-        _require(self.gamma > 0, "gamma", self.gamma, "above 0")
-        _require(self.a_norm is None or self.a_norm > 0, "a_norm", self.a_norm, "above 0")
-        _require(self.damping > 0, "damping", self.damping, "above 0")
-        ratio = self.output_damping_ratio
-        _require(ratio is None or ratio > 0, "output_damping_ratio", ratio, "above 0")
+        _require(1 <= self.rank <= 10**9, "rank", self.rank, "1 or more, up to the smaller side of a layer")
+        for name in ("lora_alpha", "gamma", "a_norm", "damping", "output_damping_ratio"):
+            value = getattr(self, name)
+            _require(value is None or 1e-30 <= value <= 1e12, name, value, "above 0 (1e-30 to 1e12)")
+        _require(0 <= self.variance_weight <= 1e12, "variance_weight", self.variance_weight, "0 to 1e12")
+        _require(0 <= self.bias_weight <= 1e12, "bias_weight", self.bias_weight, "0 to 1e12")
         size = self.population_size
-        _require(size is None or size >= 1, "population_size", size, "1 or more")
+        _require(size is None or 1 <= size <= 10**15, "population_size", size, "1 to 1e15")
         if self.variance_weight == 0 and self.bias_weight == 0:
             raise ConfigError("variance_weight and bias_weight are both 0: nothing is left to solve")
         if self.balance and self.a_norm is not None:
@@ -179,7 +183,20 @@ class RunConfig:
         "Rates of the machine for time estimates, such as flops=150e9,flops64=70e9,read=1e9,write=4e8 (FLOP/s in the "
         "compute dtype and in float64, bytes/s). What is left out is measured.",
     )
+    skip_bad_samples: bool = option(
+        False, "Leave out samples that become NaN or Inf, wherever they do, and say so; otherwise they are an error."
+    )
+    skip_bad_layers: bool = option(
+        False, "Leave layers without adapter that are NaN or Inf or cannot be solved, and say so, instead of an error."
+    )
     profile: bool = option(False, "Write a trace of the run and a drawing of it beside the report.")
+    allow_environment_change: bool = option(
+        False,
+        "Continue a run that was begun with other library versions, threads or kind of device; bits may then differ.",
+    )
+    unsafe_filesystem: bool = option(
+        False, "Run on a file system that cannot lock, rename folders or sync; a crash may then lose what is done."
+    )
     overwrite: bool = option(False, "Replace an adapter that streamda wrote, and restart its run.")
     resume: bool = option(True, "Continue an interrupted run of the same settings.")
     data: DataConfig = field(default_factory=DataConfig)
@@ -187,8 +204,13 @@ class RunConfig:
     solve: SolveConfig = field(default_factory=SolveConfig)
 
     def __post_init__(self) -> None:
-        legal = re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None
+        legal = re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,2})?", self.device) is not None
         _require(legal, "device", self.device, "auto, cpu, cuda or cuda:N")
+        for name in ("model", "output_dir", "work_dir", "statistics"):
+            path = getattr(self, name)
+            _require(path is None or bool(path.strip()), name, path, "a name; without the option there is a default")
+            # safetensors opens no other files, and would say so after hours
+            _require(path is None or _is_utf8(path), name, path, "a path in UTF-8")
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> RunConfig:
@@ -200,15 +222,15 @@ class RunConfig:
         given = dict(options)
         preset = given.pop("preset", None)
         if preset is not None:
-            if preset not in PRESETS:
-                raise ConfigError(f"preset is {preset!r}; allowed is {', '.join(PRESETS)}")
+            if not isinstance(preset, str) or preset not in PRESETS:
+                raise ConfigError(f"preset is {quoted(preset)}; allowed is {', '.join(PRESETS)}")
             given = PRESETS[preset] | given
         stages: dict[str, dict[str, Any]] = {"data": {}, "collect": {}, "solve": {}, "": {}}
         known = {entry.name: (stage, entry) for stage, entry in option_fields()}
         for name, value in given.items():
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1)
-                raise ConfigError(f"unknown option {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+                raise ConfigError(f"unknown option {quoted(name)}" + (f"; did you mean {near[0]!r}?" if near else ""))
             stage, entry = known[name]
             stages[stage][name] = _coerce(entry, value)
         return cls(
@@ -257,5 +279,23 @@ def _coerce(entry: dataclasses.Field[Any], value: Any) -> Any:
             value = ",".join(map(str, value))
         legal = isinstance(value, str)
     if not legal:
-        raise ConfigError(f"{entry.name} is {value!r}; expected {kinds.removesuffix(' | None')}")
+        raise ConfigError(f"{entry.name} is {quoted(value)}; expected {kinds.removesuffix(' | None')}")
+    if isinstance(value, str):
+        _require(_is_file_text(value), entry.name, value, "text without zero bytes and halves of surrogate pairs")
     return value
+
+
+def _is_utf8(path: str) -> bool:
+    try:
+        os.fsencode(path).decode("utf-8")
+    except UnicodeError:
+        return False
+    return True
+
+
+def _is_file_text(value: str) -> bool:
+    """Whether the system can be given this text as, or in, the name of a file; most text options end up in one."""
+    try:
+        return b"\0" not in os.fsencode(value)  # bytes of a command line that are not UTF-8 pass as they came
+    except UnicodeEncodeError:
+        return False

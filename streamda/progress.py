@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Never
 
 from tqdm import tqdm
 
 from streamda.memory import format_size
+from streamda.quoting import printable_lines
 from streamda.stopwatch import RunMeter
 
 
@@ -47,8 +48,8 @@ class Progress:
 
     def __init__(self, meter: RunMeter, *, quiet: bool) -> None:
         self._meter = meter
-        self._silent = quiet or not sys.stderr.isatty()
-        self._quiet = quiet
+        self._quiet = quiet or sys.stderr is None  # as under pythonw, and where it was closed
+        self._silent = self._quiet or not sys.stderr.isatty()
 
     @contextmanager
     def pass_over(self, name: str, num_steps: int, tokens: int, unit: str = "block") -> Iterator[PassBar]:
@@ -66,4 +67,5 @@ class Progress:
     def say(self, line: str) -> None:
         """One line on stderr, unless quiet."""
         if not self._quiet:
-            tqdm.write(line, file=sys.stderr)
+            with suppress(OSError):  # nobody reads it any more, which is no reason to stop
+                tqdm.write(printable_lines(line), file=sys.stderr)

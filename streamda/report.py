@@ -11,8 +11,12 @@ from typing import Any
 
 from streamda.disk_plan import stride_text
 from streamda.errors import DamagedError
+from streamda.files import shown
 from streamda.memory import format_size
 from streamda.methods import SolveStatus
+from streamda.quoting import printable
+from streamda.sealed_json import seal_of
+from streamda.units import FileRecord
 
 REPORT_FILE = "streamda_report.json"
 _SHOWN_MODULES = 5
@@ -49,7 +53,11 @@ class InitReport:
     loss: float | None = None
     """Mean per-sample loss of the base model on the calibration samples."""
     modules: dict[str, dict[str, Any]] = field(default_factory=dict)
+    skipped_samples: list[dict[str, Any]] = field(default_factory=list)
+    """Left out because they became NaN or Inf: index of the sample, row of the data, reason."""
     notices: list[str] = field(default_factory=list)
+    files: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Size and crc32c of the adapter's configuration and weights, by name."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON."""
@@ -64,6 +72,17 @@ class InitReport:
         """One JSON document; NaN and Inf cannot occur in it."""
         return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
+    @property
+    def written(self) -> dict[str, FileRecord]:
+        """`files` as records."""
+        return {name: FileRecord(values["size"], values["crc32c"]) for name, values in self.files.items()}
+
+    def seal(self, written: Mapping[str, FileRecord]) -> str:
+        """Takes note of what the adapter's files came to; the report's file, with a checksum of its own in it."""
+        self.files = {name: {"size": record.size, "crc32c": record.crc32c} for name, record in written.items()}
+        values = self.to_dict()
+        return json.dumps({**values, "self_crc": seal_of(values)}, indent=2, allow_nan=False) + "\n"
+
     def to_table(self) -> str:
         """The report for people."""
         return "\n".join([*self._overview(), *self._memory(), *self._time(), *self._layers(), *self._notes()])
@@ -72,20 +91,21 @@ class InitReport:
         lines = ["streamda: LoRA-DA initialization"]
         if self.model:
             lines.append(
-                f"  model        {self.model['name']}  ({self.model['num_blocks']} blocks, {self.model['dtype']})"
+                f"  model        {printable(self.model['name'])}  ({self.model['num_blocks']} blocks, "
+                f"{self.model['dtype']})"
             )
         if self.data:
             lines.append(
-                f"  data         {self.data['source']}  ({self.data['num_samples']} samples, "
+                f"  data         {printable(self.data['source'])}  ({self.data['num_samples']} samples, "
                 f"{self.data['num_tokens']} tokens; {self.data['num_truncated']} cut, "
                 f"{self.data['num_skipped']} skipped)"
             )
         if self.loss is not None:
             lines.append(f"  loss         {self.loss:.4f}  (base model, mean over samples)")
         if self.output_dir:
-            lines.append(f"  adapter      {self.output_dir}")
+            lines.append(f"  adapter      {printable(self.output_dir)}")
         if self.statistics_dir:
-            lines.append(f"  statistics   {self.statistics_dir}")
+            lines.append(f"  statistics   {printable(self.statistics_dir)}")
         return lines
 
     def _memory(self) -> list[str]:
@@ -189,7 +209,7 @@ def plan_table(plan: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
         for phase, count in plan["flops"].items()
     ]
     lines = [
-        f"plan for {facts['model']}  ({facts['num_blocks']} blocks, {facts['num_layers']} adapted layers, "
+        f"plan for {printable(facts['model'])}  ({facts['num_blocks']} blocks, {facts['num_layers']} adapted layers, "
         f"{facts['dtype']})",
         f"  budget             {format_size(facts['budget_bytes'])}; smallest that would do "
         f"{format_size(facts['smallest_budget_bytes'])}",
@@ -262,11 +282,16 @@ def read_report(folder: Path) -> InitReport:
     """The report inside an adapter folder.
 
     Raises:
-        DamagedError: it is no report.
+        DamagedError: it is no report, or not the one that was written.
     """
+    path, advice = shown(folder / REPORT_FILE), f"move {shown(folder)} away and make the adapter again"
     try:
-        return InitReport.from_dict(json.loads((folder / REPORT_FILE).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise DamagedError(
-            f"{folder / REPORT_FILE} is no report of a run; delete it, or make the adapter anew"
-        ) from error
+        values = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
+        seal = values.pop("self_crc", None)
+        report = InitReport.from_dict(values)
+        whole = seal == seal_of(values) if seal is not None else not report.files  # older reports have neither
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedError(f"{path} is no report of a run; {advice}") from error
+    if not whole:
+        raise DamagedError(f"{path} does not match its own checksum; {advice}")
+    return report

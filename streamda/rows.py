@@ -1,4 +1,4 @@
-"""Rows of a data set: JSON lines checked line by line, every other source read through `datasets`.
+"""Rows of a data set: JSON checked row by row, every other source read through `datasets`.
 
 Nothing in a file is trusted. Whatever is wrong with it ends as one `DataError` of one printable line that names the
 file and the line or row; data is never executed, and never echoed without its control characters escaped.
@@ -10,25 +10,20 @@ import codecs
 import csv
 import errno
 import glob
-import json
 import logging
-import re
 import tempfile
 import warnings
-from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
+from streamda.bad_rows import BadRows
 from streamda.errors import ConfigError, DataError, StorageError
-
-Row = dict[str, Any]
+from streamda.json_rows import JsonDocument, JsonLines, Row
+from streamda.quoting import one_line, printable, quoted
 
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-
-_KINDS = {dict: "an object", list: "a list", str: "text", bool: "a truth value", int: "a number", float: "a number"}
-
 
 # What pyarrow, pandas, fsspec and the hub's client raise, most of it derived from these
 _READ_ERRORS = (OSError, ValueError, TypeError, LookupError, RuntimeError, ImportError)
@@ -50,7 +45,7 @@ class Rows(Protocol):
 
 
 @contextmanager
-def open_rows(dataset: str, dataset_config: str | None, split: str) -> Iterator[Rows]:
+def open_rows(dataset: str, dataset_config: str | None, split: str, bad: BadRows | None = None) -> Iterator[Rows]:
     """Opens a local file, a folder (data files, or one written by ``save_to_disk``) or a data set of the hub.
 
     What `datasets` converts from a local file lies in a temporary folder until the context ends.
@@ -59,6 +54,7 @@ def open_rows(dataset: str, dataset_config: str | None, split: str) -> Iterator[
         dataset: Path, or hub id. A path that exists wins.
         dataset_config: Name of the configuration on the hub.
         split: Name of the split. A single file has one, ``train``.
+        bad: Counts the malformed lines that are skipped; none may be unless given.
 
     Raises:
         DataError: Nothing is there, it cannot be read, or it has no such split.
@@ -78,102 +74,13 @@ def open_rows(dataset: str, dataset_config: str | None, split: str) -> Iterator[
             raise DataError(f"{printable(dataset)}: no such file or folder")
     if dataset_config is not None and path.is_file():
         raise ConfigError(f"dataset_config names a configuration on the hub, but {printable(dataset)} is a file")
-    if path.is_file() and path.suffix.lower() == ".jsonl":
+    if path.is_file() and path.suffix.lower() in (".jsonl", ".json"):
         _require_split(dataset, split, ["train"])
-        yield JsonLines(path)
+        bad = bad or BadRows()
+        yield JsonLines(path, bad=bad) if path.suffix.lower() == ".jsonl" else JsonDocument(path, bad)
         return
     with tempfile.TemporaryDirectory(prefix="streamda-", ignore_cleanup_errors=True) as cache, _quiet():
         yield _TableRows(dataset, path, dataset_config, split, cache)
-
-
-class JsonLines:
-    """A file of one JSON object per line, all of it checked when opened; rows stay on disk until they are read.
-
-    Accepted: a byte order mark, CRLF, a missing final newline, blank lines. Refused, by line: bytes that are not UTF-8,
-    half of a surrogate pair, NaN and Infinity, duplicate keys, anything but an object, and text after it.
-    """
-
-    def __init__(self, path: Path, name: str | None = None) -> None:
-        self.columns: tuple[str, ...] = ()
-        self._path = path
-        self._name = printable(name or str(path))
-        self._offsets = array("q")  # of the lines that hold a row
-        self._line_numbers = array("q")
-        try:
-            with path.open("rb") as file:
-                offset = 0
-                # a binary file is cut at b"\n" only: U+2028 and its like may stand inside a string
-                for number, line in enumerate(file, start=1):
-                    row = self._parse(line, number)
-                    if row is not None:
-                        self.columns = self.columns or tuple(row)
-                        self._offsets.append(offset)
-                        self._line_numbers.append(number)
-                    offset += len(line)
-        except OSError as error:
-            raise DataError(f"{self._name}: cannot be read ({error.strerror})") from error
-
-    def __len__(self) -> int:
-        return len(self._offsets)
-
-    def read(self, index: int) -> Row:
-        """Row `index`; checked again, for the file may have changed since it was opened."""
-        try:
-            with self._path.open("rb") as file:
-                file.seek(self._offsets[index])
-                row = self._parse(file.readline(), self._line_numbers[index])
-        except OSError as error:
-            raise DataError(f"{self._name}: cannot be read ({error.strerror})") from error
-        if row is None:
-            raise DataError(f"{self.locate(index)}: the file changed while it was read")
-        return row
-
-    def locate(self, index: int) -> str:
-        """File and line of row `index`."""
-        return f"{self._name}:{self._line_numbers[index]}"
-
-    def _parse(self, line: bytes, number: int) -> Row | None:
-        """The row in a line, or None where the line is blank."""
-        if number == 1:
-            line = line.removeprefix(codecs.BOM_UTF8)
-        if not line.strip():
-            return None
-        try:
-            return _parse_object(line)
-        except UnicodeDecodeError as error:
-            reason = f"not UTF-8 (byte 0x{line[error.start]:02x} at byte {error.start + 1})"
-        except json.JSONDecodeError as error:
-            reason = f"not JSON ({error.msg} at column {error.colno})"
-        except RecursionError:
-            reason = "nested too deeply"
-        except ValueError as error:  # our own, and the limit on the digits of an integer
-            reason = one_line(str(error))
-        raise DataError(f"{self._name}:{number}: {printable(reason)}")
-
-
-def _parse_object(line: bytes) -> Row:
-    row = json.loads(line.decode("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
-    if not isinstance(row, dict):
-        raise ValueError(f"a row must be an object, this is {kind(row)}")
-    if re.search(rb"\\u[dD][89a-fA-F]", line):
-        # JSON may spell half of a surrogate pair, which is no text and which no tokenizer takes
-        try:
-            json.dumps(row, ensure_ascii=False).encode("utf-8")
-        except UnicodeEncodeError:
-            raise ValueError("half of a surrogate pair (\\ud800 to \\udfff) is no text") from None
-    return row
-
-
-def _refuse_constant(literal: str) -> NoReturn:
-    raise ValueError(f"{literal} is no JSON number")
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> Row:
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"duplicate key {quoted(next(key for key in keys if keys.count(key) > 1))}")
-    return row
 
 
 class _TableRows:
@@ -207,6 +114,8 @@ def _load_table(dataset: str, path: Path, dataset_config: str | None, split: str
         _require_split(dataset, split, list(splits))
         return splits[split]
     if not path.is_file():
+        if path.is_dir():
+            _require_no_null_first(path)
         # a folder is converted aside like a file; what comes from the hub stays in the user's cache of the hub
         place = str(path) if path.is_dir() else dataset
         return datasets.load_dataset(place, dataset_config, split=split, cache_dir=cache if path.is_dir() else None)
@@ -229,6 +138,14 @@ def _load_table(dataset: str, path: Path, dataset_config: str | None, split: str
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Length of header")  # all that pandas does about fields too many
         return datasets.load_dataset(suffix[1:], data_files=files, split=split, cache_dir=cache, **options)
+
+
+def _require_no_null_first(folder: Path) -> None:
+    """Refuses what ends the process in pyarrow's reader, beyond any handling: JSON whose first value is null."""
+    for path in (file for suffix in (".json", ".jsonl") for file in folder.rglob(f"*{suffix}") if file.is_file()):
+        with path.open("rb") as file:
+            if file.read(1 << 16).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"null"):
+                raise ValueError(f"{path.name} begins with null, which is no row")
 
 
 def _require_split(dataset: str, split: str, known: list[str]) -> None:
@@ -279,24 +196,3 @@ def _quiet() -> Iterator[None]:
             datasets.enable_progress_bars()
         if had_bars[1]:
             enable_progress_bars()
-
-
-def kind(value: object) -> str:
-    """What a value is, in words for a message."""
-    return "null" if value is None else _KINDS.get(type(value), type(value).__name__)
-
-
-def printable(text: str) -> str:
-    """`text` with every character that is not printable (terminal escapes, line breaks, ...) written as its escape."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
-
-
-def one_line(text: str, limit: int = 300) -> str:
-    """`text` from someone else as one printable line of bounded length."""
-    joined = " ".join(text[: 4 * limit].split())
-    return printable(joined if len(joined) <= limit else joined[:limit] + "...")
-
-
-def quoted(text: str, limit: int = 80) -> str:
-    """`text` from someone else in quotes, printable and of bounded length."""
-    return repr(text if len(text) <= limit else text[:limit] + "...")

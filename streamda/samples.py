@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jinja2 import TemplateError
 
+from streamda.bad_rows import BadRowError
 from streamda.errors import DataError
-from streamda.rows import kind, one_line, printable
+from streamda.quoting import kind, one_line, printable_lines
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,7 +66,8 @@ class SampleEncoder:
     """Makes samples, whatever the form of the data, for one tokenizer and one model.
 
     Every method raises DataError with a reason, without the place, which the caller knows. A sample may come out
-    without any label: an empty text or completion is not closed by a trained end-of-sequence token.
+    without any label: an empty text or completion is not closed by a trained end-of-sequence token, nor is one of
+    nothing but the tokens that begin, end and fill up texts.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int) -> None:
@@ -86,7 +88,7 @@ class SampleEncoder:
     def encode_text(self, text: str) -> Sample:
         """Plain text, loss on all of it."""
         before, body, after = self._split_special(text)
-        return self._sample(before + body + after, 0 if body else None)
+        return self._sample(before + body + after, None if self._is_empty(body) else 0)
 
     def encode_completion(self, prompt: str, completion: str) -> Sample:
         """A prompt directly followed by its completion, loss on the completion.
@@ -98,7 +100,9 @@ class SampleEncoder:
         head = self._tokens(prompt)
         if body[: len(head)] != head:
             body = head + self._continuation(completion)
-        return self._sample(before + body + after, len(before) + len(head) if len(body) > len(head) else None)
+        return self._sample(
+            before + body + after, None if self._is_empty(body[len(head) :]) else len(before) + len(head)
+        )
 
     def encode_chat(self, messages: object) -> Sample:
         """A conversation in the tokenizer's chat template, loss on the turns of the assistant."""
@@ -110,7 +114,9 @@ class SampleEncoder:
         for index, turn in enumerate(turns):
             if turn["role"] == "assistant":
                 if index == 0:
-                    raise DataError("the conversation starts with the assistant, where no prompt tells its turn apart")
+                    raise BadRowError(
+                        "the conversation starts with the assistant, where no prompt tells its turn apart"
+                    )
                 start = _length_of_prefix(self._render(turns[:index], add_generation_prompt=True), text)
                 spans.append((start, _length_of_prefix(self._render(turns[: index + 1]), text)))
         return self._encode_spans(text, spans)
@@ -130,11 +136,16 @@ class SampleEncoder:
             [1] * len(ids) if attention_mask is None else _checked_integers(attention_mask, "attention_mask", len(ids))
         )
         if any(label not in (token, IGNORED) for token, label in zip(ids, marks, strict=True)):
-            raise DataError("a label is neither -100 nor its own input id (streamda shifts labels itself)")
+            raise BadRowError("a label is neither -100 nor its own input id (streamda shifts labels itself)")
         real = [index for index, flag in enumerate(mask) if flag]
         if real and real != list(range(real[0], real[-1] + 1)):
-            raise DataError("attention_mask has a gap; only padding before or after the tokens may be masked")
+            raise BadRowError("attention_mask has a gap; only padding before or after the tokens may be masked")
         return self._checked_sample([ids[index] for index in real], [marks[index] for index in real])
+
+    def _is_empty(self, ids: list[int]) -> bool:
+        """Whether tokens say nothing: there are none, or a text's own spelling of what stands around texts."""
+        tokenizer = self.tokenizer
+        return set(ids) <= {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
 
     def _tokens(self, text: str) -> list[int]:
         # verbose=False: the tokenizer would log that a text is long, which is what cutting is for
@@ -246,7 +257,7 @@ def _as_data_error() -> Iterator[None]:
         ArithmeticError,
         RecursionError,
     ) as error:
-        raise DataError(f"the chat template refuses the conversation: {one_line(str(error))}") from error
+        raise BadRowError(f"the chat template refuses the conversation: {one_line(str(error))}") from error
 
 
 def _length_of_prefix(prefix: str, text: str) -> int:
@@ -257,24 +268,24 @@ def _length_of_prefix(prefix: str, text: str) -> int:
 
 def _checked_messages(value: object, name: str) -> list[Message]:
     if not isinstance(value, list) or not value:
-        raise DataError(f"{name} must be a list of messages, this is {kind(value) if value != [] else 'empty'}")
+        raise BadRowError(f"{name} must be a list of messages, this is {kind(value) if value != [] else 'empty'}")
     for message in value:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise DataError(f"{name} must hold objects with a role and a content")
+            raise BadRowError(f"{name} must hold objects with a role and a content")
         if not isinstance(message.get("content"), (str, list, type(None))):
-            raise DataError(f"the content of a message must be text, this is {kind(message['content'])}")
+            raise BadRowError(f"the content of a message must be text, this is {kind(message['content'])}")
     # a table fills up absent keys with null, which templates take for present
     return [{key: entry for key, entry in message.items() if entry is not None} for message in value]
 
 
 def _checked_integers(value: object, name: str, length: int | None = None) -> list[int]:
     if not isinstance(value, list):
-        raise DataError(f"{name} must be a list of integers, this is {kind(value)}")
+        raise BadRowError(f"{name} must be a list of integers, this is {kind(value)}")
     for entry in value:
         if type(entry) is not int:  # a truth value is an int to isinstance
-            raise DataError(f"{name} must hold integers, this is {kind(entry)}")
+            raise BadRowError(f"{name} must hold integers, this is {kind(entry)}")
     if length is not None and len(value) != length:
-        raise DataError(f"{name} has {len(value)} entries for {length} input_ids")
+        raise BadRowError(f"{name} has {len(value)} entries for {length} input_ids")
     return value
 
 
@@ -291,7 +302,6 @@ def describe_sample(sample: Sample, tokenizer: PreTrainedTokenizerBase | None) -
         if stop == len(ids) or is_trained[stop] != is_trained[start]:
             stretch = ids[start:stop]
             text = " ".join(map(str, stretch)) if tokenizer is None else str(tokenizer.decode(stretch))
-            shown = "".join(char if char in "\n\t" else printable(char) for char in text)
-            parts.append(f"{'[loss]' if is_trained[start] else '[no loss]'} {shown}")
+            parts.append(f"{'[loss]' if is_trained[start] else '[no loss]'} {printable_lines(text)}")
             start = stop
     return "\n".join(parts)

@@ -23,7 +23,8 @@ from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 from streamda.calibration import CalibrationSet, Sample, describe_sample, load_calibration
 from streamda.config import DataConfig
 from streamda.errors import ConfigError, DataError, StorageError, StreamdaError
-from streamda.rows import JsonLines, open_rows
+from streamda.json_rows import JsonLines
+from streamda.rows import open_rows
 from streamda.samples import SampleEncoder
 
 VOCAB_SIZE = 400
@@ -554,7 +555,8 @@ def test_jsonl_as_other_systems_write_it_is_accepted(tmp_path: Path) -> None:
         (b"null", "a row must be an object, this is null"),
         (b'["a"]', "a row must be an object, this is a list"),
         (b'"a"', "a row must be an object, this is text"),
-        (b"1e999", "a row must be an object, this is a number"),
+        (b"1e99", "a row must be an object, this is a number"),
+        (b'{"text": "a", "x": [{"y": -1e999}]}', "-1e999 is beyond any float"),
         (b'{"text": "a"} x', r"not JSON \(Extra data at column 15\)"),
         (b'{"text": "a"', "not JSON"),
         (b'{"text": "\x1b[31m"}', "not JSON .Invalid control character"),

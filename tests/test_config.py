@@ -38,23 +38,26 @@ PUBLISHED: dict[str, Any] = {
 
 ILLEGAL: dict[str, list[Any]] = {
     "num_samples": [0, -1, 4097],
-    "max_length": [1, 0],
+    "max_length": [1, 0, 10**10],
+    "skip_bad_lines": [-1, 10**10],
     "seed": [-1, 2**63],
     "target_modules": ["", "  "],
     "token_mask": ["all", ""],
     "dtype": ["float16", "fp32"],
     "micro_batch_tokens": ["0", "-3", "many", "1.5", "\u00b2", "\u0663"],
     "statistics_codec": ["gzip", ""],
-    "rank": [0, -8],
-    "lora_alpha": [0.0, -1.0, math.nan, math.inf],
+    "rank": [0, -8, 10**10],
+    "lora_alpha": [0.0, -1.0, 1e-320, 1e300, math.nan, math.inf],
     "variance_weight": [-0.1, math.nan, math.inf],
     "bias_weight": [-1.0, math.nan],
     "gamma": [0.0, -1.0, math.inf],
     "a_norm": [0.0, -0.5, math.nan],
     "damping": [0.0, -1e-6, math.nan],
     "output_damping_ratio": [0.0, -1.0, math.inf],
-    "population_size": [0, -5],
-    "device": ["gpu", "cuda:", "cuda:x", "CPU", ""],
+    "population_size": [0, -5, 10**16],
+    "model": ["", " "],
+    "output_dir": ["", "\udcff"],
+    "device": ["cuda:1000", "gpu", "cuda:", "cuda:x", "CPU", ""],
 }
 
 WRONG_TYPE: dict[str, list[Any]] = {

@@ -90,6 +90,8 @@ def _best_cuts(lengths: Sequence[int], max_tokens: int, batch_cost: int) -> list
 class Batch:
     """The tensors of one micro-batch. Rows are positions of the flattened [batch, tokens] grid."""
 
+    samples: tuple[int, ...]
+    """Indices into the calibration set."""
     input_ids: torch.Tensor
     """[batch, tokens] int64, padded with 0."""
     moment_rows: torch.Tensor | None
@@ -104,7 +106,11 @@ class Batch:
 
 
 def collate(
-    ids: Sequence[torch.Tensor], labels: Sequence[torch.Tensor], token_mask: TokenMask, device: torch.device
+    ids: Sequence[torch.Tensor],
+    labels: Sequence[torch.Tensor],
+    token_mask: TokenMask,
+    device: torch.device,
+    samples: Sequence[int] | None = None,
 ) -> Batch:
     """Pads samples on the right and finds their rows.
 
@@ -113,6 +119,7 @@ def collate(
         labels: per sample, [tokens] int64, not shifted; -100 where there is no loss.
         token_mask: which tokens enter the second moments.
         device: where the result goes.
+        samples: their indices in the calibration set; from 0 on where none are given.
     """
     length = max(sample.numel() for sample in ids)
     input_ids = torch.zeros(len(ids), length, dtype=torch.long)
@@ -127,6 +134,7 @@ def collate(
     weights = (1.0 / counts).expand(-1, length)
     chosen = real if token_mask == "attention" else predicts
     return Batch(
+        samples=tuple(range(len(ids)) if samples is None else samples),
         input_ids=input_ids.to(device),
         moment_rows=None if bool(chosen.all()) else chosen.flatten().nonzero()[:, 0].to(device),
         is_padded=not bool(real.all()),

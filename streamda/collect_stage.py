@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
+
+import torch
 
 from streamda.batches import collate, make_micro_batches
 from streamda.boundary import BoundaryStore
 from streamda.checkpoint import Checkpoint
 from streamda.disk_plan import needed_boundaries, solution_bytes
 from streamda.disk_space import require_room
+from streamda.errors import MismatchError, NumericalError
+from streamda.files import reached
 from streamda.layers import BlockSpec
+from streamda.memory import release_unused
+from streamda.nonfinite import BadSamplesError, named_samples, skip_notice
 from streamda.panels import stored_bytes
 from streamda.plan import Plan
 from streamda.progress import Progress
@@ -40,32 +47,15 @@ class Collection:
     ) -> None:
         self._prepared, self._checkpoint, self._run, self._plan = prepared, checkpoint, run, plan
         self._meter, self._progress, self._report = meter, progress, report
-        samples = prepared.calibration.samples
-        micro_batches = make_micro_batches(prepared.lengths, plan.micro_batch_tokens)
-        self._batches = [
-            collate(
-                [samples[index].input_ids for index in batch.samples],
-                [samples[index].labels for index in batch.samples],
-                prepared.config.collect.token_mask,
-                prepared.device,
-            )
-            for batch in micro_batches
-        ]
-        shapes = [(*batch.input_ids.shape, prepared.stack.hidden_size) for batch in self._batches]
-        self._boundaries = BoundaryStore(run.units, shapes, prepared.dtype, plan.boundaries_in_memory)
-        self._sweep = Sweep(
-            prepared.stack,
-            checkpoint,
-            self._batches,
-            self._boundaries,
-            meter.timeline,
-            keep_stored=plan.keep_stored,
-            prefetch=plan.prefetch,
-        )
         self._specs = [cost.spec for cost in prepared.work.at(plan.micro_batch_tokens).blocks]
         self._lowest = prepared.lowest_block
         self._keeps = bool(run.settings["keeps_statistics"])
         self._statistics_written = 0
+        if run.settings.get("skipped_samples") and not prepared.config.skip_bad_samples:
+            raise MismatchError(
+                f"{run.path}: this run has left out samples that became NaN or Inf; give --skip-bad-samples again, or "
+                "--overwrite to start over"
+            )
 
     def collect(self, solver: Solver | None) -> None:
         """Runs both passes from wherever an earlier run stopped.
@@ -73,19 +63,113 @@ class Collection:
         Args:
             solver: solves each block once its statistics are committed; None collects only.
         """
-        # one thread commits a block's statistics; it is waited for however this ends
-        with closing(self._sweep), ThreadPoolExecutor(1, "streamda-commit") as self._committer:
-            self._collect(solver)
+        self._report.resumed = bool(self._run.units.names())
+        while True:
+            self._begin()
+            try:
+                # one thread commits a block's statistics; it is waited for however this ends
+                with closing(self._sweep), ThreadPoolExecutor(1, "streamda-commit") as self._committer:
+                    self._collect(solver)
+            except BadSamplesError as error:
+                reasons = error.reasons
+            else:
+                break
+            # out here nothing of the failed pass is alive any more that its traceback had held
+            self._leave_out(reasons)
+        self._report.skipped_samples = [dict(entry) for entry in self._run.settings.get("skipped_samples", ())]
+        self._report.notices += map(skip_notice, self._report.skipped_samples)
+        self._report.data |= self._run.settings["data"]
+
+    def _begin(self) -> None:
+        """Puts all samples but those left out into micro-batches."""
+        prepared, limit = self._prepared, self._plan.micro_batch_tokens
+        samples, lengths = prepared.calibration.samples, prepared.lengths
+        skipped = {entry["sample"] for entry in self._run.settings.get("skipped_samples", ())}
+        self._chosen = [index for index in range(len(samples)) if index not in skipped]
+        if skipped:  # no batch may be larger than the plan's largest
+            limit = min(limit, max(batch.num_rows for batch in make_micro_batches(lengths, limit)))
+        chosen = [
+            [self._chosen[place] for place in batch.samples]
+            for batch in make_micro_batches([lengths[index] for index in self._chosen], limit)
+        ]
+        self._batches = [
+            collate(
+                [samples[index].input_ids for index in indices],
+                [samples[index].labels for index in indices],
+                prepared.config.collect.token_mask,
+                prepared.device,
+                indices,
+            )
+            for indices in chosen
+        ]
+        shapes = [(*batch.input_ids.shape, prepared.stack.hidden_size) for batch in self._batches]
+        self._boundaries = BoundaryStore(self._run.units, shapes, prepared.dtype, self._plan.boundaries_in_memory)
+        self._sweep = Sweep(
+            prepared.stack,
+            self._checkpoint,
+            self._batches,
+            self._boundaries,
+            self._meter.timeline,
+            keep_stored=self._plan.keep_stored,
+            prefetch=self._plan.prefetch,
+            skip_bad_samples=prepared.config.skip_bad_samples,
+            skip_bad_layers=prepared.config.skip_bad_layers,
+        )
+        if prepared.config.skip_bad_layers:  # the block is run with zeros where such a weight is not finite
+            self._checkpoint.tolerate(f"{linear.name}.weight" for spec in self._specs for linear in spec.linears)
+
+    def _leave_out(self, reasons: Mapping[int, str]) -> None:
+        """Records samples as left out, once nothing is there any more that was made with them.
+
+        The statistics are sums over all samples, and what one adds to them cannot be taken out again. A run that is
+        killed in between comes upon the same samples again.
+
+        Raises:
+            NumericalError: they may not be left out, or none would be left.
+        """
+        calibration, units = self._prepared.calibration, self._run.units
+        rows = calibration.row_numbers
+        first = next(iter(reasons.values()))
+        narrow = "" if self._prepared.dtype == torch.float32 else ", or try --dtype float32"
+        if len(reasons) == len(self._chosen):
+            raise NumericalError(
+                f"all {len(reasons)} samples become NaN or Inf: {first}; nothing can be saved: look for a damaged "
+                f"weight{narrow}"
+            )
+        if not self._prepared.config.skip_bad_samples:
+            raise NumericalError(
+                f"{named_samples(list(reasons), rows)}: {first}; remove what is wrong with the data, or use "
+                f"--skip-bad-samples to leave out such samples{narrow}"
+            )
+        for name in units.names():
+            units.drop(name)
+        reached("bad-samples-dropped")
+        stack = self._prepared.stack
+        self._checkpoint.release([*stack.prefixes, *stack.embeddings, stack.head_name])
+        release_unused(self._prepared.device)
+        entries = [{"sample": index, "row": rows[index], "reason": reason} for index, reason in reasons.items()]
+        for entry in entries:
+            self._progress.say(f"note: {skip_notice(entry)}; the passes begin again without it")
+        left = [calibration.samples[index] for index in self._chosen if index not in reasons]
+        before = self._run.settings
+        skipped = sorted([*before.get("skipped_samples", ()), *entries], key=lambda entry: int(entry["sample"]))
+        counts = {
+            "num_samples": len(left),
+            "num_tokens": sum(sample.num_tokens for sample in left),
+            "num_label_tokens": sum(sample.num_label_tokens for sample in left),
+        }
+        self._run.update_settings({"skipped_samples": skipped, "data": before["data"] | counts})
 
     def _collect(self, solver: Solver | None) -> None:
-        units, report = self._run.units, self._report
-        report.resumed = bool(units.names())
+        report = self._report
         for notice in stride_notices(self._plan):
             self._progress.say(f"note: {notice}")
         top = len(self._specs)
         following = top - 1  # the block that comes next on the way down
         while following >= self._lowest and self._is_collected(following, solver):
             following -= 1
+        if self._run.units.names():
+            self._progress.say(f"note: {self._continuation(following)}")
         if following >= self._lowest:
             self._checkpoint.load(self._prepared.stack.small_names)
             self._go_up(following)
@@ -120,9 +204,25 @@ class Collection:
         }
         report.loss = self._run.settings.get("loss")
 
+    def _continuation(self, following: int) -> str:
+        """Where an interrupted run goes on, and what may have ended it."""
+        missing = self._sweep.missing_boundaries((len(self._specs),))
+        if following < self._lowest:
+            where = "the last solutions"
+        elif {grads(len(self._specs)), grads(following + 1)} & set(self._run.units.names()):
+            where = f"block {following} of the backward pass"
+        else:
+            where = f"block {max(0, missing[0] - 1)} of the forward pass" if missing else "the loss"
+        if not self._run.was_killed:
+            return f"continuing at {where}"
+        return (
+            f"continuing at {where}; the last process here was killed, or the machine stopped: if memory ran out, give "
+            "a smaller --max-gpu-mem or --max-host-mem"
+        )
+
     @property
     def _num_tokens(self) -> int:
-        return sum(self._prepared.lengths)
+        return sum(self._prepared.lengths[index] for index in self._chosen)
 
     def _go_up(self, following: int) -> None:
         """Makes every boundary that the rest of the way down needs."""
@@ -197,7 +297,9 @@ class Collection:
             facts = self._sweep.backward_block(spec, replays, writer.write_panel, push=push)
             for module, values in facts.items():
                 writer.write_facts(module, values)
+            skipped = {module: values["skipped"] for module, values in facts.items() if "skipped" in values}
             draft.metadata |= {"prefix": spec.prefix, "modules": [linear.name for linear in spec.linears]}
+            draft.metadata |= {"skipped": skipped} if skipped else {}
             return self._committer.submit(stack.pop_all().close)
 
     def _note_written(self, name: str) -> None:

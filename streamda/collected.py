@@ -14,7 +14,10 @@ from streamda.store import BlockStatisticsReader, stats_unit
 
 
 class Statistics(Mapping[str, LayerStatistics]):
-    """The statistics of a whole run: a read-only mapping from module names, each layer read when asked for."""
+    """The statistics of a whole run: a read-only mapping from module names, each layer read when asked for.
+
+    A layer whose statistics hold NaN or Inf, and were therefore left out, is not in it.
+    """
 
     def __init__(self, run: RunDirectory) -> None:
         self._run = run
@@ -22,8 +25,10 @@ class Statistics(Mapping[str, LayerStatistics]):
         self._blocks = {int(name.removeprefix("stats-")): name for name in names}
         self._modules: dict[str, int] = {}
         for index in self._blocks:
-            for module in run.units.metadata(stats_unit(index))["modules"]:
-                self._modules[module] = index
+            metadata = run.units.metadata(stats_unit(index))
+            for module in metadata["modules"]:
+                if module not in metadata.get("skipped", {}):
+                    self._modules[module] = index
 
     def __getitem__(self, name: str) -> LayerStatistics:
         reader = BlockStatisticsReader(self._run.units, self._modules[name])

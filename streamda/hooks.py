@@ -61,20 +61,33 @@ class PanelCollector:
         self._batch = batch
         self._group_inputs = {}
 
+    @staticmethod
+    def is_finite(total: torch.Tensor) -> bool:
+        """Whether a panel holds neither NaN nor Inf."""
+        # above the diagonal an input moment's panel holds partial blocks, finite like the rest
+        # the sum first, at the speed of memory; it may overflow where no value is more than large
+        return bool(torch.isfinite(total.sum())) or bool(torch.isfinite(total).all())
+
+    def bad_layers(self) -> dict[str, str]:
+        """Layers with NaN or Inf in a statistic of theirs, and which; all that share a bad input moment."""
+        bad: dict[str, str] = {}
+        for panel, total in self.totals.items():
+            if not self.is_finite(total):
+                shared = panel.statistic == "input_moment"
+                names = self._spec.group_of(panel.module).modules if shared else (panel.module,)
+                bad |= dict.fromkeys(names, f"its {panel.statistic} holds NaN or Inf")
+        return bad
+
     def require_finite(self) -> None:
         """Checks all panels.
 
         Raises:
             NumericalError: naming the first statistic with NaN or Inf in it.
         """
-        for panel, total in self.totals.items():
-            # above the diagonal an input moment's panel holds partial blocks, finite like the rest
-            # the sum first, at the speed of memory; it may overflow where no value is more than large
-            if not bool(torch.isfinite(total.sum())) and not bool(torch.isfinite(total).all()):
-                raise NumericalError(
-                    f"{panel.module}: its {panel.statistic} holds NaN or Inf; look for a damaged sample or weight, or "
-                    "use --dtype float32"
-                )
+        for name, reason in self.bad_layers().items():
+            raise NumericalError(
+                f"{name}: {reason}; look for a damaged sample or weight, or use --dtype float32 or --skip-bad-layers"
+            )
 
     def _of(self, statistic: str, module: str) -> list[Panel]:
         return [panel for panel in self.totals if panel.statistic == statistic and panel.module == module]

@@ -6,9 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 
-from streamda.methods import LayerSolution
+from streamda import files
+from streamda.errors import DamagedError, NumericalError
+from streamda.methods import LayerSolution, SolveStatus
+from streamda.rundir import canonical_digest
 from streamda.units import UnitStore
 
 FACTORS_FILE = "factors.safetensors"
@@ -22,7 +26,7 @@ def solve_unit(index: int) -> str:
 def write_solutions(
     units: UnitStore,
     index: int,
-    digest: str,
+    settings: Mapping[str, Any],
     solutions: Sequence[LayerSolution],
     facts: Mapping[str, Mapping[str, Any]],
 ) -> None:
@@ -31,18 +35,22 @@ def write_solutions(
     Args:
         units: of the run.
         index: of the block.
-        digest: of the settings that they were solved with.
+        settings: that they were solved with.
         solutions: of the block's layers.
-        facts: per module, plain JSON to keep beside its status.
+        facts: per module, plain JSON to keep beside its status; a module without a solution brings its status along.
     """
-    with units.create(solve_unit(index), fingerprint=digest) as draft:
+    with units.create(solve_unit(index), fingerprint=canonical_digest(settings)) as draft:
         tensors = {}
         for solution in solutions:
             tensors[f"{solution.name}.lora_A"] = solution.lora_a.cpu()
             tensors[f"{solution.name}.lora_B"] = solution.lora_b.cpu()
-        save_file(tensors, draft.path / FACTORS_FILE)
+        with files.FileWriter(draft.path / FACTORS_FILE) as file:  # safetensors' own would be for the owner's eyes only
+            file.write(save(tensors))
+        draft.record(FACTORS_FILE, file.size, file.crc32c)
+        summaries = {solution.name: solution.summary() for solution in solutions}
+        draft.metadata["settings"] = dict(settings)
         draft.metadata["modules"] = {
-            solution.name: solution.summary() | dict(facts.get(solution.name, {})) for solution in solutions
+            name: summaries.get(name, {}) | dict(facts.get(name, {})) for name in dict.fromkeys([*facts, *summaries])
         }
 
 
@@ -53,7 +61,12 @@ def read_factors(units: UnitStore, index: int) -> dict[str, tuple[torch.Tensor, 
         DamagedError: the unit does not hold what was committed.
     """
     units.verify(solve_unit(index))
-    tensors = load_file(units.path(solve_unit(index)) / FACTORS_FILE)
+    path = units.path(solve_unit(index)) / FACTORS_FILE
+    with files.damage_errors(path):
+        try:
+            tensors = load_file(path)
+        except SafetensorError as error:  # between its check and now
+            raise DamagedError(f"{files.shown(path)} cannot be read: {error}") from error
     names = [key.removesuffix(".lora_A") for key in tensors if key.endswith(".lora_A")]
     return {name: (tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"]) for name in names}
 
@@ -63,7 +76,12 @@ class SolvedFactors(Mapping[str, tuple[torch.Tensor, torch.Tensor]]):
 
     def __init__(self, units: UnitStore, indices: Sequence[int]) -> None:
         self._units = units
-        self._blocks = {name: index for index in indices for name in read_summaries(units, index)}
+        self._blocks = {
+            name: index
+            for index in indices
+            for name, facts in read_summaries(units, index).items()
+            if not is_skipped(facts)
+        }
         self._loaded: tuple[int, dict[str, tuple[torch.Tensor, torch.Tensor]]] | None = None
 
     def __getitem__(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -82,3 +100,21 @@ class SolvedFactors(Mapping[str, tuple[torch.Tensor, torch.Tensor]]):
 def read_summaries(units: UnitStore, index: int) -> dict[str, dict[str, Any]]:
     """Per module what `write_solutions` kept beside the factors."""
     return dict(units.metadata(solve_unit(index))["modules"])
+
+
+def is_skipped(summary: Mapping[str, Any]) -> bool:
+    """Whether a layer was left without adapter, by what was kept of it."""
+    return bool(summary["status"] == SolveStatus.SKIPPED.value)
+
+
+def skipped_layers(summaries: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """The layers that were left without adapter, and why.
+
+    Raises:
+        NumericalError: there is no other.
+    """
+    skipped = {name: str(summary["reason"]) for name, summary in summaries.items() if is_skipped(summary)}
+    if skipped and len(skipped) == len(summaries):
+        name, reason = next(iter(skipped.items()))
+        raise NumericalError(f"no layer could be solved, so there is no adapter to write; {name}: {reason}")
+    return skipped

@@ -10,26 +10,44 @@ from typing import Any
 
 import torch
 
+from streamda import stopping
 from streamda.adapter import relative_change
 from streamda.config import SolveConfig
-from streamda.errors import MismatchError
-from streamda.layers import require_rank
+from streamda.errors import DamagedError, MismatchError, NumericalError
+from streamda.factors import TRIANGLE_ROWS
+from streamda.files import shown
+from streamda.layers import InputGroup, require_rank
 from streamda.memory import release_unused
-from streamda.methods import InputFactor, LayerSolution, prepare_input_factor, solve_layer
-from streamda.rundir import canonical_digest
+from streamda.methods import (
+    InputFactor,
+    LayerSolution,
+    SolveStatus,
+    SpannedFactor,
+    prepare_input_factor,
+    solve_layer,
+)
+from streamda.rundir import canonical_digest, differences
 from streamda.scratch import SpilledBands
-from streamda.solutions import solve_unit, write_solutions
+from streamda.solutions import is_skipped, read_summaries, solve_unit, write_solutions
 from streamda.solve_plan import GradientForm, solve_layout
 from streamda.store import BlockStatisticsReader, StoredMoment, stats_unit
 from streamda.timeline import Timeline
 from streamda.units import UnitStore
 
+SOLVER_VERSION = 1
+"""Raised with every change that gives a layer another solution from the same statistics and settings: no adapter is to
+mix the two."""
+MAX_ASYMMETRY = 1e-5
+"""Of a stored input moment, relative to its largest value; it was mirrored when it was written."""
 
-class _TimedMoment:
-    """A `StoredMoment` whose reading does not count for what is made of it."""
 
-    def __init__(self, moment: StoredMoment, timeline: Timeline) -> None:
-        self._moment, self._timeline = moment, timeline
+class _CheckedMoment:
+    """A `StoredMoment` that is looked at as it is read, and whose reading does not count for what is made of it."""
+
+    def __init__(self, moment: StoredMoment, group: InputGroup, timeline: Timeline) -> None:
+        self._moment, self._name, self._timeline = moment, group.name, timeline
+        self._squares: dict[int, float] = {}  # of the entries of each band that was read, with those above the diagonal
+        self._trace = 0.0
 
     def __len__(self) -> int:
         return len(self._moment)
@@ -39,8 +57,42 @@ class _TimedMoment:
             return self._moment.diagonal()
 
     def band(self, index: int) -> torch.Tensor:
+        stopping.check()  # a factorization asks for its bands one by one
         with self._timeline.span("read statistics"):
-            return self._moment.band(index)
+            band = self._moment.band(index)
+        if index not in self._squares:
+            start = band.shape[1] - band.shape[0]
+            self._require_symmetric(band[:, start:])
+            below = float(torch.linalg.vector_norm(band[:, :start])) if start else 0.0
+            self._squares[index] = 2 * below**2 + float(torch.linalg.vector_norm(band[:, start:])) ** 2
+            self._trace += float(band.diagonal(start).sum())
+        return band
+
+    @property
+    def effective_rank(self) -> float | None:
+        """Squared trace over squared Frobenius norm: how many equal eigenvalues would spread as these do.
+
+        None unless all of the moment was read; 0 where it is zero.
+        """
+        if len(self._squares) < len(self._moment):
+            return None
+        squares = sum(self._squares.values())
+        return self._trace**2 / squares if squares else 0.0
+
+    def _require_symmetric(self, tile: torch.Tensor) -> None:
+        """Looks at a diagonal tile [rows, rows]; a factorization reads its lower half only."""
+        low, high = torch.aminmax(tile)  # without a second tile
+        largest = max(-float(low), float(high))
+        for row in range(0, tile.shape[0], TRIANGLE_ROWS):
+            rows = slice(row, row + TRIANGLE_ROWS)
+            for column in range(0, row + 1, TRIANGLE_ROWS):
+                columns = slice(column, column + TRIANGLE_ROWS)
+                worst = float((tile[rows, columns] - tile[columns, rows].T).abs().amax())
+                if worst > MAX_ASYMMETRY * largest:
+                    raise DamagedError(
+                        f"{self._name}: its stored input moment is not symmetric (by {worst / largest:.1e} of its "
+                        "largest value); collect the statistics of its block again"
+                    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -53,12 +105,15 @@ class Solver:
     device: torch.device
     capacity_bytes: int | None = None
     """Memory for the solution of one input group; it decides where things lie, never what comes out."""
+    skip_bad_layers: bool = False
+    """Whether a layer that cannot be solved is left without adapter. No setting: what is solved is the same with it."""
     timeline: Timeline = dataclasses.field(default_factory=Timeline)
 
     @property
     def settings(self) -> dict[str, Any]:
         """What decides a solution, given its statistics."""
-        return dataclasses.asdict(self.config) | {"population_size": self.population_size, "seed": self.seed}
+        given = {"population_size": self.population_size, "seed": self.seed, "version": SOLVER_VERSION}
+        return dataclasses.asdict(self.config) | given
 
     @property
     def digest(self) -> str:
@@ -68,37 +123,74 @@ class Solver:
     def solve_block(
         self, reader: BlockStatisticsReader, scratch: Path
     ) -> tuple[list[LayerSolution], dict[str, dict[str, Any]]]:
-        """Solves all layers of a block.
+        """Solves all layers of a block but those that are left out.
 
         Args:
             reader: the block's statistics.
             scratch: folder for what does not fit in memory.
 
         Returns:
-            The solutions, and per module what the report says beside their numbers.
+            The solutions, and per module what the report says beside their numbers; of a layer that is left without
+            adapter, why.
 
         Raises:
             NumericalError: a layer cannot be solved, by name.
+            DamagedError: the statistics contradict each other.
             ConfigError: the rank is above a layer's smaller side.
         """
         require_rank(reader.spec.linears, self.config.rank)
         solutions: list[LayerSolution] = []
         facts: dict[str, dict[str, Any]] = {}
         for group in reader.spec.groups:
+            stopping.check()
+            num_tokens = reader.facts(group.name)["num_tokens"]  # of all: they read the same input
+            wanted: tuple[str, ...] = ()
+            for name in group.modules:
+                if (reason := reader.facts(name).get("skipped")) is None:
+                    wanted += (name,)
+                else:
+                    facts[name] = self._left_out(reader, name, NumericalError(f"{name}: {reason}"))
+            if not wanted:
+                continue
             widest = max(reader.spec.linear(name).d_out for name in group.modules)
-            layout = solve_layout(group.d_in, widest, self.config.rank, self.capacity_bytes)
+            layout = solve_layout(group.d_in, widest, self.config.rank, self.capacity_bytes, num_tokens)
             with SpilledBands(scratch, layout.bands_in_memory, self.device) as bands:
-                moment = _TimedMoment(reader.moment(group, self.device), self.timeline)
-                with self.timeline.span("cholesky"):
-                    factor = prepare_input_factor(moment, self.config.damping, group.modules, bands)
-                for name in group.modules:
-                    solutions.append(self._solve_layer(reader, name, factor, layout.gradient))
-                    facts[name] = self._facts(reader, solutions[-1])
+                moment = _CheckedMoment(reader.moment(group, self.device), group, self.timeline)
+                try:
+                    with self.timeline.span("cholesky"):
+                        factor = prepare_input_factor(moment, self.config.damping, wanted, bands, num_tokens)
+                except NumericalError as error:
+                    facts |= {name: self._left_out(reader, name, error) for name in wanted}
+                    continue
+                for name in wanted:
+                    stopping.check()
+                    try:
+                        solutions.append(self._solve_layer(reader, name, factor, layout.gradient))
+                    except NumericalError as error:
+                        facts[name] = self._left_out(reader, name, error)
+                    else:
+                        facts[name] = self._facts(reader, solutions[-1]) | {"effective_rank": moment.effective_rank}
             release_unused(self.device)
         return solutions, facts
 
+    def _left_out(self, reader: BlockStatisticsReader, name: str, error: NumericalError) -> dict[str, Any]:
+        """What is kept of a layer without adapter.
+
+        Raises:
+            NumericalError: the given one, if no layer may be left out.
+        """
+        if not self.skip_bad_layers:
+            raise NumericalError(f"{error}; --skip-bad-layers leaves such layers without adapter") from error
+        stored = reader.facts(name)
+        return {
+            "status": SolveStatus.SKIPPED.value,
+            "reason": str(error).removeprefix(f"{name}: "),
+            "num_tokens": stored["num_tokens"],
+            "num_samples": stored["num_samples"],
+        }
+
     def _solve_layer(
-        self, reader: BlockStatisticsReader, name: str, factor: InputFactor | None, form: GradientForm
+        self, reader: BlockStatisticsReader, name: str, factor: InputFactor | SpannedFactor | None, form: GradientForm
     ) -> LayerSolution:
         gradient: Sequence[torch.Tensor] = reader.gradient_bands(name, self.device)
         if form != "streamed":
@@ -113,7 +205,6 @@ class Solver:
                 self.config,
                 population_size=self.population_size,
                 seed=self.seed,
-                num_tokens=reader.facts(name)["num_tokens"],
             )
 
     def _facts(self, reader: BlockStatisticsReader, solution: LayerSolution) -> dict[str, Any]:
@@ -135,13 +226,15 @@ class Solver:
         name = solve_unit(index)
         if name not in units:
             return False
-        if units.metadata(name).fingerprint == self.digest:
+        complete = self.skip_bad_layers or not any(map(is_skipped, read_summaries(units, index).values()))
+        if complete and units.metadata(name).fingerprint == self.digest:
             return True
         if stats_unit(index) not in units:
+            found = ", ".join(differences(units.metadata(name).get("settings", {}), self.settings))
             raise MismatchError(
-                f"{units.folder.parent}: block {index} is already solved with other settings of the method and its "
-                "statistics are freed; give the options of the interrupted run, another --work-dir, or --overwrite to "
-                "start over"
+                f"{shown(units.folder.parent)}: block {index} is already solved with other settings of the method "
+                f"({found or 'with --skip-bad-layers'}) and its statistics are freed; give the options of the "
+                "interrupted run, another --work-dir, or --overwrite to start over"
             )
         units.drop(name)
         return False
@@ -150,4 +243,4 @@ class Solver:
         """Solves a block from its committed statistics and commits the result."""
         solutions, facts = self.solve_block(BlockStatisticsReader(units, index), units.folder)
         with self.timeline.span("commit"):
-            write_solutions(units, index, self.digest, solutions, facts)
+            write_solutions(units, index, self.settings, solutions, facts)

@@ -8,31 +8,27 @@ what is already committed.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
+from streamda import stopping
 from streamda.batches import Batch
 from streamda.blocks import DecoderStack
 from streamda.boundary import BoundaryStore, BoundaryWriter
 from streamda.checkpoint import Checkpoint
-from streamda.errors import NumericalError
+from streamda.factors import frobenius_norm
 from streamda.hooks import PanelCollector
 from streamda.layers import BlockSpec
+from streamda.loss import loss_gradient
 from streamda.memory import release_unused
+from streamda.nonfinite import BadSamplesError, Examiner, bad_samples, noting_bad_samples
 from streamda.panels import Panel, Replay
 from streamda.prefetch import Prefetcher
 from streamda.progress import PassBar
 from streamda.timeline import Timeline
-
-NORM_ROWS = 1024
-"""Rows of a weight whose norm is taken at a time: a float64 copy of the whole would be larger than the block."""
-SMALLEST_NORM = 1e-12
-"""A float32 norm below it may have lost squares to underflow."""
 
 PanelSink = Callable[[Panel, torch.Tensor], None]
 
@@ -72,6 +68,8 @@ class Sweep:
         *,
         keep_stored: bool = False,
         prefetch: bool = False,
+        skip_bad_samples: bool = False,
+        skip_bad_layers: bool = False,
     ) -> None:
         """Moves nothing yet.
 
@@ -83,6 +81,8 @@ class Sweep:
             timeline: takes what was done when.
             keep_stored: weights stay in the dtype of their files and are cast for each product.
             prefetch: the next block is read into memory while one is in use. Close the sweep to end its thread.
+            skip_bad_samples: whoever catches a `BadSamplesError` goes on without them.
+            skip_bad_layers: a layer whose weight or statistics hold NaN or Inf is left out and not an error.
         """
         self._stack = stack
         self._checkpoint = checkpoint
@@ -91,6 +91,10 @@ class Sweep:
         self._timeline = timeline
         self._device = stack.device
         self._keep_stored = keep_stored
+        self._skip_bad_samples = skip_bad_samples
+        self._skip_bad_layers = skip_bad_layers
+        self._num_samples = sum(len(batch.samples) for batch in batches)
+        self._examiner = Examiner(stack)
         self._blocks_ahead = Prefetcher(checkpoint, timeline, in_memory=prefetch)
 
     def close(self) -> None:
@@ -122,6 +126,7 @@ class Sweep:
         self._load(names)
         with self._writing(acts(0)) as writer:
             for batch in self._batches:
+                stopping.check()
                 writer.append(self._stack.embed(batch.input_ids))
         self._checkpoint.release(names)
         release_unused(self._device)
@@ -154,24 +159,23 @@ class Sweep:
             The mean over samples of their losses.
 
         Raises:
-            NumericalError: the loss is not finite.
+            NumericalError: a loss, or the gradient of one, is not finite.
         """
         name = grads(self.num_blocks)
         if name not in self._boundaries:
             self._load([self._stack.head_name])
             facts: dict[str, Any] = {}
             total = torch.zeros((), dtype=torch.float64)
-            with self._writing(name, durable=True, facts=facts) as writer:
+            with self._writing(name, durable=True, facts=facts) as writer, noting_bad_samples() as faults:
                 for batch, hidden in self._over(acts(self.num_blocks)):
                     bar.working_on("head and loss")
-                    loss, gradient = self._loss_gradient(batch, hidden, logit_rows)
-                    total += loss
+                    losses, gradient = loss_gradient(self._stack, batch, hidden, logit_rows)
+                    for what, rows in (("loss", bad_samples(losses)), ("gradient of the loss", bad_samples(gradient))):
+                        faults |= {batch.samples[row]: f"the {what} is NaN or Inf" for row in rows}
+                    total += losses.sum().cpu()
                     writer.append(gradient)
                     bar.advance()
-                mean = float(total) / sum(batch.input_ids.shape[0] for batch in self._batches)
-                if not torch.isfinite(total):
-                    raise NumericalError("the calibration loss is not finite; try --dtype float32, or look at the data")
-                facts["loss"] = mean
+                facts["loss"] = float(total) / self._num_samples
             self._checkpoint.release([self._stack.head_name])
             release_unused(self._device)
         return float(self._boundaries.facts(name)["loss"])
@@ -188,21 +192,19 @@ class Sweep:
             push: whether blocks below need the gradient (``grads(index)``).
 
         Returns:
-            Per module its counts and the Frobenius norm of its weight.
+            Per module its counts and the Frobenius norm of its weight; of a layer that is left out, also why.
+
+        Raises:
+            BadSamplesError: some samples became NaN or Inf on the way.
+            NumericalError: statistics did, and no layer may be left out for it.
+            ModelError: a weight holds NaN or Inf, and no layer may be left out for it.
         """
         index = spec.index
         block = self._stack.blocks[index]
         self._load_block(index)
         if push and acts(index - 1) in self._boundaries:  # else blocks below run forward first
             self._announce_block(index - 1)
-        facts = {
-            linear.name: {
-                "num_samples": sum(batch.input_ids.shape[0] for batch in self._batches),
-                "num_tokens": 0,
-                "weight_norm": _frobenius_norm(self._stack.model.get_parameter(f"{linear.name}.weight")),
-            }
-            for linear in spec.linears
-        }
+        facts = {linear.name: self._first_facts(linear.name) for linear in spec.linears}
         wants_push = push and grads(index) not in self._boundaries
         for number, replay in enumerate(replays or (Replay(()),)):
             with PanelCollector(block, spec, replay.panels, self._device) as collector:
@@ -213,16 +215,48 @@ class Sweep:
             if number == 0:
                 for name, count in collector.num_tokens.items():
                     facts[name]["num_tokens"] = count
-            collector.require_finite()
+            bad = self._left_out(spec, collector)
+            for name, reason in bad.items():
+                facts[name]["skipped"] = reason
             release_unused(self._device)
             while collector.totals:
+                stopping.check()
                 panel, values = collector.totals.popitem()
-                with self._timeline.span("write statistics"):
-                    sink(panel, values)
+                if not bad or collector.is_finite(values):
+                    with self._timeline.span("write statistics"):
+                        sink(panel, values)
                 del values
         self._checkpoint.release([spec.prefix])
         release_unused(self._device)
         return facts
+
+    def _first_facts(self, name: str) -> dict[str, Any]:
+        """What is known of a layer before its statistics are."""
+        norm = frobenius_norm(self._stack.model.get_parameter(f"{name}.weight"))
+        facts: dict[str, Any] = {"num_samples": self._num_samples, "num_tokens": 0, "weight_norm": norm}
+        if count := self._checkpoint.not_finite.get(f"{name}.weight", 0):
+            facts["skipped"] = f"its weight holds NaN or Inf ({count} of its values; zeros stood in for them)"
+        return facts
+
+    def _left_out(self, spec: BlockSpec, collector: PanelCollector) -> dict[str, str]:
+        """Why layers are to be left without an adapter, by name: their statistics are NaN or Inf.
+
+        Raises:
+            BadSamplesError: because of some samples, without which they would not be.
+            NumericalError: for whatever reason, if no layer may be left out.
+        """
+        bad = collector.bad_layers()
+        if not bad:
+            return {}
+        if self._skip_bad_samples or not self._skip_bad_layers:
+            above = self._read(grads(spec.index + 1))
+            passes = ((batch, hidden, next(above)) for batch, hidden in self._over(acts(spec.index)))
+            reasons = self._examiner.culprits(spec.index, bad, passes)
+            if reasons and (len(reasons) < self._num_samples or not self._skip_bad_layers):
+                raise BadSamplesError(reasons)
+        if not self._skip_bad_layers:
+            collector.require_finite()
+        return bad
 
     def _load(self, names: list[str]) -> None:
         """Loads weights, and hands back what reading them in another dtype left behind."""
@@ -247,6 +281,7 @@ class Sweep:
         """The micro-batches of a boundary, on the device."""
         states = self._boundaries.read(name, self._device)
         while True:
+            stopping.check()  # every pass over the micro-batches comes by here
             with self._timeline.span("read boundary"):
                 batch = next(states, None)
             if batch is None:
@@ -265,10 +300,11 @@ class Sweep:
         self._load_block(index)
         if after >= 0:
             self._announce_block(after)
-        with self._writing(acts(index + 1)) as writer, torch.no_grad():
+        with self._writing(acts(index + 1)) as writer, noting_bad_samples() as faults, torch.no_grad():
             for batch, hidden in self._over(acts(index)):
-                call = self._stack.calls(*batch.input_ids.shape)[index]
-                writer.append(call.run(block, hidden))
+                output = self._stack.calls(*batch.input_ids.shape)[index].run(block, hidden)
+                faults |= self._examiner.reasons(index, batch, bad_samples(output), hidden)
+                writer.append(output)
         self._checkpoint.release([prefix])
 
     def _replay_forward(self, index: int, collector: PanelCollector) -> None:
@@ -283,12 +319,17 @@ class Sweep:
             for _ in self._gradients_below(index, collector):
                 pass
             return
-        with self._writing(grads(index), durable=True) as writer:
-            for gradient in self._gradients_below(index, collector):
+        with self._writing(grads(index), durable=True) as writer, noting_bad_samples() as faults:
+            for batch, hidden, above, gradient in self._gradients_below(index, collector):
+                faults |= self._examiner.reasons(index, batch, bad_samples(gradient), hidden, above)
                 writer.append(gradient)
 
     def _gradients_below(self, index: int, collector: PanelCollector) -> Any:
-        """Runs all micro-batches forward and backward through a block; yields the gradients of its input."""
+        """Runs all micro-batches forward and backward through a block.
+
+        Yields:
+            Each with its states, their gradient above the block, and that below it.
+        """
         block = self._stack.blocks[index]
         above = self._read(grads(index + 1))
         for (batch, hidden), gradient in zip(self._over(acts(index)), above, strict=True):
@@ -300,37 +341,4 @@ class Sweep:
                 output = self._stack.calls(*batch.input_ids.shape)[index].run(block, hidden)
             torch.autograd.backward(output, gradient)
             assert hidden.grad is not None
-            yield hidden.grad
-
-    def _loss_gradient(self, batch: Batch, hidden: torch.Tensor, logit_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sum of the per-sample mean losses of a micro-batch, and its gradient [batch, tokens, hidden]."""
-        flat = hidden.reshape(-1, hidden.shape[-1])  # [rows, hidden]
-        gradient = torch.zeros_like(flat)
-        loss = torch.zeros((), dtype=torch.float64)
-        for start in range(0, batch.label_rows.numel(), logit_rows):
-            chunk = slice(start, start + logit_rows)
-            rows = batch.label_rows[chunk]
-            states = flat[rows].requires_grad_(True)
-            with torch.enable_grad():
-                logits = self._stack.logits(states)
-                losses = F.cross_entropy(logits.float(), batch.label_ids[chunk], reduction="none")
-                weighted = (losses * batch.label_weights[chunk]).sum()
-            torch.autograd.backward(weighted)
-            assert states.grad is not None
-            gradient[rows] = states.grad
-            loss += weighted.detach().double().cpu()
-        return loss, gradient.reshape(hidden.shape)
-
-
-def _frobenius_norm(weight: torch.Tensor) -> float:
-    """Of a weight [rows, columns], to six digits."""
-    # row by row in float32, at the speed of memory and float64 at a twentieth of it; squares may under- or overflow
-    for dtype in (torch.float32, torch.float64):
-        bands = [
-            torch.linalg.vector_norm(weight[row : row + NORM_ROWS], dim=1, dtype=dtype).double()
-            for row in range(0, weight.shape[0], NORM_ROWS)
-        ]
-        norm = float(torch.linalg.vector_norm(torch.cat(bands)))
-        if math.isfinite(norm) and norm > SMALLEST_NORM:
-            break
-    return norm
+            yield batch, hidden, gradient, hidden.grad

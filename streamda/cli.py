@@ -7,21 +7,20 @@ exist once.
 from __future__ import annotations
 
 import inspect
+import io
 import json
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any, Literal, NoReturn, get_args, get_type_hints
 
 import torch
 import typer
-import yaml
 
-from streamda import __version__, pipeline
+from streamda import __version__, pipeline, stopping
 from streamda.config import (
     PRESETS,
     CollectConfig,
@@ -30,9 +29,14 @@ from streamda.config import (
     SolveConfig,
     option_fields,
 )
-from streamda.errors import BudgetError, ConfigError, StoppedError, StreamdaError
+from streamda.config_file import read_config_file
+from streamda.errors import BudgetError, StorageError, StreamdaError
 from streamda.inspection import inspect_folder
+from streamda.quoting import printable, printable_lines
+from streamda.repair import repair_folder
 from streamda.report import InitReport, plan_table
+from streamda.requirements import require_platform
+from streamda.verification import verify_folder
 
 app = typer.Typer(
     name="streamda",
@@ -44,8 +48,12 @@ app = typer.Typer(
 )
 
 _PANELS = {"": "Run", "data": "Data", "collect": "Statistics", "solve": "Method"}
+_SWITCHES = (
+    *("trust_remote_code", "keep_statistics", "skip_bad_samples", "skip_bad_layers", "profile", "overwrite"),
+    *("allow_environment_change", "unsafe_filesystem"),
+)
+"""Options that are only ever turned on."""
 _FLAGS = {"quiet": "No progress and no notices.", "verbose": "Show one sample with its mask; tracebacks with errors."}
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def _options(skip: Collection[str] = (), only: Collection[str] | None = None) -> list[inspect.Parameter]:
@@ -63,7 +71,7 @@ def _options(skip: Collection[str] = (), only: Collection[str] | None = None) ->
         shown = entry.default if stage and entry.default is not None and kind is not bool else None
         text = entry.metadata["help"]
         if kind is bool:
-            flag = name if entry.name in ("trust_remote_code", "keep_statistics", "profile", "overwrite") else None
+            flag = name if entry.name in _SWITCHES else None
             names = [flag] if flag else [f"{name}/--no-{name[2:]}"]
             text += f"  [default: {'on' if entry.default else 'off'}]"
         else:
@@ -111,19 +119,7 @@ def _run_config(options: dict[str, Any]) -> RunConfig:
     """The configuration file, if any, under what the command line gives."""
     path: Path | None = options.pop("config", None)
     given = {name: value for name, value in options.items() if value is not None}
-    return RunConfig.from_options((_read_yaml(path) if path is not None else {}) | given)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"--config {path} cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"--config {path} must hold options as `name: value` lines")
-    flags = {entry.metadata["flag"]: entry.name for _, entry in option_fields() if entry.metadata["flag"]}
-    names = {str(key): str(key).removeprefix("--").replace("-", "_") for key in values}
-    return {flags.get(names[str(key)], names[str(key)]): value for key, value in values.items()}
+    return RunConfig.from_options((read_config_file(path) if path is not None else {}) | given)
 
 
 def _take_flags(options: dict[str, Any]) -> tuple[bool, bool, bool]:
@@ -133,13 +129,13 @@ def _take_flags(options: dict[str, Any]) -> tuple[bool, bool, bool]:
 
 def _print_report(report: InitReport, as_json: bool) -> None:
     if as_json:
-        typer.echo(report.to_json())
+        _show(report.to_json())
         return
-    typer.echo(report.to_table())
+    _show(report.to_table())
     if report.already_done:
-        typer.echo("\nalready done: the adapter is there, checked again and left as it is; --overwrite makes it anew")
+        _show("\nalready done: the adapter is there, checked again and left as it is; --overwrite makes it anew")
     elif report.output_dir:
-        typer.echo(f"\ntrain from it: PeftModel.from_pretrained(base, {report.output_dir!r}, is_trainable=True)")
+        _show(f"\ntrain from it: PeftModel.from_pretrained(base, {report.output_dir!r}, is_trainable=True)")
 
 
 @app.command("init")
@@ -157,9 +153,9 @@ def plan_command(**options: Any) -> None:
     _, _, as_json = _take_flags(options)
     plan, facts = pipeline.plan(_run_config(options))
     if as_json:
-        typer.echo(json.dumps({"plan": plan.to_dict()} | facts, indent=2, sort_keys=True))
+        _show(json.dumps({"plan": plan.to_dict()} | facts, indent=2, sort_keys=True))
     else:
-        typer.echo(plan_table(plan.to_dict(), facts))
+        _show(plan_table(plan.to_dict(), facts))
 
 
 @app.command("collect")
@@ -179,6 +175,8 @@ def collect_command(**options: Any) -> None:
             "max_gpu_mem",
             "device",
             "profile",
+            "skip_bad_layers",
+            "unsafe_filesystem",
             "overwrite",
             "seed",
             "trust_remote_code",
@@ -199,7 +197,31 @@ def inspect_command(
 ) -> None:
     """Show what is in a folder that streamda wrote."""
     facts, text = inspect_folder(folder)
-    typer.echo(json.dumps(facts, indent=2, sort_keys=True) if as_json else text)
+    _show(json.dumps(facts, indent=2, sort_keys=True) if as_json else text)
+
+
+@app.command("verify")
+def verify_command(
+    folder: Annotated[Path, typer.Argument(help="Statistics, a work directory, or an adapter.")],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help=_FLAGS["verbose"])] = False,
+) -> None:
+    """Check every byte of what streamda wrote; exit code 10 where anything is damaged. Changes nothing."""
+    found = verify_folder(folder)
+    _show(json.dumps(found.to_dict(), indent=2, sort_keys=True) if as_json else found.to_table())
+    found.require_sound()
+
+
+@app.command("repair")
+def repair_command(
+    folder: Annotated[Path, typer.Argument(help="Statistics, or a work directory.")],
+    drop: Annotated[list[str], typer.Option("--drop", help="A unit, as `verify` names it; may be given again.")],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help=_FLAGS["verbose"])] = False,
+) -> None:
+    """Drop damaged units, so that the same command as before makes them again."""
+    done = repair_folder(folder, drop)
+    _show(json.dumps(done.to_dict(), indent=2, sort_keys=True) if as_json else done.to_text())
 
 
 @app.callback(invoke_without_command=True)
@@ -207,42 +229,72 @@ def _root(
     version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
 ) -> None:
     if version:
-        typer.echo(f"streamda {__version__}")
+        _show(f"streamda {__version__}")
         raise typer.Exit
 
 
-def _stop(number: int, _frame: FrameType | None) -> None:
-    """First signal: leave through the exits, so that half-built units are removed. A second one kills at once."""
-    for each in _STOP_SIGNALS:
-        signal.signal(each, signal.SIG_DFL)
-    raise StoppedError(f"stopped by {signal.Signals(number).name}; the same command continues from here")
+def _show(text: str) -> None:
+    """Prints to stdout. That nobody reads it any more is no error: the work itself is done or safe on disk.
+
+    Raises:
+        StorageError: stdout is a file, and cannot be written.
+    """
+    try:
+        typer.echo(printable_lines(text))
+    except BrokenPipeError:
+        pass
+    except OSError as error:
+        raise StorageError(f"what was asked for is done, but stdout cannot be written: {error.strerror}") from error
+
+
+def _open_standard_streams() -> None:
+    """Leads closed standard streams nowhere, or the next file opened would take their numbers, and get their output."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8", closefd=False))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does: a terminal may know ASCII only
+
+
+def _leave(code: int | str | None) -> NoReturn:
+    """Exits. What a broken stream still holds is thrown away, or the interpreter would fail at its last flush."""
+    for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+    sys.exit(code)
 
 
 def main() -> NoReturn:
     """Entry point: runs a command and turns errors into one line and an exit code."""
-    for each in _STOP_SIGNALS:
-        signal.signal(each, _stop)
+    _open_standard_streams()
+    stopping.install()
     verbose = "--verbose" in sys.argv
     try:
-        app()  # exits by itself with 0, or with 2 for wrong usage
+        require_platform()
+        app()
+    except SystemExit as done:  # Typer's own: 0, or 2 for wrong usage
+        _leave(done.code)
     except StreamdaError as error:
         code = _report_error(error, error.exit_code, verbose)
-    except BrokenPipeError:
-        # whoever read our output is gone; the work itself is done or safe on disk
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
     except (MemoryError, RuntimeError) as error:
         out = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error).lower()
         if not out:
             raise
         reason = BudgetError("out of memory in spite of the plan; free some, or use a smaller --max-length")
         code = _report_error(reason, reason.exit_code, verbose)
-    sys.exit(code)
+    _leave(code)
 
 
 def _report_error(error: StreamdaError, code: int, verbose: bool) -> int:
     if verbose:
-        traceback.print_exc()
-    line = "".join(char if char.isprintable() else repr(char)[1:-1] for char in str(error))
-    print(f"streamda: error: {line}", file=sys.stderr)
+        with suppress(OSError):
+            traceback.print_exc()
+    with suppress(OSError):  # the exit code says it too
+        print(f"streamda: error: {printable(str(error))}", file=sys.stderr)
     return code

@@ -27,6 +27,23 @@ def room_for_run(work: Path) -> int:
     return max(0, files.free_bytes(work) - START_RESERVE_BYTES + used)
 
 
+def require_output_room(output: Path, work: Path, need: int) -> None:
+    """Refuses a run whose adapter its disk cannot hold; on the run's own disk there is the reserve for it.
+
+    Args:
+        output: the adapter's folder, whose parent exists.
+        work: the run's folder.
+        need: bytes of the adapter.
+
+    Raises:
+        StorageError: as `require_room` does.
+    """
+    with files.storage_errors("look at", output):
+        elsewhere = os.stat(output.parent).st_dev != os.stat(work).st_dev
+    if elsewhere:
+        require_room(output.parent, need, "the adapter")
+
+
 def require_room(folder: Path, need: int, what: str) -> None:
     """Stops a run before it begins what the disk cannot hold.
 

@@ -17,10 +17,12 @@ from types import TracebackType
 import torch
 
 from streamda.errors import ConfigError
+from streamda.quoting import quoted
 
 _UNITS = {"": 1, "b": 1}
 for _power, _letter in enumerate("kmgt", start=1):
     _UNITS |= {_letter: 1000**_power, _letter + "b": 1000**_power, _letter + "ib": 1024**_power}
+_MAX_DIGITS = 18
 
 
 def parse_size(text: str | int, name: str = "size") -> int:
@@ -33,10 +35,12 @@ def parse_size(text: str | int, name: str = "size") -> int:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(text).lower(), flags=re.ASCII)
     if match is None or match[2] not in _UNITS:
-        raise ConfigError(f"{name} is {text!r}; expected a size such as 24GB, 22GiB, 512MB or a number of bytes")
+        raise ConfigError(f"{name} is {quoted(text)}; expected a size such as 24GB, 22GiB, 512MB or a number of bytes")
+    if len(match[1]) > _MAX_DIGITS:
+        raise ConfigError(f"{name} is {quoted(text)}; no machine has that much")
     size = int(float(match[1]) * _UNITS[match[2]]) if "." in match[1] else int(match[1]) * _UNITS[match[2]]
     if size <= 0:
-        raise ConfigError(f"{name} is {text!r}; it must be above zero")
+        raise ConfigError(f"{name} is {quoted(text)}; it must be above zero")
     return size
 
 
@@ -183,11 +187,16 @@ class PeakMeter:
         return anonymous_bytes() - self._baseline
 
 
+def total_device_bytes(device: torch.device) -> int:
+    """Memory of a CUDA device, in use or not."""
+    return int(torch.cuda.get_device_properties(device).total_memory)
+
+
 def enforce_device_limit(device: torch.device, limit_bytes: int) -> None:
     """On CUDA, makes the budget a hard cap of the caching allocator; the plan is all there is on CPU."""
     if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit_bytes / total), device)
+        fraction = min(1.0, limit_bytes / total_device_bytes(device))
+        torch.cuda.set_per_process_memory_fraction(fraction, device)
 
 
 CopyMark = torch.cuda.Event | None

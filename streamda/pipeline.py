@@ -10,39 +10,65 @@ adapter, report
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 
-from streamda.adapter import AdapterFacts, check_adapter, require_writable_output, write_adapter
+from streamda import stopping
+from streamda.adapter import AdapterFacts, write_adapter
 from streamda.bounds import Bounds, Rates, parse_rates
 from streamda.calibration import describe_sample
-from streamda.checkpoint import Checkpoint, build_skeleton, load_config
 from streamda.collect_stage import Collection
 from streamda.config import RunConfig
-from streamda.disk_space import room_for_run
+from streamda.disk_space import require_output_room, room_for_run
 from streamda.errors import ConfigError, DamagedError, StorageError
+from streamda.filesystem import tolerated
 from streamda.layers import require_rank
+from streamda.limits import limit_errors
 from streamda.memory import bound_allocator, enforce_device_limit, parse_size, reuse_heap
+from streamda.model_copy import MODEL_COPY, check_configuration
+from streamda.nonfinite import skip_notice
+from streamda.places import output_dir, require_output, require_places, work_dir
 from streamda.plan import Plan, solve_capacity
 from streamda.progress import Progress
 from streamda.rates import measure_rates
-from streamda.report import REPORT_FILE, InitReport, read_report
-from streamda.rundir import RunDirectory, canonical_digest
-from streamda.session import CONFIG_COPY, new_report, open_run, remove_leftover
+from streamda.report import InitReport
+from streamda.rundir import RunDirectory
+from streamda.session import finished_report, new_report, open_run, remove_leftover, resume_notices, run_digest
 from streamda.setup import Prepared, choose_device, fingerprint_parts, prepare, versions
-from streamda.solutions import SolvedFactors, read_summaries
+from streamda.skeleton import build_skeleton, load_config
+from streamda.solutions import SolvedFactors, read_summaries, skipped_layers
 from streamda.solve_stage import Solver
 from streamda.stopwatch import RunMeter, Stopwatch
 from streamda.store import BlockStatisticsReader, stats_unit
 from streamda.timeline import Timeline
-from streamda.trace import remove_profile, write_profile
+from streamda.trace import write_profile
 
 MEASURED_RUN_SECONDS = 10.0
 """A run that was shorter is not held against the machine's rates unless asked for: measuring them takes a second."""
 
 
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+
+def _on_this_machine(
+    stage: Callable[Concatenate[RunConfig, _Arguments], _Result],
+) -> Callable[Concatenate[RunConfig, _Arguments], _Result]:
+    """Has a stage put up with the file system if it is told to, and say which limit of the system it ran into."""
+
+    @functools.wraps(stage)
+    def run(config: RunConfig, /, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        with tolerated(config.unsafe_filesystem), limit_errors():
+            return stage(config, *args, **kwargs)
+
+    return run
+
+
+@_on_this_machine
 def initialize(config: RunConfig, *, quiet: bool = False, verbose: bool = False) -> InitReport:
     """Plans, collects, solves and writes the adapter; continues where an interrupted run of the same settings stopped.
 
@@ -56,26 +82,28 @@ def initialize(config: RunConfig, *, quiet: bool = False, verbose: bool = False)
     """
     timeline = Timeline()
     rates = parse_rates(config.rates)
-    output = _output_dir(config)
-    work = _work_dir(config)
-    _require_apart(config, output=output, work=work)
+    output, work = output_dir(config), work_dir(config)
+    require_places(config, work, output)
     with timeline.span("prepare"):
         prepared = prepare(config, weights=True)
         made = prepared.plan(solves=True, keep_statistics=config.keep_statistics, disk_room=room_for_run(work))
-        checkpoint = Checkpoint(prepared.source.folder, prepared.stack.model, prepared.device)
+        checkpoint = prepared.checkpoint
+        assert checkpoint is not None  # it was asked for with its weights
         parts = fingerprint_parts(prepared, checkpoint.fingerprint())
     solver = _solver(config, prepared.population_size, prepared.device, timeline)
-    digest = canonical_digest({"parts": parts, "solve": solver.settings})
-    if not config.overwrite and (done := _finished(output, digest, prepared)) is not None:
+    digest = run_digest(parts, solver.settings)
+    if not config.overwrite and (done := finished_report(output, digest, prepared)) is not None:
         remove_leftover(work, parts)
         return done
-    _require_writable(output, config.overwrite)
+    require_output(output, config.overwrite)
     with _meter(prepared, timeline) as meter:
         progress = Progress(meter, quiet=quiet)
         _announce(progress, prepared, verbose)
-        with open_run(work, prepared, parts, made, solves=True) as (run, made):
+        with stopping.deferred(), open_run(work, prepared, parts, made, solves=True) as (run, made):
+            require_output_room(output, run.path, made.bytes_written["solutions"])
             reuse_heap(prepared.device, prepared.budget.device_bytes - made.peak_bytes)
             report = new_report(prepared, made)
+            _announce_resumed(progress, report, prepared, run, parts)
             solver = dataclasses.replace(solver, capacity_bytes=made.solve_capacity)
             Collection(prepared, checkpoint, run, made, meter, progress, report).collect(solver)
             report.output_dir = str(output)
@@ -98,30 +126,34 @@ def initialize(config: RunConfig, *, quiet: bool = False, verbose: bool = False)
     return report
 
 
+@_on_this_machine
 def collect(config: RunConfig, *, quiet: bool = False, verbose: bool = False) -> InitReport:
     """Pass 1 only: statistics of all blocks into ``config.statistics``, for `solve`. Arguments as for `initialize`."""
     if config.statistics is None:
         raise ConfigError("no folder for the statistics is given; use --statistics DIR")
     timeline = Timeline()
     work = Path(config.statistics)
-    _require_apart(config, output=None, work=work)
+    require_places(config, work, None)
     with timeline.span("prepare"):
         prepared = prepare(config, weights=True, solves=False)
         made = prepared.plan(solves=False, keep_statistics=True, disk_room=room_for_run(work))
-        checkpoint = Checkpoint(prepared.source.folder, prepared.stack.model, prepared.device)
+        checkpoint = prepared.checkpoint
+        assert checkpoint is not None  # it was asked for with its weights
         parts = fingerprint_parts(prepared, checkpoint.fingerprint())
     with _meter(prepared, timeline) as meter:
         progress = Progress(meter, quiet=quiet)
         _announce(progress, prepared, verbose)
-        with open_run(work, prepared, parts, made, solves=False) as (run, made):
+        with stopping.deferred(), open_run(work, prepared, parts, made, solves=False) as (run, made):
             reuse_heap(prepared.device, prepared.budget.device_bytes - made.peak_bytes)
             report = new_report(prepared, made)
+            _announce_resumed(progress, report, prepared, run, parts)
             Collection(prepared, checkpoint, run, made, meter, progress, report).collect(None)
             report.statistics_dir = str(work)
             _record_time(report, timeline)
     return report
 
 
+@_on_this_machine
 def solve(config: RunConfig, *, quiet: bool = False) -> InitReport:
     """Pass 2 only: an adapter from collected statistics. Of the model nothing but its configuration is used.
 
@@ -138,14 +170,16 @@ def solve(config: RunConfig, *, quiet: bool = False) -> InitReport:
         raise ConfigError("no folder for the adapter is given; use --output-dir DIR")
     timeline = Timeline()
     output = Path(config.output_dir)
-    _require_apart(config, output=output, work=Path(config.statistics))
-    _require_writable(output, config.overwrite)
+    require_places(config, Path(config.statistics), output)
+    require_output(output, config.overwrite)
     device = choose_device(config.device)
     with (
+        stopping.deferred(),
         RunDirectory.open_existing(Path(config.statistics), exclusive=True) as run,
         RunMeter(device, timeline) as meter,
     ):
         facts = run.settings
+        check_configuration(run.path, facts.get("model_files", {}))
         missing = [index for index in facts["adapted_blocks"] if stats_unit(index) not in run.units]
         if missing:
             raise ConfigError(
@@ -163,21 +197,23 @@ def solve(config: RunConfig, *, quiet: bool = False) -> InitReport:
             solver = dataclasses.replace(solver, capacity_bytes=solve_capacity(budget, specs, config.solve.rank))
         report = InitReport(config=config.to_dict(), versions=versions(), model=dict(facts["model"]))
         report.data = dict(facts["data"])
-        report.notices = list(facts["notices"])
+        report.skipped_samples = [dict(entry) for entry in facts.get("skipped_samples", ())]
+        report.notices = [*facts["notices"], *map(skip_notice, report.skipped_samples)]
         report.loss = facts.get("loss")
         with (
             Stopwatch(report, "solve", meter),
             Progress(meter, quiet=quiet).pass_over("solve", len(facts["adapted_blocks"]), 0) as bar,
         ):
             for index in facts["adapted_blocks"]:
+                stopping.check()
                 bar.working_on(f"block {index}")
                 if not solver.is_solved(run.units, index):
                     solver.solve(run.units, index)
                 bar.advance()
         report.output_dir, report.statistics_dir = str(output), config.statistics
-        report.model["fingerprint"] = canonical_digest({"parts": dict(run.parts), "solve": solver.settings})
+        report.model["fingerprint"] = run_digest(run.parts, solver.settings)
         _record_time(report, timeline)
-        model_config = load_config(run.path / CONFIG_COPY, config.trust_remote_code)
+        model_config = load_config(run.path / MODEL_COPY, config.trust_remote_code)
         with timeline.span("write adapter"):
             _write_adapter(
                 output, run, report, config, build_skeleton(model_config, torch.float32, config.trust_remote_code)
@@ -187,6 +223,7 @@ def solve(config: RunConfig, *, quiet: bool = False) -> InitReport:
     return report
 
 
+@_on_this_machine
 def plan(config: RunConfig) -> tuple[Plan, dict[str, Any]]:
     """What `initialize` would do and need, from the configuration and the samples alone.
 
@@ -196,7 +233,7 @@ def plan(config: RunConfig) -> tuple[Plan, dict[str, Any]]:
     rates = parse_rates(config.rates)
     prepared = prepare(config, weights=False)
     made = prepared.plan(solves=True, keep_statistics=config.keep_statistics)
-    rates, reason = measure_rates(prepared.device, prepared.dtype, _work_dir(config), rates)
+    rates, reason = measure_rates(prepared.device, prepared.dtype, work_dir(config), rates)
     bounds = Bounds(
         rates,
         made.flops,
@@ -216,24 +253,6 @@ def plan(config: RunConfig) -> tuple[Plan, dict[str, Any]]:
         "bounds": bounds.to_dict(),
         "notices": [*prepared.notices, *([reason] if reason is not None else [])],
     }
-
-
-def _output_dir(config: RunConfig) -> Path:
-    if config.output_dir is not None:
-        return Path(config.output_dir)
-    if config.model is None:
-        raise ConfigError("no model is given; use --model with a hub id or a local folder")
-    return Path(f"{Path(config.model.rstrip('/')).name}-lora-da")
-
-
-def _work_dir(config: RunConfig) -> Path:
-    return Path(config.work_dir or f"{_output_dir(config)}.work")
-
-
-def _require_writable(output: Path, overwrite: bool) -> None:
-    if overwrite:
-        remove_profile(output)  # not among the files of an adapter, which would keep it from being replaced
-    require_writable_output(output, overwrite)
 
 
 def _record_time(report: InitReport, timeline: Timeline) -> None:
@@ -257,24 +276,9 @@ def _record_bounds(report: InitReport, prepared: Prepared, made: Plan, rates: Ra
     ).to_dict(report.wall_seconds)
 
 
-def _require_apart(config: RunConfig, output: Path | None, work: Path) -> None:
-    """The model, the adapter and the run's state each have a folder of their own."""
-    places = {"--work-dir or --statistics": work} | ({} if output is None else {"--output-dir": output})
-    resolved = {name: path.resolve() for name, path in places.items()}
-    if output is not None:
-        inner, outer = output.resolve(), work.resolve()
-        if inner == outer or inner in outer.parents or outer in inner.parents:
-            raise ConfigError(
-                f"--output-dir {output} and the run's folder {work} must lie beside each other, not in one"
-            )
-    model = Path(config.model).resolve() if config.model is not None and Path(config.model).is_dir() else None
-    for name, path in resolved.items():
-        if model is not None and (path == model or model in path.parents):
-            raise ConfigError(f"{name} {path} lies in the model's folder; choose a place outside it")
-
-
 def _solver(config: RunConfig, population_size: int, device: torch.device, timeline: Timeline) -> Solver:
-    return Solver(config.solve, population_size, config.data.seed, device, timeline=timeline)
+    skip = config.skip_bad_layers
+    return Solver(config.solve, population_size, config.data.seed, device, timeline=timeline, skip_bad_layers=skip)
 
 
 def _meter(prepared: Prepared, timeline: Timeline) -> RunMeter:
@@ -290,12 +294,23 @@ def _announce(progress: Progress, prepared: Prepared, verbose: bool) -> None:
         progress.say(describe_sample(prepared.calibration.samples[0], prepared.tokenizer))
 
 
+def _announce_resumed(
+    progress: Progress, report: InitReport, prepared: Prepared, run: RunDirectory, parts: dict[str, dict[str, Any]]
+) -> None:
+    for notice in resume_notices(prepared, run, parts):
+        progress.say(f"note: {notice}")
+        report.notices.append(notice)
+
+
 def _write_adapter(output: Path, run: RunDirectory, report: InitReport, config: RunConfig, skeleton: Any) -> None:
     """Gathers the solved blocks into a PEFT adapter with the report beside it."""
+    stopping.check()  # from here on it is done before a stop would be
     for index in run.settings["adapted_blocks"]:
         report.modules |= read_summaries(run.units, index)
     factors = SolvedFactors(run.units, run.settings["adapted_blocks"])
-    expected = set(run.parts["method"]["modules"])
+    skipped = skipped_layers(report.modules)
+    report.notices += (f"{name} is left without adapter: {reason}" for name, reason in skipped.items())
+    expected = set(run.parts["method"]["modules"]) - set(skipped)
     if set(factors) != expected:
         raise DamagedError(f"{run.path} holds solutions of {len(factors)} layers, not of {len(expected)}")
     facts = AdapterFacts(
@@ -306,7 +321,7 @@ def _write_adapter(output: Path, run: RunDirectory, report: InitReport, config: 
         is_shipped_data=report.data["is_shipped"],
         solve=config.solve,
         version=report.versions["streamda"],
-        step_zero_change={name: facts["step_zero_change"] or 0.0 for name, facts in report.modules.items()},
+        step_zero_change={name: report.modules[name]["step_zero_change"] or 0.0 for name in factors},
     )
     write_adapter(
         output,
@@ -314,20 +329,5 @@ def _write_adapter(output: Path, run: RunDirectory, report: InitReport, config: 
         facts,
         skeleton,
         overwrite=config.overwrite,
-        extra_files={REPORT_FILE: (report.to_json() + "\n").encode()},
+        report=report.seal,
     )
-
-
-def _finished(output: Path, digest: str, prepared: Prepared) -> InitReport | None:
-    """The report of a finished run with these very settings, its adapter checked again; None if there is none."""
-    if not (output / REPORT_FILE).is_file():
-        return None
-    try:
-        report = read_report(output)
-    except DamagedError:
-        return None  # not ours to judge; the refusal to overwrite names the folder
-    if report.model.get("fingerprint") != digest:
-        return None
-    check_adapter(output, prepared.stack.model)
-    report.already_done = True
-    return report

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -85,6 +86,10 @@ def _run_on_fakes(
         storages[storage._cdata] = (storage, tensor.dtype)
         return tensor
 
+    def pack(tensor: torch.Tensor) -> Any:
+        # no backward pass follows; an operation that kept its own result would keep itself alive for ever
+        keep(tensor)
+
     def note(name: str, tensor: torch.Tensor) -> None:
         calls.setdefault(name, []).append(tensor)
         keep(tensor)
@@ -105,7 +110,7 @@ def _run_on_fakes(
             tree_map(fake, meta_call.args), tree_map(fake, meta_call.kwargs), meta_call.hidden_is_positional
         )
         hidden = torch.zeros(shape, dtype=run_dtype, device=device, requires_grad=True)
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: nothing):
             output = twin_call.run(twin, hidden)
         keep(hidden)
         keep(output)

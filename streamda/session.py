@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from streamda import files
+from streamda.adapter import check_adapter, check_recorded
 from streamda.disk_plan import stride_text
 from streamda.disk_space import START_RESERVE_BYTES, room_for_run
 from streamda.errors import StorageError
+from streamda.limits import limit_errors
 from streamda.memory import format_size
+from streamda.model_copy import copy_configuration
 from streamda.plan import Plan
-from streamda.report import InitReport
-from streamda.rundir import RunDirectory, canonical_digest
+from streamda.report import REPORT_FILE, InitReport, read_report
+from streamda.rundir import RunDirectory, canonical_digest, differences
 from streamda.setup import Prepared, versions
-
-CONFIG_COPY = "model"
-"""Folder inside a run with a copy of the model's config.json, all that `solve` needs of the model."""
+from streamda.solutions import skipped_layers
 
 
 @contextmanager
@@ -46,7 +47,12 @@ def open_run(
     if begins:
         _require_space(work, made)
     with RunDirectory.open(
-        work, parts, settings=facts if begins else {}, resume=config.resume, restart=config.overwrite
+        work,
+        parts,
+        settings=facts if begins else {},
+        resume=config.resume,
+        restart=config.overwrite,
+        ignore_parts=("numerics",) if config.allow_environment_change else (),
     ) as run:
         # the bits of a run depend on its micro-batches, so a continued one keeps them under any budget; statistics
         # that were once to be kept are never freed behind their owner's back
@@ -56,9 +62,31 @@ def open_run(
             made = prepared.plan(
                 solves=solves, keep_statistics=keeps, micro_batch_tokens=chosen, disk_room=room_for_run(work)
             )
-        run.update_settings({"keeps_statistics": keeps})
-        _copy_configuration(prepared.source.folder, run.path / CONFIG_COPY, config.trust_remote_code)
-        yield run, made
+        copies = copy_configuration(prepared.source.folder, run.path, config.trust_remote_code)
+        run.update_settings({"keeps_statistics": keeps, "model_files": copies})
+        with limit_errors(prepared.budget.device_bytes, made.peak_bytes):
+            yield run, made
+
+
+def run_digest(parts: Mapping[str, Any], solver_settings: Mapping[str, Any]) -> str:
+    """Digest of what an adapter was made from and how; a finished one stands whatever the libraries' versions are."""
+    return canonical_digest({"parts": _without_numerics(parts), "solve": dict(solver_settings)})
+
+
+def resume_notices(prepared: Prepared, run: RunDirectory, parts: Mapping[str, Any]) -> list[str]:
+    """Says where a continued run goes on otherwise than it was asked to."""
+    notices = []
+    changed = list(differences(run.parts["numerics"], parts["numerics"]))
+    if changed:
+        notices.append(f"the environment has changed since this run was begun: {', '.join(changed)}; bits may differ")
+    asked, chosen = prepared.config.collect.micro_batch_tokens, str(run.settings["micro_batch_tokens"])
+    if asked not in ("auto", chosen):
+        notices.append(f"this run goes on with the {chosen} tokens per micro-batch that it was begun with, not {asked}")
+    return notices
+
+
+def _without_numerics(parts: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: part for name, part in parts.items() if name != "numerics"}
 
 
 def new_report(prepared: Prepared, made: Plan) -> InitReport:
@@ -83,6 +111,8 @@ def new_report(prepared: Prepared, made: Plan) -> InitReport:
             "num_label_tokens": sum(sample.num_label_tokens for sample in calibration.samples),
             "num_truncated": calibration.num_truncated,
             "num_skipped": calibration.num_skipped,
+            "num_bad_lines": calibration.num_bad_lines,
+            "num_duplicates": calibration.num_duplicates,
             "population_size": prepared.population_size,
         },
         plan=made.to_dict(),
@@ -101,13 +131,32 @@ def stride_notices(made: Plan) -> list[str]:
     ]
 
 
+def finished_report(output: Path, digest: str, prepared: Prepared) -> InitReport | None:
+    """The report of a finished run with these very settings, its adapter checked again; None if there is none."""
+    if not os.path.isfile(output / REPORT_FILE):
+        return None
+    report = read_report(output)
+    if report.model.get("fingerprint") != digest:
+        return None
+    config = prepared.config
+    refused = report.skipped_samples and not config.skip_bad_samples
+    if refused or (skipped_layers(report.modules) and not config.skip_bad_layers):
+        return None
+    check_recorded(output, report.written)
+    check_adapter(output, prepared.stack.model)
+    report.already_done = True
+    return report
+
+
 def remove_leftover(work: Path, parts: dict[str, dict[str, Any]]) -> None:
     """Removes what a run left that was killed between putting its adapter in place and cleaning up."""
     if (work / "run.json").is_file():
-        with RunDirectory.open_existing(work, exclusive=True) as run:
-            ours = canonical_digest(dict(run.parts)) == canonical_digest(parts)
+        with RunDirectory.open_existing(work, exclusive=True, check=False) as run:  # it goes, damaged or not
+            ours = canonical_digest(_without_numerics(run.parts)) == canonical_digest(_without_numerics(parts))
             if ours and not run.settings["keeps_statistics"]:
                 run.remove()
+    else:
+        RunDirectory.finish_removal(work)
 
 
 def _run_facts(prepared: Prepared, made: Plan) -> dict[str, Any]:
@@ -133,18 +182,3 @@ def _require_space(work: Path, made: Plan) -> None:
             f"{format_size(files.free_bytes(work))} free: give --work-dir on a larger disk, more --max-host-mem, or "
             "fewer or shorter samples"
         )
-
-
-def _copy_configuration(source: Path, target: Path, with_code: bool) -> None:
-    """Copies all that `solve` needs of the model; in a hub cache the sources are links into its store of blobs."""
-    files.make_folders(target)
-    for path in (source / "config.json", *(sorted(source.glob("*.py")) if with_code else ())):
-        with files.storage_errors("copy to", target):
-            content = path.read_bytes()
-            copy = target / path.name
-            if copy.is_file() and copy.read_bytes() == content:
-                continue
-            with contextlib.suppress(FileNotFoundError):
-                copy.unlink()
-        with files.FileWriter(copy) as stream:
-            stream.write(content)

@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 import importlib.metadata
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from streamda.batches import make_micro_batches
 from streamda.blocks import DecoderStack
 from streamda.calibration import CalibrationSet, load_calibration
-from streamda.checkpoint import build_skeleton, load_config
+from streamda.checkpoint import Checkpoint
 from streamda.config import RunConfig
 from streamda.costs import Workload
 from streamda.errors import BudgetError, ConfigError, DataError
+from streamda.files import shown
 from streamda.layers import Targets, find_targets, require_rank
+from streamda.limits import bounded_budget, memory_limit
 from streamda.memory import SMALL_BLOCK_BYTES, MemoryBudget, bound_allocator, parse_size
 from streamda.model_source import ModelSource, find_model
 from streamda.plan import Plan, make_plan, minimum_bytes
+from streamda.skeleton import build_skeleton, load_config, third_party
 from streamda.workload import WorkloadModel, micro_batch_candidates
 
+STATISTICS_VERSION = 1
+"""Raised with every change that gives a block other statistics from the same model and samples."""
+NUMERIC_LIBRARIES = ("torch", "transformers", "numpy", "zarr", "numcodecs")
+"""Libraries whose version may decide the last bits of the statistics."""
+TOKENS_PER_INPUT = 4
+"""Below it an input moment is noisy: with as many tokens as inputs the smallest eigenvalues are near zero by chance."""
 HOST_SHARE = 0.5
 """Share of free host memory for boundary states beside a GPU where --max-host-mem is not given."""
 
@@ -36,6 +45,8 @@ class Prepared:
     config: RunConfig
     source: ModelSource
     stack: DecoderStack
+    checkpoint: Checkpoint | None
+    """None where only a plan is wanted, for which no weights need be there."""
     tokenizer: PreTrainedTokenizerBase | None
     calibration: CalibrationSet
     targets: Targets
@@ -89,15 +100,21 @@ class Prepared:
             micro_batch_tokens: what an interrupted run had chosen; its bits depend on it.
             disk_room: what the work directory may grow to, for all the file system has; None if that is not known.
         """
-        return make_plan(
-            self.budget,
-            self._candidates(micro_batch_tokens),
-            self.work.at,
-            rank=self.config.solve.rank if solves else 0,
-            keep_statistics=keep_statistics,
-            host_is_device=self.device.type == "cpu",
-            disk_room=disk_room,
-        )
+        try:
+            return make_plan(
+                self.budget,
+                self._candidates(micro_batch_tokens),
+                self.work.at,
+                rank=self.config.solve.rank if solves else 0,
+                keep_statistics=keep_statistics,
+                host_is_device=self.device.type == "cpu",
+                disk_room=disk_room,
+            )
+        except BudgetError as error:
+            asked = self.config.max_gpu_mem
+            if asked is None or self.budget.device_bytes >= parse_size(asked):
+                raise
+            raise BudgetError(f"{error}; {asked} are asked for, but this machine has no more") from error
 
     def smallest_budget(self, *, solves: bool) -> int:
         """Bytes of the smallest budget that would do."""
@@ -129,13 +146,16 @@ def prepare(config: RunConfig, *, weights: bool, solves: bool = True) -> Prepare
     if config.model is None:
         raise ConfigError("no model is given; use --model with a hub id or a local folder")
     device = choose_device(config.device)
-    budget = choose_budget(config, device)
+    budget, bounded = bounded_budget(choose_budget(config, device), device, memory_limit())
     bound_allocator(device, SMALL_BLOCK_BYTES)
     source = find_model(config.model, config.revision, weights=weights, code=config.trust_remote_code)
     model_config = load_config(source.folder, config.trust_remote_code)
     dtype = choose_dtype(config.collect.dtype, device)
     stored_bytes = _stored_dtype_bytes(model_config)  # building the skeleton writes the compute dtype over it
-    stack = DecoderStack(build_skeleton(model_config, dtype, config.trust_remote_code), device)
+    skeleton = build_skeleton(model_config, dtype, config.trust_remote_code)
+    # its files are held against it before anything of the size it names is made, or a sample is read
+    checkpoint = Checkpoint(source.folder, skeleton, device) if weights else None
+    stack = DecoderStack(skeleton, device)
     stack.fill_small_parameters()
     stack.find_output_form()
     targets = find_targets(stack.model, stack.prefixes, config.collect.target_modules)
@@ -147,18 +167,22 @@ def prepare(config: RunConfig, *, weights: bool, solves: bool = True) -> Prepare
     )
     num_labels = sum(sample.num_label_tokens for sample in calibration.samples)
     lengths = [sample.num_tokens for sample in calibration.samples]
+    if checkpoint is not None:  # a configuration may say another dtype than the files have
+        stored_bytes = checkpoint.map.stored_itemsize
     work = WorkloadModel(stack, targets, lengths, num_labels, stored_bytes)
-    notices = [*source.notices]
+    notices = [*bounded, *source.notices, *(checkpoint.map.notices if checkpoint is not None else ())]
     if calibration.is_shipped:
         notices.append(
             "no --dataset is given, so a small general set that ships with streamda stands in; samples of your own "
             "task are the point of a data-aware start"
         )
+    notices.extend(calibration.notices)
     if targets.outside:
         notices.append(f"outside the decoder blocks, so left without an adapter: {', '.join(targets.outside[:5])}")
-    if short := _rank_deficient(targets, calibration):
+    num_tokens = num_labels if config.collect.token_mask == "labels" else sum(lengths)
+    if short := _rank_deficient(targets, num_tokens):
         notices.append(short)
-    return Prepared(config, source, stack, tokenizer, calibration, targets, budget, work, tuple(notices))
+    return Prepared(config, source, stack, checkpoint, tokenizer, calibration, targets, budget, work, tuple(notices))
 
 
 def choose_device(name: str) -> torch.device:
@@ -201,7 +225,7 @@ def choose_budget(config: RunConfig, device: torch.device) -> MemoryBudget:
     if config.max_host_mem is not None:
         host = parse_size(config.max_host_mem, "--max-host-mem")
     elif device.type == "cuda":
-        host = int(HOST_SHARE * _free_host_bytes())
+        host = int(HOST_SHARE * min(_free_host_bytes(), memory_limit() or sys.maxsize))
     disk = None if config.max_disk is None else parse_size(config.max_disk, "--max-disk")
     return MemoryBudget(parse_size(config.max_gpu_mem, "--max-gpu-mem"), host, disk)
 
@@ -210,11 +234,8 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizer
     """The tokenizer of a model folder; None if it has none, which tokenized data do not need."""
     if not any(folder.glob("tokenizer*")) and not any(folder.glob("*.model")) and not (folder / "vocab.json").is_file():
         return None
-    try:
+    with third_party(f"the tokenizer in {shown(folder)} cannot be loaded", DataError):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"the tokenizer in {folder} cannot be loaded: {first}") from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer
 
@@ -230,12 +251,14 @@ def max_positions(config: PretrainedConfig) -> int | None:
 
 def versions() -> dict[str, str]:
     """Versions of what decides the numbers."""
-    names = ("streamda", "torch", "transformers", "accelerate", "safetensors", "zarr", "numcodecs", "peft", "datasets")
+    names = ("streamda", *NUMERIC_LIBRARIES, "accelerate", "safetensors", "peft", "datasets")
     return {name: importlib.metadata.version(name) for name in names}
 
 
 def fingerprint_parts(prepared: Prepared, model: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """What decides the statistics, by name; a run is continued only with equal parts.
+
+    ``numerics`` decides their last bits only, and may be let pass.
 
     Args:
         prepared: the run.
@@ -246,14 +269,14 @@ def fingerprint_parts(prepared: Prepared, model: dict[str, Any]) -> dict[str, di
         "model": model,
         "data": {"tokens": prepared.calibration.digest(), "num_samples": len(prepared.calibration.samples)},
         "method": {
+            "version": STATISTICS_VERSION,
             "modules": [spec.name for spec in prepared.targets.linears],
             "token_mask": collect.token_mask,
-            "dtype": str(prepared.dtype),
+            "dtype": str(prepared.dtype).removeprefix("torch."),
             "statistics_codec": collect.statistics_codec,
         },
         "numerics": {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
+            **{name: found for name, found in versions().items() if name in NUMERIC_LIBRARIES},
             "device": prepared.device.type,
             "threads": torch.get_num_threads(),
         },
@@ -272,13 +295,18 @@ def _free_host_bytes() -> int:
     raise BudgetError("the free host memory is unknown here; give --max-host-mem")
 
 
-def _rank_deficient(targets: Targets, calibration: CalibrationSet) -> str | None:
-    """A note where there are fewer tokens than input dimensions."""
-    num_tokens = sum(sample.num_tokens for sample in calibration.samples)
-    wide: Sequence[str] = [spec.name for spec in targets.linears if spec.d_in > num_tokens]
-    if not wide:
-        return None
-    return (
-        f"{num_tokens} tokens are fewer than the inputs of {len(wide)} layers (such as {wide[0]}): their input moments "
-        "are rank-deficient and live on their damping; more samples are better"
-    )
+def _rank_deficient(targets: Targets, num_tokens: int) -> str | None:
+    """A note where the tokens that enter the moments are few for the input dimensions."""
+    few: Sequence[str] = [spec.name for spec in targets.linears if TOKENS_PER_INPUT * spec.d_in > num_tokens]
+    short: Sequence[str] = [spec.name for spec in targets.linears if spec.d_in > num_tokens]
+    if short:
+        return (
+            f"{num_tokens} tokens are fewer than the inputs of {len(short)} layers (such as {short[0]}): their input "
+            "moments are rank-deficient and live on their damping; more samples are better"
+        )
+    if few:
+        return (
+            f"{num_tokens} tokens are fewer than {TOKENS_PER_INPUT} for each input of {len(few)} layers (such as "
+            f"{few[0]}): their input moments are noisy; more samples are better"
+        )
+    return None

@@ -16,7 +16,7 @@ from tests.golden_options import golden_options
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     """Runs `streamda ...` in this process; the exit code."""
     monkeypatch.setattr("sys.argv", ["streamda", *arguments])
-    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(cli.stopping, "install", lambda: None)
     with pytest.raises(SystemExit) as ended:
         cli.main()
     return int(ended.value.code or 0)

@@ -17,22 +17,26 @@ PACKAGE = Path(__file__).parent.parent / "streamda"
 MAX_LINES = 350
 
 LAYERS = (
-    {"errors", "files", "units", "rundir", "config", "timeline"},
+    {
+        "errors", "quoting", "requirements", "files", "sealed_json", "units", "folder_lock", "rundir", "config",
+        "timeline", "stopping",
+    },
     # pure: tensors and integers
     {
         "layers", "memory", "batches", "panels", "costs", "disk_plan", "flops", "plan", "bounds", "factors", "cholesky",
-        "eigen", "solve_plan", "stored_weights", "methods",
+        "eigen", "low_rank", "solve_plan", "stored_weights", "methods",
     },
     # edges: files, data sets, the hub
     {
-        "model_source", "shards", "checkpoint", "prefetch", "rows", "samples", "calibration", "disk_space", "boundary",
-        "store", "collected", "scratch", "solutions", "adapter", "output", "model_card", "report", "rates", "gantt",
-        "trace",
+        "model_source", "model_copy", "shards", "skeleton", "weight_map", "checkpoint", "prefetch",
+        "bad_rows", "json_rows", "rows", "samples", "calibration", "config_file", "disk_space", "filesystem",
+        "limits", "boundary", "store", "collected", "scratch", "solutions", "adapter", "output", "model_card",
+        "report", "rates", "gantt", "trace",
     },
-    {"blocks", "probe", "workload", "hooks", "sweep", "progress", "stopwatch"},
-    {"setup", "session", "solve_stage", "collect_stage"},
+    {"blocks", "probe", "workload", "hooks", "loss", "nonfinite", "sweep", "progress", "stopwatch"},
+    {"places", "setup", "session", "solve_stage", "collect_stage"},
     {"pipeline"},
-    {"api", "inspection"},
+    {"api", "inspection", "repair", "verification"},
     {"cli", "__init__"},
     {"__main__"},
 )  # fmt: skip
@@ -40,21 +44,29 @@ LAYERS = (
 WITHIN = {
     # each step on the one before it
     "files": {"errors"},
-    "units": {"errors", "files"},
-    "rundir": {"errors", "files", "units"},
-    "config": {"errors"},
+    "sealed_json": {"errors", "files"},
+    "units": {"errors", "files", "sealed_json"},
+    "folder_lock": {"errors", "files"},
+    "rundir": {"errors", "files", "folder_lock", "sealed_json", "units"},
+    "config": {"errors", "quoting"},
+    "requirements": {"errors"},
+    "stopping": {"errors"},
     "panels": {"layers"},
     "disk_plan": {"layers", "panels"},
-    "solve_plan": {"cholesky", "eigen", "panels"},
+    "solve_plan": {"cholesky", "eigen", "low_rank", "panels"},
     "costs": {"layers"},
-    "flops": {"costs", "eigen", "panels"},
+    "flops": {"costs", "eigen", "low_rank", "panels", "solve_plan"},
     "plan": {"costs", "disk_plan", "flops", "layers", "memory", "panels", "solve_plan"},
     "eigen": {"cholesky"},
-    "methods": {"cholesky", "eigen", "factors", "solve_plan"},
+    "methods": {"cholesky", "eigen", "factors", "low_rank", "solve_plan"},
     # the families of a noun
-    "samples": {"rows"},
-    "calibration": {"rows", "samples"},
-    "checkpoint": {"shards"},
+    "json_rows": {"bad_rows"},
+    "rows": {"bad_rows", "json_rows"},
+    "samples": {"bad_rows"},
+    "calibration": {"bad_rows", "json_rows", "rows", "samples"},
+    "checkpoint": {"shards", "weight_map"},
+    "weight_map": {"shards"},
+    "skeleton": {"shards"},
     "prefetch": {"checkpoint"},
     "boundary": {"disk_space"},
     "collected": {"store"},
@@ -63,27 +75,32 @@ WITHIN = {
     # the two passes, from the bottom up
     "probe": {"blocks"},
     "workload": {"blocks", "probe"},
-    "sweep": {"blocks", "hooks", "progress"},
+    "loss": {"blocks"},
+    "nonfinite": {"blocks"},
+    "sweep": {"blocks", "hooks", "loss", "nonfinite", "progress"},
     "progress": {"stopwatch"},
     "session": {"setup"},
     "collect_stage": {"session", "setup", "solve_stage"},
-    "api": {"pipeline"},
+    "api": {"pipeline", "repair", "verification"},
+    "verification": {"inspection"},
     "cli": {"__init__"},
 }
 
 HOMES = {
-    "accelerate": {"checkpoint"},
+    "accelerate": {"checkpoint", "skeleton"},
     "datasets": {"rows"},
-    "google_crc32c": {"boundary", "files", "units"},
+    "google_crc32c": {"boundary", "files", "sealed_json"},
     "huggingface_hub": {"model_source", "rows"},
     "jinja2": {"samples"},
     "numpy": {"store"},
     "peft": {"adapter", "layers"},
     "safetensors": {"adapter", "shards", "solutions"},
     "tqdm": {"progress"},
-    "transformers": {"adapter", "blocks", "calibration", "checkpoint", "layers", "samples", "setup"},
+    "transformers": {
+        "adapter", "blocks", "calibration", "checkpoint", "layers", "samples", "setup", "skeleton", "weight_map",
+    },
     "typer": {"cli"},
-    "yaml": {"cli"},
+    "yaml": {"config_file"},
     "zarr": {"store"},  # and numcodecs, through it
 }
 """Where each dependency is imported, no more and no less; torch is at home everywhere."""

@@ -1,0 +1,94 @@
+"""Where a run reads and writes: settled, and refused where that cannot be, before anything is loaded."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from streamda.adapter import require_writable_output
+from streamda.config import RunConfig
+from streamda.errors import ConfigError
+from streamda.files import shown
+from streamda.filesystem import require_safe
+from streamda.output import resolved
+from streamda.report import REPORT_FILE
+from streamda.rundir import RunDirectory, find_record
+from streamda.trace import remove_profile
+
+
+def output_dir(config: RunConfig) -> Path:
+    """Where the adapter goes."""
+    if config.output_dir is not None:
+        return Path(config.output_dir)
+    if config.model is None:
+        raise ConfigError("no model is given; use --model with a hub id or a local folder")
+    return Path(f"{Path(config.model.rstrip('/')).name}-lora-da")
+
+
+def work_dir(config: RunConfig) -> Path:
+    """Where the run keeps its state."""
+    return Path(config.work_dir or f"{output_dir(config)}.work")
+
+
+def require_places(config: RunConfig, work: Path, output: Path | None) -> None:
+    """Refuses what a run could not use in the end. Nothing is changed where something else lies already.
+
+    An output folder that may be this very run's finished one is left for later: that takes the run's fingerprint.
+
+    Args:
+        config: the run.
+        work: folder of its state, or of its statistics.
+        output: folder of the adapter; None if there will be none.
+
+    Raises:
+        ConfigError: two of the places are one or inside each other, or something else lies there.
+        StorageError: a place cannot be written, or its file system is no basis for a run.
+        LockedError: another run is using the folder.
+        MismatchError: the folder is of another version of streamda.
+        DamagedError: its record is damaged.
+    """
+    _require_apart(config, work, output)
+    _require_run_folder(resolved(work), config.unsafe_filesystem)
+    if output is not None and (config.overwrite or not os.path.isfile(output / REPORT_FILE)):
+        require_output(output, config.overwrite)
+
+
+def require_output(output: Path, overwrite: bool) -> None:
+    """Refuses an output folder that cannot be written or replaced; raises as `require_places` does."""
+    if overwrite:
+        remove_profile(output)  # not among the files of an adapter, which would keep it from being replaced
+    require_writable_output(output, overwrite)
+
+
+def _require_run_folder(work: Path, unsafe: bool) -> None:
+    """Tries out the file system beside a new run or among the units of an old one, and looks whether that is in use."""
+    units = work / "units"
+    is_run = os.path.lexists(work / "run.json")
+    find_record(work)  # refuses what is neither empty nor ours, before anything is written there
+    folder = units if is_run and os.path.isdir(units) and not os.path.islink(units) else work.parent
+    while not os.path.lexists(folder) and folder != folder.parent:
+        folder = folder.parent
+    require_safe(folder, unsafe)
+    if is_run:
+        RunDirectory.open_existing(work, exclusive=False).close()
+
+
+def _require_apart(config: RunConfig, work: Path, output: Path | None) -> None:
+    """The model, the adapter and the run's state each have a folder of their own."""
+    inner_work = resolved(work)
+    places = {"--work-dir or --statistics": (work, inner_work)}
+    if output is not None:
+        inner = resolved(output)
+        places["--output-dir"] = (output, inner)
+        if inner == inner_work or inner in inner_work.parents or inner_work in inner.parents:
+            raise ConfigError(
+                f"--output-dir {shown(output)} and the run's folder {shown(work)} must lie beside each other, "
+                "not in one"
+            )
+    model = os.path.expanduser(config.model or "")
+    if not os.path.isdir(model):
+        return
+    model_folder = Path(os.path.realpath(model))
+    for name, (given, place) in places.items():
+        if place == model_folder or model_folder in place.parents:
+            raise ConfigError(f"{name} {shown(given)} lies in the model's folder; choose a place outside it")

@@ -302,7 +302,7 @@ def _rank_deficient(targets: Targets, num_tokens: int) -> str | None:
     if short:
         return (
             f"{num_tokens} tokens are fewer than the inputs of {len(short)} layers (such as {short[0]}): their input "
-            "moments are rank-deficient and live on their damping; more samples are better"
+            "moments are rank-deficient, and what no token shows is left to the damping; more samples are better"
         )
     if few:
         return (

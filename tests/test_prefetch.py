@@ -156,7 +156,7 @@ def test_a_run_that_fails_leaves_no_thread(tmp_path: Path, llama: Path, monkeypa
         seen.extend(threads())
         raise ModelError("stopped here")
 
-    monkeypatch.setattr("streamda.sweep.PanelCollector.require_finite", failing)
+    monkeypatch.setattr("streamda.sweep.PanelCollector.bad_layers", failing)
     with pytest.raises(ModelError, match="stopped here"):
         collected(tmp_path, llama, monkeypatch, keep_stored=False, prefetch=True)
     assert seen

@@ -120,9 +120,8 @@ def largest_eigenpairs(
 
 def basis_limit(size: int, width: int) -> int:
     """Room for vectors in the basis, for blocks of `width`."""
-    return (
-        min(size, max(MAX_BASIS_VECTORS, 20 * width)) + 2 * width
-    )  # a block that overflows is seen before it is added
+    # two blocks more: one that overflows is seen before it is added
+    return min(size, max(MAX_BASIS_VECTORS, 20 * width)) + 2 * width
 
 
 class _Rows:

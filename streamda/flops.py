@@ -16,6 +16,9 @@ from streamda.solve_plan import few_tokens
 EIGEN_STEPS = 8
 """Steps of the eigensolver per layer, for the estimate of its work. The report has the true number of each layer."""
 
+SVD_FLOPS, EIGH_FLOPS = 22, 12
+"""Times n^3, as textbooks count: singular values and vectors; eigenvalues of one matrix and eigenpairs of another."""
+
 
 def count_flops(
     workload: Workload, schedule: Sequence[tuple[Replay, ...]], rank: int, blocks_again: Sequence[int]
@@ -55,9 +58,11 @@ def _solve_flops(d_in: int, widths: Sequence[int], rank: int, num_tokens: int) -
     """Of an input group whose layers have `widths` outputs."""
     if 0 < num_tokens <= few_tokens(d_in):
         wide = num_tokens + extra_vectors(d_in, num_tokens)
-        # two products with the moment, two orthogonal bases; per layer the gradient on the span, and what that makes
-        shared = 2 * 2 * d_in**2 * wide + 2 * 4 * d_in * wide**2
-        return shared + sum(2 * d_in * d_out * num_tokens + 2 * d_out * num_tokens**2 for d_out in widths)
+        # two products with the moment, two orthogonal bases, an SVD; per layer the gradient on the span, what that
+        # makes, and its eigenvalues and eigenvectors
+        shared = 4 * d_in**2 * wide + 8 * d_in * wide**2 + SVD_FLOPS * num_tokens**3
+        small = EIGH_FLOPS * num_tokens**3
+        return shared + sum(2 * d_in * d_out * num_tokens + 2 * d_out * num_tokens**2 + small for d_out in widths)
     # an estimate: each step takes two products with Z^-1, two triangular solves each, and two with the gradient
     per_vector = sum(4 * d_in**2 + 4 * d_in * d_out for d_out in widths)
     return d_in**3 // 3 + EIGEN_STEPS * min(d_in, rank + guard_vectors(d_in)) * per_vector

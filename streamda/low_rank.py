@@ -21,7 +21,7 @@ OVERSAMPLING = 32
 """Random vectors beyond the rank: with none, the smallest direction would be as badly seen as a square random matrix
 is conditioned."""
 MAX_SURPLUS = 1e-3
-"""Of the mean diagonal: magnitude of an eigenvalue beyond `max_rank`, also below zero, that may be rounding."""
+"""Of the unit diagonal: magnitude of an eigenvalue beyond `max_rank`, also below zero, that may be rounding."""
 PROBES = 8
 """Random vectors that the factor is checked with."""
 PROBE_TOLERANCE = 1e-4
@@ -42,11 +42,13 @@ def low_rank_factor(
         max_rank: the rank is known to be no higher.
 
     Returns:
-        F [n, rank] float64, or None where the rank is above `max_rank` or the matrix is not semidefinite.
+        F [n, k] float64 with k the directions that stand out of the rounding, at most `max_rank`; None where the rank
+        is above `max_rank`, the matrix is not semidefinite, or a value is not finite.
     """
     size = diagonal.numel()
-    scale = diagonal.sqrt()
-    inverse = torch.where(scale > 0, 1 / scale, 0.0)[:, None]
+    # a channel that was always zero has a row of zeros; one that has not is no second moment, and must show
+    scale = diagonal.clamp_min(torch.finfo(torch.float32).tiny).sqrt()
+    inverse = (1 / scale)[:, None]
 
     def times(block: torch.Tensor) -> torch.Tensor:
         return _product(read, num_bands, inverse * block).mul_(inverse)
@@ -62,20 +64,22 @@ def low_rank_factor(
     del found
     probes = draw(PROBES)
     images = times(torch.cat((basis, probes), dim=1))
-    images, probed = images[:, :width], images[:, width:]
+    images, probed = images[:, :width], images[:, width:].clone()
+    if not bool(torch.isfinite(images).all()):
+        return None
     inner = basis.T @ images
     del basis
     values, rotation = torch.linalg.eigh((inner + inner.T) / 2)
     if bool((values[: width - max_rank].abs() > MAX_SURPLUS).any()):
         return None
-    # what the rounding of float32 sums makes of eigenvalues that are zero
+    # rounding makes a symmetric matrix of entries of about eps, whose norm is twice eps times the root of the size
     noise = 2 * torch.finfo(torch.float32).eps * math.sqrt(size)
     kept = values > noise
     kept[: width - max_rank] = False
     factor: torch.Tensor = images @ (rotation[:, kept] / values[kept].sqrt())
     del images
     error = probed - factor @ (factor.T @ probes)
-    if not float(error.norm()) <= PROBE_TOLERANCE * float(probed.norm()):
+    if not bool(kept.any()) or not float(error.norm()) <= PROBE_TOLERANCE * float(probed.norm()):
         return None
     factor *= scale[:, None]
     return factor

@@ -77,10 +77,12 @@ def solve_layout(
         capacity_bytes: memory for all of it; None for as much as it likes.
         num_tokens: that the statistics are summed over, at most. Few of them need no Cholesky factor.
     """
-    # a factor that is made all the same, of a moment that is not what its count says, goes to a file
-    sizes = [] if num_tokens is not None and 0 < num_tokens <= few_tokens(d_in) else band_bytes(d_in)
+    sizes = band_bytes(d_in)
     whole = len(sizes)
     forms: tuple[GradientForm, ...] = ("float64", "float32", "streamed")
+    if num_tokens is not None and 0 < num_tokens <= few_tokens(d_in):
+        # the factor that is made for a gradient off the span, if there is any, goes to a file
+        whole = 0
     choices = [(whole, form) for form in forms]
     choices += [(count, form) for form in forms[1:] for count in range(whole - 1, -1, -1)]
     layouts = [_layout(d_in, d_out, rank, sizes, count, form) for count, form in choices]
@@ -93,7 +95,7 @@ def _layout(d_in: int, d_out: int, rank: int, sizes: list[int], in_memory: int, 
     tiles = TILE_COPIES * min(d_in, PANEL_ROWS) ** 2 * FLOAT32_BYTES
     # a block column of a band and what it becomes, twice over
     columns = 4 * min(d_in, PANEL_ROWS) * min(d_in, BLOCK_ROWS) * FLOAT64_BYTES
-    factorizing = held + sum(spilled[-2:]) + tiles + columns if sizes else 0
+    factorizing = held + sum(spilled[-2:]) + tiles + columns
     gradient_band = min(PANEL_ROWS, d_out) * d_in * FLOAT32_BYTES
     chunk = min(d_out, PANEL_ROWS, max(MIN_CHUNK_ROWS, CHUNK_BYTES // (FLOAT64_BYTES * d_in))) * d_in * FLOAT64_BYTES
     gradient = {

@@ -11,6 +11,7 @@ from streamda import plan, solve_plan
 from streamda.config import SolveConfig
 from streamda.errors import BudgetError
 from streamda.memory import parse_size
+from streamda.methods import input_factor
 from streamda.solve_plan import band_bytes, few_tokens, solve_layout
 from streamda.solve_stage import Solver
 from streamda.store import BlockStatisticsReader
@@ -52,7 +53,8 @@ def test_few_tokens_need_no_room_for_a_cholesky_factor() -> None:
     many, few = solve_layout(13824, 5120, 8, None, few_tokens(13824) + 1), solve_layout(13824, 5120, 8, None, 512)
     assert many == solve_layout(13824, 5120, 8, None)
     assert few.num_bytes < many.num_bytes - sum(band_bytes(13824)) // 2
-    assert (few.bands_in_memory, few.spilled_bytes) == (0, 0)
+    # one that is made all the same, for a gradient off the span, goes to a file
+    assert (few.bands_in_memory, few.spilled_bytes) == (0, sum(band_bytes(13824)))
 
 
 @pytest.mark.parametrize("d_in", [1, 2, 100, 5000, 28672])
@@ -61,11 +63,20 @@ def test_few_is_fewer_than_inputs_and_a_bounded_span(d_in: int) -> None:
     assert few_tokens(d_in) * d_in <= 1 << 24
 
 
-def test_every_layout_solves_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("few", [False, True])
+def test_every_layout_solves_to_the_same_bits(few: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(solve_plan, "PANEL_ROWS", 16)
     spec = block(70, 40)
+    sums = draw(spec)
+    if few:  # gradients on the span of the inputs, as those of the same tokens are
+        for group in spec.groups:
+            for name in group.modules:
+                sums[name]["gradient"] @= sums[group.name]["input_moment"]
+    else:
+        for module in (solve_plan, input_factor):
+            monkeypatch.setattr(module, "few_tokens", lambda _d_in: 0)
     with a_run(tmp_path, tile=16) as run:
-        write(run, spec, draw(spec))
+        write(run, spec, sums)
         results, largest = [], solve_layout(70, 40, 4, None).num_bytes
         layouts = {solve_layout(70, 40, 4, capacity): capacity for capacity in (None, *range(0, largest, 500))}
         wanted = [("float64", 5), ("float32", 5), ("streamed", 5), ("float32", 2), ("streamed", 0)]
@@ -74,6 +85,9 @@ def test_every_layout_solves_to_the_same_bits(tmp_path: Path, monkeypatch: pytes
         for capacity in chosen:
             solver = Solver(SolveConfig(rank=4), 1000, 0, CPU, capacity_bytes=capacity)
             solutions, _ = solver.solve_block(BlockStatisticsReader(run.units, 0), run.units.folder)
+            # the other group has as many tokens as inputs
+            wide = [s.stats for s in solutions if s.lora_a.shape[1] == 70]
+            assert all(stats is not None and (stats.steps == 1) == few for stats in wide)
             results.append({s.name: (s.lora_a, s.lora_b) for s in solutions})
     for result in results[1:]:
         for name, factors in result.items():

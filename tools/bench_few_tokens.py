@@ -37,7 +37,7 @@ def make_tokens(d_in: int, d_out: int, tokens: int) -> tuple[torch.Tensor, torch
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
 
-    x = normal(tokens, d_in) * normal(d_in).mul(0.3).exp()
+    x = normal(tokens, d_in) * normal(d_in).mul(0.3).exp() * normal(tokens, 1).mul(0.5).exp()
     g = normal(tokens, d_out) * normal(d_out).mul(0.5).exp() * normal(tokens, 1).mul(0.7).exp() * 1e-4
     return x, g
 

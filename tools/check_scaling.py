@@ -1,12 +1,13 @@
 """Flat in memory, linear in time: whole runs over layers and over samples, each in a process of its own.
 
-    python -m tools.check_scaling [--layers 4 8 16 32] [--samples 8 32 128 256] [--tokens 64]
+    python -m tools.check_scaling [--layers 4 8 16 32] [--samples 8 32 128 256] [--tokens 256]
                                   [--work-dir .cache/check-scaling] [--json FILE]
 
 One small model of as many blocks as asked for; boundary states go to disk, the micro-batch size is fixed, so that
-nothing grows with the run but the run. Layers vary at the second of the sample counts, samples at the second of the
-layer counts. Float32 on the CPU. The peak is the run's own: anonymous memory above the baseline, sampled every 10 ms.
-Time is the report's, from the opened checkpoint to the adapter on disk; imports and the start of Python are not in it.
+nothing grows with the run but the run; even the fewest samples have more tokens than a layer has inputs. Layers vary at
+the second of the sample counts, samples at the second of the layer counts. Float32 on the CPU. The peak is the run's
+own: anonymous memory above the baseline, sampled every 10 ms. Time is the report's, from the opened checkpoint to the
+adapter on disk; imports and the start of Python are not in it.
 
 Prints the runs, how far the peaks lie apart, and the straight line through the times with the largest distance from it.
 Exits with 1 where the peaks of a series lie more than 3 % apart.
@@ -27,10 +28,10 @@ from tools.check_plan import SHARD_BYTES, run
 from tools.make_checkpoint import LLAMA_2, make, write_samples
 
 SHAPE = {
-    "hidden_size": 768,
-    "intermediate_size": 2048,
-    "num_attention_heads": 12,
-    "num_key_value_heads": 12,
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
     "vocab_size": 8000,
 }
 BUDGET = "1GB"
@@ -50,7 +51,7 @@ def measure(layers: int, samples: int, tokens: int, folder: Path) -> dict[str, A
     write_samples(data, samples, tokens, SHAPE["vocab_size"], seed=0)
     scratch = Path(tempfile.mkdtemp(dir=folder))
     options = {"model": str(model), "dataset": str(data), "num_samples": samples, "device": "cpu"}
-    limits = {"max_gpu_mem": BUDGET, "max_host_mem": HOST_BYTES, "micro_batch_tokens": str(8 * tokens)}
+    limits = {"max_gpu_mem": BUDGET, "max_host_mem": HOST_BYTES, "micro_batch_tokens": str(2 * tokens)}
     try:
         facts = run(options | limits, scratch)
     finally:
@@ -95,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", nargs="+", type=int, default=[4, 8, 16, 32])
     parser.add_argument("--samples", nargs="+", type=int, default=[8, 32, 128, 256])
-    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--work-dir", type=Path, default=Path(".cache/check-scaling"))
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args(arguments)

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from streamda import eigen
-from streamda.methods.input_factor import InputFactor, SpannedFactor
-from streamda.solve_plan import CHUNK_BYTES, MIN_CHUNK_ROWS
+from streamda.methods.input_factor import InputFactor
+from streamda.solve_plan import CHUNK_BYTES, FLOAT64_BYTES, MIN_CHUNK_ROWS
 
 
 class Displacement:
@@ -17,17 +17,26 @@ class Displacement:
 
     def __init__(
         self,
-        factor: InputFactor | SpannedFactor | None,
+        factor: InputFactor | None,
         gradient: Sequence[torch.Tensor],
         shape: tuple[int, int],
         y: torch.Tensor | None,
         device: torch.device,
     ) -> None:
+        """Computes nothing.
+
+        Args:
+            factor: of the input; None for the identity.
+            gradient: bands of rows [rows, d_in], which may be read anew at each use.
+            shape: d_out and d_in.
+            y: [d_out], the damped output factor; None for ones.
+            device: of the gradient.
+        """
         self._factor = factor
         self._gradient = gradient
         self.d_out, self.d_in = shape
         self.device = device
-        self.inverse_y = None if y is None else 1 / y[:, None]
+        self._inverse_y = None if y is None else 1 / y[:, None]
 
     def precondition(self, block: torch.Tensor) -> torch.Tensor:
         """``Z^-1 block`` for [d_in, k]."""
@@ -42,27 +51,23 @@ class Displacement:
         for start, rows in self.rows():
             torch.mm(vectors, rows.T, out=product[:, start : start + rows.shape[0]])
             del rows  # or it would be there while the next one is made
-        return -self._weigh(product.T)
+        return -self.weigh(product.T)
 
     def times(self, block: torch.Tensor) -> torch.Tensor:
         """``D block``: [d_out, k] -> [d_in, k]."""
-        return -self.precondition(self.unsolved(block))
-
-    def unsolved(self, block: torch.Tensor) -> torch.Tensor:
-        """``gradient^T diag(1/y) block``, which is ``-Z D block``: [d_out, k] -> [d_in, k]."""
-        vectors = self._weigh(block).T.contiguous()  # [k, d_out]
+        vectors = self.weigh(block.clone()).T.contiguous()  # [k, d_out]
         product = vectors.new_zeros(vectors.shape[0], self.d_in)
         for start, rows in self.rows():
             product.addmm_(vectors[:, start : start + rows.shape[0]], rows)
             del rows
-        return product.T
+        return -self.precondition(product.T)
 
     def rows(self) -> Iterator[tuple[int, torch.Tensor]]:
-        """First row, and rows of the gradient in float64.
+        """First row and rows [count, d_in] of each chunk of the gradient, in float64.
 
         Chunks depend on the shape only: the bits must not depend on the budget.
         """
-        chunk_rows = max(MIN_CHUNK_ROWS, CHUNK_BYTES // (8 * self.d_in))
+        chunk_rows = max(MIN_CHUNK_ROWS, CHUNK_BYTES // (FLOAT64_BYTES * self.d_in))
         start = 0
         for index in range(len(self._gradient)):
             band = self._gradient[index]  # a band may be read for this; a loop over them would hold two
@@ -92,5 +97,6 @@ class Displacement:
         )
         return math.sqrt(max(float(found.values[0]), 0.0)) * scale
 
-    def _weigh(self, block: torch.Tensor) -> torch.Tensor:
-        return block if self.inverse_y is None else block * self.inverse_y
+    def weigh(self, block: torch.Tensor) -> torch.Tensor:
+        """``diag(1/y) block`` for [d_out, k], in place."""
+        return block if self._inverse_y is None else block.mul_(self._inverse_y)

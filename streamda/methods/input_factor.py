@@ -2,15 +2,19 @@
 
     Z = input_moment + lambda I = scale L L^T
 
-The moment is read by bands, once for each damping that is tried. A damping that is too small for the rounding of the
-stored sums is raised, tenfold at a time and never silently; a matrix that needs much of it is no second moment.
+The moment is read by bands, for a Cholesky factor once for each damping that is tried. A damping that is too small for
+the rounding of the stored sums is raised, tenfold at a time and never silently; a matrix that needs much of it is no
+second moment.
 
-A moment that was summed over few tokens, fewer than it has rows, is kept as its few eigenpairs instead.
+A moment that was summed over few tokens, fewer than it has rows, is kept as its few eigenpairs instead, for which it is
+read twice.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -54,25 +58,14 @@ class SpannedFactor:
     """The damped input moment of few tokens: ``vectors diag(eigenvalues) vectors^T + lambda I``."""
 
     vectors: torch.Tensor
-    """W [d_in, T], orthonormal, float64."""
+    """W [d_in, k], orthonormal, float64: the directions that the inputs of the tokens span, k at most their number."""
     eigenvalues: torch.Tensor
-    """[T] of the moment, positive, ascending."""
-    scale: float
-    """Mean diagonal of the moment."""
+    """[k] of the moment, positive, ascending."""
     damping: float
     """lambda."""
-    raises: int = 0
-
-    def solve(self, block: torch.Tensor) -> torch.Tensor:
-        """``Z^-1 block`` for [d_in, k]."""
-        inside = self.vectors.T @ block
-        outside = block - self.vectors @ inside  # first, or 1/lambda would magnify the rounding of what lies inside
-        return outside / self.damping + self.vectors @ (inside / (self.eigenvalues + self.damping)[:, None])
-
-    def multiply(self, block: torch.Tensor) -> torch.Tensor:
-        """``Z block / scale`` for [d_in, k]."""
-        inside = self.vectors.T @ block
-        return (self.vectors @ (inside * self.eigenvalues[:, None]) + block * self.damping) / self.scale
+    cholesky: Callable[[], InputFactor]
+    """Factorizes the moment after all, once, for a layer whose gradient leaves the span; raises as
+    `prepare_input_factor` does."""
 
 
 class Moment(Protocol):
@@ -98,7 +91,7 @@ def prepare_input_factor(
     """Damps and factorizes an input moment; raises the damping, tenfold at a time, where it must, and says so.
 
     Args:
-        moment: is read once for each damping that is tried.
+        moment: is read at least once, whole.
         damping: lambda.
         names: modules of the group, for messages.
         bands: takes the factor; in memory where none are given.
@@ -118,12 +111,17 @@ def prepare_input_factor(
         return None
     if scale <= 0 or bool((diagonal < 0).any()):
         raise NumericalError(f"{names[0]}: the input moment has a negative diagonal; the statistics are damaged")
+    factorize = functools.cache(lambda: _factorize(moment, scale, damping, names, {} if bands is None else bands))
     if num_tokens is not None and 0 < num_tokens <= few_tokens(diagonal.numel()):
         thin = low_rank_factor(moment.band, diagonal, len(moment), num_tokens)
         if thin is not None:
-            return _spanned(thin, scale, damping)
-    del diagonal
-    held: cholesky.Bands = {} if bands is None else bands
+            return _spanned(thin, damping, factorize)
+    return factorize()
+
+
+def _factorize(
+    moment: Moment, scale: float, damping: float, names: tuple[str, ...], bands: cholesky.Bands
+) -> InputFactor:
     used, raises = damping, 0
     while True:
 
@@ -133,10 +131,10 @@ def prepare_input_factor(
             return band
 
         try:
-            cholesky.factorize(damped, len(moment), held)
-            return InputFactor(held, scale, used, raises)
+            cholesky.factorize(damped, len(moment), bands)
+            return InputFactor(bands, scale, used, raises)
         except cholesky.NotPositiveDefiniteError:
-            held.clear()
+            bands.clear()
         raised = max(10 * used, MIN_RAISED_DAMPING * scale)
         if raised > MAX_RAISED_DAMPING * scale:
             raise NumericalError(
@@ -146,8 +144,8 @@ def prepare_input_factor(
         used, raises = raised, raises + 1
 
 
-def _spanned(thin: torch.Tensor, scale: float, damping: float) -> SpannedFactor:
-    """From a factor [d_in, T] of the moment."""
+def _spanned(thin: torch.Tensor, damping: float, factorize: Callable[[], InputFactor]) -> SpannedFactor:
+    """From a factor [d_in, k] of the moment."""
     basis, triangle = torch.linalg.qr(thin)
     left, singular, _ = torch.linalg.svd(triangle)
-    return SpannedFactor((basis @ left).flip(1).contiguous(), singular.flip(0).square(), scale, damping)
+    return SpannedFactor((basis @ left).flip(1).contiguous(), singular.flip(0).square(), damping, factorize)

@@ -67,20 +67,24 @@ def solve_layer(
             f"{name}: the damped output factor is not positive; the median of the output moment is zero, so give "
             "--damping without --output-damping-ratio"
         )
-    displacement = Displacement(
-        factor if config.use_fisher else None, gradient, (d_out, d_in), y if config.use_fisher else None, y.device
-    )
+    weights = y if config.use_fisher else None
     variance = config.variance_weight * float((1 / y).sum()) / population_size
     found: LowEnd | None = None
     if isinstance(factor, SpannedFactor):
-        found = on_span(name, factor, displacement, variance, layer_generator(name, seed), config)
-    if found is None:
+        unsolved = Displacement(None, gradient, (d_out, d_in), weights, y.device)
+        found = on_span(name, factor, unsolved, variance, layer_generator(name, seed), config)
+        factor = factor if found is not None else factor.cholesky()
+    if not isinstance(factor, SpannedFactor):
+        displacement = Displacement(factor if config.use_fisher else None, gradient, (d_out, d_in), weights, y.device)
         found = by_krylov(name, factor, displacement, variance, layer_generator(name, seed), config)
+    assert found is not None
     lora_a, lora_b = _split(found, config)
     if not (bool(torch.isfinite(lora_a).all()) and bool(torch.isfinite(lora_b).all())):
         raise NumericalError(f"{name}: the solution is not finite in float32; try a larger --damping")
     status = SolveStatus.OK if found.converged else SolveStatus.UNCONVERGED
-    if factor.raises and found.converged:
+    if found.noisy:
+        status = SolveStatus.NOISY
+    if isinstance(factor, InputFactor) and factor.raises and found.converged:
         status = SolveStatus.DAMPED
     return LayerSolution(
         name,

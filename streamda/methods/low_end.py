@@ -14,8 +14,9 @@ the gradient's rows lie in the span of W, as they do where the same tokens made 
     D^T = -K W^T,   K = diag(1/y) (gradient W) diag(1 / (s + lambda))                                  [d_out, T]
     Omega = W (c diag(1 / (s + lambda)) - alpha K^T K) W^T + (c / lambda) (I - W W^T)
 
-No eigenvalue on the span is above c / lambda, so that the low end of Omega is that of a T x T matrix. Nothing iterates,
-and the rounding of the stored sums, which 1 / lambda would magnify outside the span, does not enter.
+No eigenvalue on the span is above c / lambda, so that the low end of Omega is that of a T x T matrix; where that has
+fewer rows than eigenvectors are wanted, the rest is any orthonormal one outside the span, along which D is zero.
+Nothing iterates, and the rounding of the stored sums, which 1 / lambda would magnify outside the span, does not enter.
 """
 
 from __future__ import annotations
@@ -31,9 +32,12 @@ from streamda.errors import NumericalError
 from streamda.methods.displacement import Displacement
 from streamda.methods.input_factor import InputFactor, SpannedFactor
 
-LEAK_TOLERANCE = 1e-5
-"""Share of the gradient that may lie outside the span of the inputs. Rounding leaves 1e-7 to 1e-6; gradients of tokens
-that the input moment does not count (token mask `labels`) leave more than that."""
+MAX_LEAK = 1e-3
+"""Share of the gradient that may lie outside the span of the inputs: gradients of tokens that the input moment does not
+count (token mask `labels`) leave far more, and the layer is solved the general way."""
+NOISY_LEAK = 1e-5
+"""Share from which on it is said that the solution is noisy. Rounding leaves 1e-7 to 1e-6; more means that the inputs
+of some tokens hardly stand out of the rounding of the others'. How far B A is off depends on which tokens these are."""
 LEAK_PROBES = 8
 """Random vectors by which that share is measured."""
 
@@ -53,13 +57,18 @@ class LowEnd:
     sigma: float
     """Largest singular value of D."""
     residual: float
+    """Largest norm of ``A v - theta v``, relative to the largest eigenvalue magnitude."""
     steps: int
+    """Applications of the operator to a block."""
     converged: bool
+    """Whether the eigenvectors have settled."""
+    noisy: bool = False
+    """Whether the rounding of the statistics shows in the solution."""
 
 
 def by_krylov(
     name: str,
-    factor: InputFactor | SpannedFactor,
+    factor: InputFactor,
     displacement: Displacement,
     variance: float,
     generator: torch.Generator,
@@ -129,56 +138,69 @@ def on_span(
     Takes what `by_krylov` takes.
 
     Returns:
-        None where that would not do: the gradient leaves the span, or the span has no direction beside the wanted ones.
+        None where that would not do: the gradient leaves the span.
 
     Raises:
         NumericalError: D over- or underflows.
     """
-    rank = config.rank
-    if factor.eigenvalues.numel() <= rank:
+    found = _along_span(factor, displacement, generator)
+    if found is None:
         return None
-    weighted = _along_span(factor, displacement, generator)
-    if weighted is None:
-        return None
+    weighted, leak = found
+    displacement.weigh(weighted)
     damped = factor.eigenvalues + factor.damping
-    if displacement.inverse_y is not None:
-        weighted.mul_(displacement.inverse_y).div_(damped)
-    scale = float(weighted.abs().max())
+    if config.use_fisher:
+        weighted /= damped
+    scale = max(-float(bound) if bound < 0 else float(bound) for bound in torch.aminmax(weighted))
     _require_range(name, scale)
     weighted /= scale
     gram = weighted.T @ weighted
     sigma = math.sqrt(max(float(torch.linalg.eigvalsh(gram)[-1]), 0.0)) * scale
-    # minus the guidance matrix on the span; without a bias term its order is that of Z
+    # minus the guidance matrix on the span, in units of alpha scale^2 once alpha is there; else its order, that of Z
     small = gram * config.bias_weight if config.bias_weight else torch.diag(damped)
+    constant = 0.0
     if variance and config.bias_weight:
-        small.diagonal().sub_(variance / scale**2 / damped)
+        # c / (s + lambda) is c / (s_max + lambda) and the rest: the constant moves no vector, and would drown what does
+        top = float(damped[-1])
+        constant = variance / scale**2 / top
+        small.diagonal().sub_(constant * ((factor.eigenvalues[-1] - factor.eigenvalues) / damped))
     theta, rotation = torch.linalg.eigh(small)
-    theta, rotation = theta.flip(0), rotation.flip(1)[:, :rank]
-    residual = (small @ rotation - rotation * theta[:rank]).norm(dim=0).max() / theta.abs().max()
+    theta, rotation = theta.flip(0), rotation.flip(1)[:, : config.rank]
+    kept = rotation.shape[1]
+    residual = (small @ rotation - rotation * theta[:kept]).norm(dim=0).max() / theta.abs().max()
     unsigned = factor.vectors @ rotation
+    if kept < config.rank:
+        unsigned = torch.cat((unsigned, _outside(factor.vectors, config.rank - kept, generator)), dim=1)
     vectors = eigen.canonical_signs(unsigned)
-    signs = (unsigned * vectors).sum(0).sign()
+    signs = (unsigned * vectors).sum(0).sign()[:kept]
+    projected = weighted.new_zeros(weighted.shape[0], config.rank)
+    projected[:, :kept] = -(weighted @ (rotation * signs)) * scale
 
-    def in_units(value: float) -> float:
-        unit = sigma**2 if config.normalize else 1.0
-        return value * scale**2 / unit if config.bias_weight else -variance / unit / value
-
+    unit = sigma**2 if config.normalize else 1.0
+    if config.bias_weight:
+        inside = [(float(value) - constant) * scale**2 / unit for value in theta]
+    else:
+        inside = [-variance / unit / float(value) for value in theta]
+    values = inside + [-variance / unit / factor.damping] * (displacement.d_in - len(inside))
     return LowEnd(
-        eigenvalues=tuple(in_units(float(value)) for value in theta[:rank]),
-        next_eigenvalue=in_units(float(theta[rank])),
+        eigenvalues=tuple(values[: config.rank]),
+        next_eigenvalue=values[config.rank] if len(values) > config.rank else None,
         vectors=vectors,
-        projected=-(weighted @ (rotation * signs)) * scale,
+        projected=projected,
         sigma=sigma,
         residual=float(residual),
         steps=1,
         converged=True,
+        noisy=leak > NOISY_LEAK,
     )
 
 
-def _along_span(factor: SpannedFactor, displacement: Displacement, generator: torch.Generator) -> torch.Tensor | None:
-    """``gradient W`` [d_out, T], or None where the gradient has a part outside the span that is not rounding."""
+def _along_span(
+    factor: SpannedFactor, displacement: Displacement, generator: torch.Generator
+) -> tuple[torch.Tensor, float] | None:
+    """``gradient W`` [d_out, k] and the share of the gradient outside the span; None where that is not rounding."""
     vectors = factor.vectors
-    probes = torch.randn(vectors.shape[0], LEAK_PROBES, generator=generator, dtype=torch.float64).to(vectors.device)
+    probes = _drawn(vectors, LEAK_PROBES, generator)
     probes -= vectors @ (vectors.T @ probes)
     along = vectors.new_empty(displacement.d_out, vectors.shape[1])
     leaked = 0.0
@@ -186,7 +208,22 @@ def _along_span(factor: SpannedFactor, displacement: Displacement, generator: to
         torch.mm(rows, vectors, out=along[start : start + rows.shape[0]])
         leaked += float((rows @ probes).square().sum())
         del rows
-    return along if leaked <= LEAK_TOLERANCE**2 * LEAK_PROBES * float(along.norm()) ** 2 else None
+    inside = float(along.norm())
+    leak = math.sqrt(leaked / LEAK_PROBES) / inside if inside else math.inf
+    return (along, leak) if leak <= MAX_LEAK else None
+
+
+def _outside(vectors: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
+    """Orthonormal columns [d_in, count] at right angles to `vectors` [d_in, k]."""
+    drawn = _drawn(vectors, count, generator)
+    for _ in range(2):  # the second time removes what rounding left of the first
+        drawn -= vectors @ (vectors.T @ drawn)
+        drawn = torch.linalg.qr(drawn).Q
+    return drawn
+
+
+def _drawn(like: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
+    return torch.randn(like.shape[0], count, generator=generator, dtype=torch.float64).to(like.device)
 
 
 def _require_range(name: str, scale: float) -> None:

@@ -16,6 +16,7 @@ class SolveStatus(enum.Enum):
 
     OK = "ok"
     DAMPED = "damped"
+    NOISY = "noisy"
     ZERO = "zero"
     UNCONVERGED = "unconverged"
     SKIPPED = "skipped"
@@ -28,6 +29,10 @@ class SolveStatus(enum.Enum):
             SolveStatus.DAMPED: (
                 "The input moment was not positive definite at the given damping, which was raised; more samples or "
                 "a larger --damping avoid it."
+            ),
+            SolveStatus.NOISY: (
+                "There are few tokens, and the inputs of some hardly stand out of the rounding that those of others "
+                "leave in the statistics; more samples or a larger --damping avoid it."
             ),
             SolveStatus.ZERO: (
                 "The gradient is exactly zero, so the layer got LoRA's standard start (B = 0); it sees no signal from "

@@ -8,6 +8,10 @@ print(report.to_table())
 # later, anywhere: PeftModel.from_pretrained(base, "adapter", is_trainable=True)
 """
 
+from streamda import stopping
+
+stopping.guard_start()  # the imports below take seconds
+
 from streamda.api import collect, initialize, repair, solve, verify
 from streamda.collected import Statistics, open_statistics
 from streamda.errors import StreamdaError

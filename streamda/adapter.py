@@ -1,4 +1,4 @@
-"""The adapter folder that PEFT reads, read back with PEFT itself before it takes its place.
+"""The adapter folder that PEFT reads, read back before it takes its place.
 
 Its configuration comes from `peft.LoraConfig` and its tensors have PEFT's names, so it is a plain LoRA adapter of the
 unmodified base model. A layer's weight is W [d_out, d_in]; the adapter adds s B A with A [r, d_in] and B [d_out, r].
@@ -6,48 +6,42 @@ unmodified base model. A layer's weight is W [d_out, d_in]; the adapter adds s B
 
 from __future__ import annotations
 
-import copy
 import json
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
-from peft import LoraConfig, PeftModel, set_peft_model_state_dict
+from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from streamda import files
-from streamda.errors import ConfigError, DamagedError, NumericalError
+from streamda.adapter_check import CONFIG_FILE, TENSOR_NAME, WEIGHTS_FILE, check_adapter
+from streamda.errors import ConfigError, NumericalError
 from streamda.layers import LinearSpec, is_linear, linear_spec
 from streamda.model_card import CARD_MARK, AdapterFacts, model_card
 from streamda.output import OutputFolder, named, resolved
+from streamda.trace import PROFILE_FILES
 from streamda.units import FileRecord
 
 __all__ = [
     "OWN_FILES",
     "AdapterFacts",
-    "check_adapter",
-    "check_recorded",
     "peft_config",
     "relative_change",
     "require_writable_output",
-    "verify_adapter",
     "write_adapter",
 ]
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
 CARD_FILE = "README.md"
 REPORT_FILE = "streamda_report.json"
 OWN_FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, REPORT_FILE)
-"""All that an adapter folder may hold for ``overwrite`` to replace it."""
+"""All that an adapter folder may hold for ``overwrite`` to replace it, but for the files of a profile."""
 
-_KEY = "base_model.model.{}.lora_{}.weight"  # PEFT's names on disk, without the adapter's name
 _MARK = "streamda"  # in the weights' metadata: tells our start from an adapter trained and saved under the same names
 
 
@@ -172,93 +166,8 @@ def write_adapter(
             _write_file(part / REPORT_FILE, report(written).encode())
 
 
-def check_recorded(folder: Path, written: Mapping[str, FileRecord]) -> None:
-    """Compares files of an adapter, by name, with what they came to when they were written.
-
-    Raises:
-        DamagedError: naming the first one that is missing or other.
-    """
-    for name, record in written.items():
-        path = folder / name
-        if (path.stat().st_size if path.is_file() else -1, files.crc32c_of_file(path)) != (record.size, record.crc32c):
-            raise DamagedError(
-                f"{files.shown(path)} does not have the bytes that were written: it is damaged, or was changed since, "
-                f"as by training that saves here; move {files.shown(folder)} away and make the adapter again"
-            )
-
-
-def verify_adapter(folder: Path, written: Mapping[str, FileRecord], modules: Sequence[str]) -> None:
-    """Checks all of an adapter that can be checked without its base model: bytes, configuration, names, shapes, values.
-
-    Args:
-        folder: the adapter.
-        written: what its files came to, as its report has it.
-        modules: full names of the adapted modules, as its report has them.
-
-    Raises:
-        DamagedError: naming the file and what is wrong in it.
-    """
-    check_recorded(folder, written)
-    rank = _lora_settings(folder)["r"]
-    tensors = _finite_tensors_on_meta(folder / WEIGHTS_FILE)
-    config_path, weights_path = files.shown(folder / CONFIG_FILE), files.shown(folder / WEIGHTS_FILE)
-    config = LoraConfig.from_pretrained(str(folder))
-    for name in modules:
-        for letter, side in (("A", 0), ("B", 1)):
-            tensor = tensors.pop(_KEY.format(name, letter), None)
-            if tensor is None or tensor.dim() != 2 or tensor.shape[side] != rank:
-                found = "no tensor" if tensor is None else f"shape {list(tensor.shape)}"
-                raise DamagedError(f"{weights_path} has {found} for lora_{letter} of {name} at rank {rank}")
-        if not check_target_module_exists(config, name):
-            raise DamagedError(f"{config_path} does not adapt {name}, which the weights are for")
-    if tensors:
-        raise DamagedError(f"{weights_path} holds {named(sorted(tensors))}, which the report does not name")
-
-
-def check_adapter(folder: Path, skeleton: PreTrainedModel) -> None:
-    """Reads an adapter back the way PEFT does: finite, and every name and shape used, none missing.
-
-    PEFT itself only warns about missing names, is silent about unexpected ones, and trains from the standard start.
-
-    Args:
-        folder: the adapter.
-        skeleton: its base model, weights on meta or not; unchanged on return.
-
-    Raises:
-        DamagedError: naming the file, and the tensors that are missing, unexpected, misshapen or not finite.
-    """
-    _lora_settings(folder)
-    config_path, weights_path = files.shown(folder / CONFIG_FILE), files.shown(folder / WEIGHTS_FILE)
-    tensors = _finite_tensors_on_meta(folder / WEIGHTS_FILE)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # whatever PEFT warns of is an error below, or PEFT's own correction
-        try:
-            config = LoraConfig.from_pretrained(str(folder))
-            model = PeftModel(_copy_on_meta(skeleton), config, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
-        except (ValueError, TypeError, KeyError) as error:
-            raise DamagedError(f"PEFT refuses {config_path} for this model: {error}") from error
-        try:
-            result: Any = set_peft_model_state_dict(model, tensors, low_cpu_mem_usage=True)
-        except RuntimeError as error:  # load_state_dict: one line per tensor under a headline
-            reason = named([line.strip() for line in str(error).splitlines()[1:]])
-            raise DamagedError(f"{weights_path} does not fit the model: {reason}") from error
-    missing = [key for key in result.missing_keys if "lora_" in key]  # the base model's own are not ours to load
-    if missing:
-        raise DamagedError(f"{weights_path} lacks {named(missing)}, which {CONFIG_FILE} asks for")
-    if result.unexpected_keys:
-        raise DamagedError(f"{weights_path} holds {named(result.unexpected_keys)}, which {CONFIG_FILE} does not use")
-
-
-def _lora_settings(folder: Path) -> dict[str, Any]:
-    """The configuration's JSON."""
-    values = files.read_json(folder / CONFIG_FILE)
-    if not isinstance(values, dict) or values.get("peft_type") != "LORA" or not isinstance(values.get("r"), int):
-        raise DamagedError(f"{files.shown(folder / CONFIG_FILE)} is not the configuration of a LoRA adapter")
-    return values
-
-
 def _output(folder: Path, overwrite: bool) -> OutputFolder:
-    return OutputFolder(resolved(folder), overwrite, _is_own, OWN_FILES)
+    return OutputFolder(resolved(folder), overwrite, _is_own, (*OWN_FILES, *PROFILE_FILES))
 
 
 def _is_own(file: Path) -> bool:
@@ -305,7 +214,11 @@ def _write_weights(
     for spec in linears:
         for letter, shape in (("A", (rank, spec.d_in)), ("B", (spec.d_out, rank))):
             end = start + 4 * math.prod(shape)  # float32
-            header[_KEY.format(spec.name, letter)] = {"dtype": "F32", "shape": shape, "data_offsets": (start, end)}
+            header[TENSOR_NAME.format(spec.name, letter)] = {
+                "dtype": "F32",
+                "shape": shape,
+                "data_offsets": (start, end),
+            }
             start = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8, as the library has it
@@ -321,29 +234,3 @@ def _write_weights(
                     raise NumericalError(f"the adapter of {spec.name} is not finite in float32; nothing was written")
                 file.write(stored.numpy().data)
     return FileRecord(file.size, file.crc32c)
-
-
-def _finite_tensors_on_meta(path: Path) -> dict[str, Tensor]:
-    """Name -> an empty tensor of the stored shape and dtype, after the values were seen to be finite."""
-    tensors = {}
-    with files.damage_errors(path):
-        try:
-            with safe_open(path, framework="pt", backend="pread") as file:
-                for key in file.keys():  # noqa: SIM118 - it is no mapping
-                    tensor = file.get_tensor(key)
-                    if not bool(tensor.isfinite().all()):
-                        raise DamagedError(f"{files.shown(path)} is damaged: {key} is not finite")
-                    tensors[key] = torch.empty_like(tensor, device="meta")
-        except SafetensorError as error:
-            raise DamagedError(f"{files.shown(path)} is damaged: {error}") from error
-    return tensors
-
-
-def _copy_on_meta(skeleton: PreTrainedModel) -> PreTrainedModel:
-    """A copy without weights, because PEFT changes the model it is given."""
-    memo: dict[int, object] = {}  # deepcopy takes from here what would otherwise copy loaded weights
-    for parameter in skeleton.parameters():
-        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
-    for buffer in skeleton.buffers():
-        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
-    return copy.deepcopy(skeleton, memo)

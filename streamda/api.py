@@ -72,15 +72,16 @@ def verify(folder: str | Path, *, strict: bool = True) -> Verification:
     return found
 
 
-def repair(folder: str | Path, *, drop: Sequence[str]) -> Repair:
+def repair(folder: str | Path, *, drop: Sequence[str], unsafe_filesystem: bool = False) -> Repair:
     """Drops units of a run, damaged or not, so that the same call as before makes them again, with the same bits.
 
     Args:
         folder: statistics, or a run's work directory.
         drop: names of units, as `verify` gives them.
+        unsafe_filesystem: goes on with a file system that cannot lock or sync.
 
     Raises:
         ConfigError: a name that is no unit; nothing is dropped then.
         StreamdaError: of the kind that fits, see `streamda.errors`.
     """
-    return repair_folder(Path(folder), [drop] if isinstance(drop, str) else drop)
+    return repair_folder(Path(folder), [drop] if isinstance(drop, str) else drop, unsafe_filesystem)

@@ -31,9 +31,11 @@ from streamda.files import shown
 from streamda.memory import CopyMark, DeviceCopier, hand_over
 from streamda.quoting import one_line
 from streamda.shards import (
+    MAX_JSON_BYTES,
     NonFiniteWeightError,
     StoredTensor,
     announce,
+    first_line,
     opened,
     read_tensor,
 )
@@ -72,10 +74,15 @@ class Checkpoint:
         self._device = device
         self.map = WeightMap(folder, model)
         self.shards = self.map.shards
-        self._found = {shard: _identity(shard.stat()) for shard in self.shards}
+        self._found: dict[Path, dict[str, int]] = {}
+        self._digests: dict[Path, str] = {}
+        for shard in self.shards:
+            with opened(shard) as descriptor:
+                self._found[shard] = _identity(os.fstat(descriptor))
+                self._digests[shard] = self._sampled_digest(shard, descriptor)
+        self._checksums: dict[str, int] = {}  # crc32c of each tensor as it was first read, by key
         self._tolerated: frozenset[str] = frozenset()
-        self.not_finite: dict[str, int] = {}
-        """Values of tolerated parameters that were read as zeros, counted by parameter, of those read so far."""
+        self._zeroed: dict[str, dict[str, int]] = {}  # values, by parameter and key: each is read more than once
         self.total_bytes = sum(tensor.num_bytes for tensor in self.map.tensors)
 
     def load(self, names: Iterable[str], *, keep_stored: bool = False) -> None:
@@ -152,40 +159,57 @@ class Checkpoint:
                 self._empty(f"{name}.{below}")
 
     def fingerprint(self) -> dict[str, Any]:
-        """What identifies the weights: of each shard its size, and a digest of its header and of each tensor's ends."""
-        shards = {}
-        for shard in self.shards:
-            digest = hashlib.sha256()
-            with opened(shard) as descriptor:
-                size = os.fstat(descriptor).st_size
-                header = int.from_bytes(os.pread(descriptor, 8, 0), "little")
-                digest.update(os.pread(descriptor, header, 8))
-                for tensor in self.map.tensors:
-                    if tensor.file == shard:
-                        last = max(tensor.offset, tensor.offset + tensor.num_bytes - SAMPLED_BYTES)
-                        for start in (tensor.offset, last):
-                            length = min(SAMPLED_BYTES, tensor.num_bytes)
-                            digest.update(os.pread(descriptor, length, start))
-            shards[shard.name] = [size, digest.hexdigest()]
+        """What identifies the weights: of each shard its size, and a digest of its header and of each tensor's ends.
+
+        Of the files as they were when this was made; whatever is read later is held against that.
+        """
+        shards = {shard.name: [self._found[shard]["size"], self._digests[shard]] for shard in self.shards}
         return {"config": hashlib.sha256((self.folder / "config.json").read_bytes()).hexdigest(), "shards": shards}
 
     def tolerate(self, names: Iterable[str]) -> None:
         """From now on NaN and Inf in these parameters are read as zeros and counted in `not_finite`."""
         self._tolerated = frozenset(names)
 
+    @property
+    def not_finite(self) -> dict[str, int]:
+        """Values of tolerated parameters that were read as zeros, counted by parameter, of those read so far."""
+        return {target: sum(counts.values()) for target, counts in self._zeroed.items()}
+
     def _read_tensor(
         self, descriptor: int, tensor: StoredTensor, dtype: torch.dtype, copier: DeviceCopier
     ) -> torch.Tensor:
         try:
-            return read_tensor(descriptor, tensor, dtype, copier)
+            value, checksum = read_tensor(descriptor, tensor, dtype, copier)
         except NonFiniteWeightError as error:
             if tensor.target not in self._tolerated:
                 raise
-            self.not_finite[tensor.target] = error.count
-            return read_tensor(descriptor, tensor, dtype, copier, zero_not_finite=True)
+            self._zeroed.setdefault(tensor.target, {})[tensor.key] = error.count
+            value, checksum = read_tensor(descriptor, tensor, dtype, copier, zero_not_finite=True)
+        if self._checksums.setdefault(tensor.key, checksum) != checksum:
+            raise _changed(tensor.file, f"{one_line(tensor.key)} has other bytes")
+        return value
+
+    def _sampled_digest(self, shard: Path, descriptor: int) -> str:
+        """Of a shard's header and of both ends of each of its tensors."""
+        digest = hashlib.sha256()
+        try:
+            header = int.from_bytes(os.pread(descriptor, 8, 0), "little")
+            # what lies there now may be no header; none that was accepted is longer
+            digest.update(os.pread(descriptor, min(header, MAX_JSON_BYTES), 8))
+            for tensor in self.map.tensors:
+                if tensor.file == shard:
+                    last = max(tensor.offset, tensor.offset + tensor.num_bytes - SAMPLED_BYTES)
+                    for start in (tensor.offset, last):
+                        digest.update(os.pread(descriptor, min(SAMPLED_BYTES, tensor.num_bytes), start))
+        except OSError as error:
+            raise ModelError(f"{shown(shard)} cannot be read: {first_line(error)}") from error
+        return digest.hexdigest()
 
     def _require_unchanged(self, shard: Path, descriptor: int) -> None:
         """Refuses a shard that is no longer the file whose header was read: the passes would see two models.
+
+        Not every file system keeps a file's number, and a copy of equal bytes may take its place; so where only number
+        or time differ its samples decide, and between the samples the checksum of each tensor (`_read_tensor`).
 
         Raises:
             ModelError: it was cut.
@@ -197,11 +221,10 @@ class Checkpoint:
                 f"{shown(shard)} cannot be read: it ends {before['size'] - now['size']} bytes before where it ended "
                 "when the run began"
             )
-        if changed := [name for name in before if now[name] != before[name]]:
-            raise MismatchError(
-                f"{shown(shard)} changed while the run went on ({', '.join(changed)}); put the file back that it began "
-                "with, and run the same command again"
-            )
+        changed = [name for name in before if now[name] != before[name]]
+        if "size" in changed or (changed and self._sampled_digest(shard, descriptor) != self._digests[shard]):
+            raise _changed(shard, ", ".join(changed))
+        self._found[shard] = now
 
     def _read_dtype(self, tensor: StoredTensor, keep_stored: bool) -> torch.dtype:
         """Norms and biases are always cast: they are small, and used in ways of their own."""
@@ -249,6 +272,13 @@ class Checkpoint:
             value = self._model.get_parameter(name)
             if not value.is_meta and value.dtype != self.map.expected[name].dtype:
                 self._put(name, value.data)
+
+
+def _changed(shard: Path, what: str) -> MismatchError:
+    return MismatchError(
+        f"{shown(shard)} changed while the run went on ({what}); put the file back that it began with, and run the "
+        "same command again"
+    )
 
 
 def _identity(facts: os.stat_result) -> dict[str, int]:

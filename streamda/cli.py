@@ -17,7 +17,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, get_args, get_type_hints
 
-import torch
 import typer
 
 from streamda import __version__, pipeline, stopping
@@ -30,8 +29,9 @@ from streamda.config import (
     option_fields,
 )
 from streamda.config_file import read_config_file
-from streamda.errors import BudgetError, StorageError, StreamdaError
+from streamda.errors import StoppedError, StorageError, StreamdaError
 from streamda.inspection import inspect_folder
+from streamda.limits import limit_errors
 from streamda.quoting import printable, printable_lines
 from streamda.repair import repair_folder
 from streamda.report import InitReport, plan_table
@@ -216,11 +216,14 @@ def verify_command(
 def repair_command(
     folder: Annotated[Path, typer.Argument(help="Statistics, or a work directory.")],
     drop: Annotated[list[str], typer.Option("--drop", help="A unit, as `verify` names it; may be given again.")],
+    unsafe_filesystem: Annotated[
+        bool, typer.Option("--unsafe-filesystem", help="Go on with a file system that cannot lock or sync.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help=_FLAGS["verbose"])] = False,
 ) -> None:
     """Drop damaged units, so that the same command as before makes them again."""
-    done = repair_folder(folder, drop)
+    done = repair_folder(folder, drop, unsafe_filesystem)
     _show(json.dumps(done.to_dict(), indent=2, sort_keys=True) if as_json else done.to_text())
 
 
@@ -272,29 +275,34 @@ def _leave(code: int | str | None) -> NoReturn:
 
 def main() -> NoReturn:
     """Entry point: runs a command and turns errors into one line and an exit code."""
-    _open_standard_streams()
-    stopping.install()
-    verbose = "--verbose" in sys.argv
+    code: int | str | None = 0
+    failure: Exception | None = None
     try:
-        require_platform()
-        app()
-    except SystemExit as done:  # Typer's own: 0, or 2 for wrong usage
-        _leave(done.code)
-    except StreamdaError as error:
-        code = _report_error(error, error.exit_code, verbose)
-    except (MemoryError, RuntimeError) as error:
-        out = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error).lower()
-        if not out:
-            raise
-        reason = BudgetError("out of memory in spite of the plan; free some, or use a smaller --max-length")
-        code = _report_error(reason, reason.exit_code, verbose)
+        _open_standard_streams()
+        stopping.install()
+        try:
+            require_platform()
+            with limit_errors():
+                app()
+        except SystemExit as done:  # Typer's own: 0, or 2 for wrong usage
+            code = done.code
+        except Exception as error:
+            failure = stopping.cause_of(error)
+        stopping.hold()
+    except StoppedError as error:  # between the lines above; it is raised once at most
+        stopping.hold()
+        failure = error
+    if isinstance(failure, StreamdaError):
+        code = _report_error(failure, "--verbose" in sys.argv)
+    elif failure is not None:
+        raise failure
     _leave(code)
 
 
-def _report_error(error: StreamdaError, code: int, verbose: bool) -> int:
+def _report_error(error: StreamdaError, verbose: bool) -> int:
     if verbose:
         with suppress(OSError):
-            traceback.print_exc()
+            traceback.print_exception(error)
     with suppress(OSError):  # the exit code says it too
         print(f"streamda: error: {printable(str(error))}", file=sys.stderr)
-    return code
+    return error.exit_code

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 
 import torch
 
-from streamda.batches import collate, make_micro_batches
+from streamda.batches import MicroBatch, collate, make_micro_batches
 from streamda.boundary import BoundaryStore
 from streamda.checkpoint import Checkpoint
 from streamda.disk_plan import needed_boundaries, solution_bytes
@@ -25,7 +25,6 @@ from streamda.report import InitReport
 from streamda.rundir import RunDirectory
 from streamda.session import stride_notices
 from streamda.setup import Prepared
-from streamda.solutions import solve_unit
 from streamda.solve_stage import Solver
 from streamda.stopwatch import RunMeter, Stopwatch
 from streamda.store import BlockStatisticsWriter, stats_unit
@@ -82,16 +81,11 @@ class Collection:
 
     def _begin(self) -> None:
         """Puts all samples but those left out into micro-batches."""
-        prepared, limit = self._prepared, self._plan.micro_batch_tokens
-        samples, lengths = prepared.calibration.samples, prepared.lengths
+        prepared = self._prepared
+        samples = prepared.calibration.samples
         skipped = {entry["sample"] for entry in self._run.settings.get("skipped_samples", ())}
         self._chosen = [index for index in range(len(samples)) if index not in skipped]
-        if skipped:  # no batch may be larger than the plan's largest
-            limit = min(limit, max(batch.num_rows for batch in make_micro_batches(lengths, limit)))
-        chosen = [
-            [self._chosen[place] for place in batch.samples]
-            for batch in make_micro_batches([lengths[index] for index in self._chosen], limit)
-        ]
+        chosen = [[self._chosen[place] for place in batch.samples] for batch in self._micro_batches(self._chosen)]
         self._batches = [
             collate(
                 [samples[index].input_ids for index in indices],
@@ -117,6 +111,13 @@ class Collection:
         )
         if prepared.config.skip_bad_layers:  # the block is run with zeros where such a weight is not finite
             self._checkpoint.tolerate(f"{linear.name}.weight" for spec in self._specs for linear in spec.linears)
+
+    def _micro_batches(self, chosen: Sequence[int]) -> tuple[MicroBatch, ...]:
+        """Of some of the samples; no batch is larger than the plan's largest."""
+        limit, lengths = self._plan.micro_batch_tokens, self._prepared.lengths
+        if len(chosen) < len(lengths):
+            limit = min(limit, max(batch.num_rows for batch in make_micro_batches(lengths, limit)))
+        return make_micro_batches([lengths[index] for index in chosen], limit)
 
     def _leave_out(self, reasons: Mapping[int, str]) -> None:
         """Records samples as left out, once nothing is there any more that was made with them.
@@ -150,12 +151,14 @@ class Collection:
         entries = [{"sample": index, "row": rows[index], "reason": reason} for index, reason in reasons.items()]
         for entry in entries:
             self._progress.say(f"note: {skip_notice(entry)}; the passes begin again without it")
-        left = [calibration.samples[index] for index in self._chosen if index not in reasons]
+        chosen = [index for index in self._chosen if index not in reasons]
+        left = [calibration.samples[index] for index in chosen]
         before = self._run.settings
         skipped = sorted([*before.get("skipped_samples", ()), *entries], key=lambda entry: int(entry["sample"]))
         counts = {
             "num_samples": len(left),
             "num_tokens": sum(sample.num_tokens for sample in left),
+            "num_rows": sum(batch.num_rows for batch in self._micro_batches(chosen)),
             "num_label_tokens": sum(sample.num_label_tokens for sample in left),
         }
         self._run.update_settings({"skipped_samples": skipped, "data": before["data"] | counts})
@@ -165,23 +168,22 @@ class Collection:
         for notice in stride_notices(self._plan):
             self._progress.say(f"note: {notice}")
         top = len(self._specs)
-        following = top - 1  # the block that comes next on the way down
-        while following >= self._lowest and self._is_collected(following, solver):
-            following -= 1
+        self._steps = self._missing_steps(solver)
+        following = max(self._steps, default=self._lowest - 1)  # the block that comes next on the way down
         if self._run.units.names():
             self._progress.say(f"note: {self._continuation(following)}")
-        if following >= self._lowest:
+        if self._steps:
             self._checkpoint.load(self._prepared.stack.small_names)
             self._go_up(following)
         unsolved: int | None = None  # what is committed while it waits is solved while the next one is committed
-        with self._progress.pass_over("backward", following - self._lowest + 1, self._num_tokens) as bar:
+        with self._progress.pass_over("backward", len(self._steps), self._num_tokens) as bar:
             for index in range(top - 1, self._lowest - 1, -1):
                 bar.working_on(f"block {index}")
                 committed: Future[None] | None = None
-                if index <= following:
+                if index in self._steps:
                     self._refill(index)
                     with Stopwatch(report, "backward", self._meter):
-                        committed = self._collect_block(self._specs[index])
+                        committed = self._collect_block(self._specs[index], solver)
                 if unsolved is not None:
                     self._solve_block(unsolved, solver)
                 if committed is not None:
@@ -190,7 +192,7 @@ class Collection:
                     self._note_written(stats_unit(index))
                 unsolved = index
                 self._forget(index)
-                if index <= following:
+                if index in self._steps:
                     bar.advance()
             if unsolved is not None:
                 self._solve_block(unsolved, solver)
@@ -248,7 +250,7 @@ class Collection:
         self._boundaries.drop(acts(top))
 
     def _needed(self, following: int) -> tuple[int, ...]:
-        return needed_boundaries(following, self._lowest, len(self._specs), self._plan.boundary_stride)
+        return needed_boundaries(following, min(self._steps), len(self._specs), self._plan.boundary_stride)
 
     def _refill(self, index: int) -> None:
         """Where not all boundaries are kept: makes those of a segment again before the way down enters it."""
@@ -256,40 +258,40 @@ class Collection:
             with Stopwatch(self._report, "forward", self._meter):
                 self._sweep.forward(self._needed(index))
 
+    def _missing_steps(self, solver: Solver | None) -> set[int]:
+        """The blocks to pass on the way down: whose statistics are missing, and whose gradient another of them needs.
+
+        What is committed is never made again, though what led to it is gone; nothing is passed on that none needs.
+        """
+        steps: set[int] = set()
+        for index in range(self._lowest, len(self._specs)):
+            leads_on = index - 1 in steps and grads(index) not in self._boundaries
+            if not self._is_collected(index, solver) or leads_on:
+                steps.add(index)
+        return steps
+
     def _is_collected(self, index: int, solver: Solver | None) -> bool:
-        """Whether nothing of a block's first pass is missing."""
+        """Whether a block's statistics are not missing."""
         units = self._run.units
-        below = index == self._lowest or grads(index) in self._boundaries or self._is_past(index - 1)
         if not self._specs[index].linears:
-            return below
-        solved = solver is not None and not self._keeps and solver.is_solved(units, index)
-        return below and (solved or stats_unit(index) in units)
-
-    def _is_past(self, index: int) -> bool:
-        """Whether the way down has passed a block, so that what led to it may be gone."""
-        if index < self._lowest:
             return True
-        units = self._run.units
-        solved = not self._keeps and solve_unit(index) in units
-        here = solved or stats_unit(index) in units or not self._specs[index].linears
-        return here and (index == self._lowest or grads(index) in self._boundaries or self._is_past(index - 1))
+        solved = solver is not None and not self._keeps and solver.is_solved(units, index)
+        return solved or stats_unit(index) in units
 
-    def _collect_block(self, spec: BlockSpec) -> Future[None] | None:
-        """Commits the gradient below a block, and writes its statistics.
+    def _collect_block(self, spec: BlockSpec, solver: Solver | None) -> Future[None] | None:
+        """Commits the gradient below a block, if one is to be passed there, and writes the statistics that it lacks.
 
         Only once they, too, are committed may go what led to them.
 
         Returns:
-            The commit of the statistics, under way; None for a block without any.
+            The commit of the statistics, under way; None for a block without any, or that has them.
         """
-        units, push = self._run.units, spec.index > self._lowest
+        units, push = self._run.units, spec.index - 1 in self._steps
         replays = self._plan.replays[spec.index]
-        if not spec.linears:
+        if self._is_collected(spec.index, solver):
             self._sweep.backward_block(spec, (), lambda _panel, _values: None, push=push)
             return None
         name = stats_unit(spec.index)
-        if name in units:  # committed, but the gradient below it is not: both are made anew
-            units.drop(name)
         require_room(units.folder, stored_bytes(spec), f"the statistics of block {spec.index}")
         with ExitStack() as stack:
             draft = stack.enter_context(self._meter.timeline.at_exit("commit", units.create(name), lane="commit"))

@@ -16,6 +16,7 @@ from streamda.config import option_fields
 from streamda.errors import ConfigError
 from streamda.quoting import one_line, printable, quoted
 
+_NUMBERS_AS_TEXT = ("max_gpu_mem", "max_host_mem", "max_disk", "micro_batch_tokens")
 MAX_CONFIG_BYTES = 64 << 10
 """Fifty options need two thousand bytes."""
 
@@ -44,6 +45,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{place} cannot be read: {one_line(str(error))}") from error
     if not isinstance(root, yaml.MappingNode):
         raise ConfigError(f"{place} must hold options as `name: value` lines")
+    kinds = {entry.name: str(entry.type) for _, entry in option_fields()}
     flags = {entry.metadata["flag"]: entry.name for _, entry in option_fields() if entry.metadata["flag"]}
     options: dict[str, Any] = {}
     for key, value in root.value:
@@ -52,7 +54,9 @@ def read_config_file(path: Path) -> dict[str, Any]:
         name = flags.get(written, written)
         if name in options:
             raise ConfigError(f"{place} gives {quoted(name)} twice, again in line {_line(key.start_mark)}")
-        options[name] = _plain_value(value, f"{place}: {quoted(name)}")
+        # YAML 1.1 reads 0755, 1_000 and 1:30 as numbers, which a revision or a name would not survive
+        is_text = "str" in kinds.get(name, "") and name not in _NUMBERS_AS_TEXT
+        options[name] = _plain_value(value, f"{place}: {quoted(name)}", is_text)
     return options
 
 
@@ -74,14 +78,13 @@ def _line(mark: Any) -> int:
     return int(mark.line) + 1
 
 
-def _plain_value(node: yaml.Node, place: str) -> Any:
+def _plain_value(node: yaml.Node, place: str, is_text: bool) -> Any:
     if isinstance(node, yaml.SequenceNode):
-        return [_plain_value(entry, place) for entry in node.value]
+        return [_plain_value(entry, place, is_text) for entry in node.value]
     if not isinstance(node, yaml.ScalarNode):
         raise ConfigError(f"{place} is a mapping; expected a plain value")
     try:
         value = yaml.SafeLoader("").construct_object(node)
     except (ValueError, LookupError, TypeError, OverflowError, yaml.YAMLError) as error:  # a 13th month, for one
         raise ConfigError(f"{place} is {quoted(node.value)}, which YAML cannot read: {one_line(str(error))}") from error
-    # YAML 1.1 reads 0755, 1_000 and 1:30 as numbers, which a revision or a name would not survive
-    return node.value if type(value) is int and str(value) != node.value else value
+    return node.value if is_text and type(value) is int and str(value) != node.value else value

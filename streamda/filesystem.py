@@ -22,7 +22,10 @@ from streamda.files import shown
 
 _PLAIN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE)
 """Reasons for which any file system may fail; they are no sign of one that cannot."""
-_PROBE = re.compile(r"probe\.([0-9a-f]{8})\.[0-9a-f]{8}\.part")
+PROBE = re.compile(r"probe\.[0-9a-f]{8}\.part")
+"""Names of the folders in which a file system is tried out."""
+_PROBE_LOCK = "file"
+_TRIES = 3
 _CANNOT_SYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.EISDIR)
 
 
@@ -76,34 +79,50 @@ def require_safe(folder: Path, unsafe: bool) -> None:
     Raises:
         StorageError: it cannot, or the folder cannot be written at all.
     """
-    _clear_probes(folder)
-    place, moved = (folder / f"probe.{os.getpid():08x}.{secrets.token_hex(4)}.part" for _ in range(2))
+    clear_probes(folder)
+    for tries_left in reversed(range(_TRIES)):
+        try:
+            return _try_out(folder, unsafe)
+        except StorageError as error:
+            # another run may take a probe for a leftover in the moment before it is locked
+            if not tries_left or _errno(error) not in (errno.ENOENT, errno.EAGAIN):
+                raise
+
+
+def _try_out(folder: Path, unsafe: bool) -> None:
+    place, moved = (folder / f"probe.{secrets.token_hex(4)}.part" for _ in range(2))
     files.make_folder(place)
     try:
-        for what, attempt in (
-            ("lock a file", lambda: _lock(place / "file")),
-            ("sync a folder", lambda: files.fsync_folder(place)),
-            ("rename a folder", lambda: _rename(place, moved)),
-        ):
-            _try(folder, what, attempt, unsafe)
+        with ExitStack() as held:  # a lock, unlike the number of a process, means the same on every host
+            for what, attempt in (
+                ("lock a file", lambda: held.enter_context(_locked(place / _PROBE_LOCK))),
+                ("sync a folder", lambda: files.fsync_folder(place)),
+                ("rename a folder", lambda: _rename(place, moved)),
+            ):
+                _try(folder, what, attempt, unsafe)
     finally:
         with suppress(StorageError):  # what stopped the attempts may stop this too
             for each in (place, moved):
                 files.remove_tree(each)
 
 
-def _clear_probes(folder: Path) -> None:
+def clear_probes(folder: Path) -> None:
     """Removes what killed processes left of their attempts, not what another is trying out at this moment."""
     with files.storage_errors("look through", folder):
         names = files.system_calls.listdir(folder)
-    for found in filter(None, map(_PROBE.fullmatch, names)):
-        process = int(found[1], 16)
-        with suppress(OSError, StorageError):
-            if process != os.getpid():
-                with suppress(ProcessLookupError):
-                    os.kill(process, 0)
-                    continue
-            files.remove_tree(folder / found[0])
+    for name in filter(PROBE.fullmatch, names):
+        with suppress(OSError, StorageError):  # it is locked, or that cannot be told: let it be
+            with suppress(FileNotFoundError), ExitStack() as undo:
+                descriptor = files.open_descriptor(folder / name / _PROBE_LOCK, os.O_RDWR)
+                undo.callback(files.system_calls.close, descriptor)
+                files.system_calls.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            files.remove_tree(folder / name)
+
+
+def _errno(error: BaseException | None) -> int | None:
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__
+    return error.errno if error is not None else None
 
 
 def _try(folder: Path, what: str, attempt: Callable[[], None], unsafe: bool) -> None:
@@ -121,18 +140,23 @@ def _try(folder: Path, what: str, attempt: Callable[[], None], unsafe: bool) -> 
             ) from error
 
 
-def _lock(path: Path) -> None:
-    """Locks a file, and sees a second lock on it refused."""
-    with files.storage_errors("lock", path), ExitStack() as stack:
-        first, second = (
-            stack.enter_context(files.closing(files.open_descriptor(path, os.O_RDWR | os.O_CREAT))) for _ in range(2)
-        )
-        files.system_calls.flock(first, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        try:
-            files.system_calls.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return
-        raise StorageError("a second lock is granted beside the first")
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Locks a file for the block, after a second lock on it was seen refused."""
+    with ExitStack() as stack:
+        with files.storage_errors("lock", path):
+            first, second = (
+                stack.enter_context(files.closing(files.open_descriptor(path, os.O_RDWR | os.O_CREAT)))
+                for _ in range(2)
+            )
+            files.system_calls.flock(first, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                files.system_calls.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                pass
+            else:
+                raise StorageError("a second lock is granted beside the first")
+        yield
 
 
 def _rename(source: Path, target: Path) -> None:

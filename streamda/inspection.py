@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
+from streamda import files
 from streamda.errors import ConfigError
+from streamda.files import shown
 from streamda.memory import format_size
 from streamda.report import REPORT_FILE, read_report, table
 from streamda.rundir import RunDirectory
@@ -28,16 +31,26 @@ def inspect_folder(folder: Path) -> tuple[dict[str, Any], str]:
 
     Raises:
         ConfigError: streamda did not write it.
+        StorageError: it may not be read.
         LockedError: a run is writing it.
         DamagedError: it does not hold what was committed.
     """
+    require_readable(folder)
     if (folder / REPORT_FILE).is_file():
         report = read_report(folder)
         return report.to_dict(), report.to_table()
-    if not folder.is_dir():
-        raise ConfigError(f"{folder} is not a folder")
     with RunDirectory.open_existing(folder, exclusive=False) as run:
         return _inspect_run(run)
+
+
+def require_readable(folder: Path) -> None:
+    """Refuses a place that is no folder (`ConfigError`), or one that may not be read (`StorageError`)."""
+    with files.storage_errors("look into", folder):
+        try:
+            files.system_calls.listdir(folder)
+            os.stat(os.path.join(folder, "."))  # its names may be readable and what they stand for not
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise ConfigError(f"{shown(folder)} is not a folder") from error
 
 
 def _inspect_run(run: RunDirectory) -> tuple[dict[str, Any], str]:

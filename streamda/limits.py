@@ -15,11 +15,14 @@ from pathlib import Path
 
 import torch
 
-from streamda.errors import BudgetError, StorageError, StreamdaError
+from streamda.errors import BudgetError, StoppedError, StorageError, StreamdaError
 from streamda.memory import MemoryBudget, anonymous_bytes, format_size, total_device_bytes
 
 _NO_LIMIT_BYTES = 1 << 60  # cgroup v1 writes "no limit" as a number near 2^63; nobody has an exabyte
-_MEMORY_TEXT = ("can't allocate memory", "cannot allocate memory", "cuda error: out of memory", "not enough memory")
+_MEMORY_TEXT = (
+    *("can't allocate memory", "cannot allocate memory", "cuda error: out of memory", "not enough memory"),
+    *("status_alloc_failed", "std::bad_alloc"),  # of cuBLAS, cuSOLVER and their like; of C++
+)
 
 
 def memory_limit(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int | None:
@@ -81,7 +84,7 @@ def limit_errors(budget_bytes: int | None = None, need_bytes: int | None = None)
     """
     try:
         yield
-    except (BudgetError, StorageError):
+    except (BudgetError, StorageError, StoppedError):
         raise
     except (MemoryError, RuntimeError, OSError, StreamdaError) as error:
         reason = _named(error, budget_bytes, need_bytes)

@@ -26,6 +26,7 @@ def loss_gradient(
     flat = hidden.reshape(-1, hidden.shape[-1])  # [rows, hidden]
     gradient = torch.zeros_like(flat)
     sums = torch.zeros(hidden.shape[0], 1, dtype=torch.float64)
+    parts = []
     for start in range(0, batch.label_rows.numel(), logit_rows):
         chunk = slice(start, start + logit_rows)
         rows = batch.label_rows[chunk]
@@ -37,6 +38,8 @@ def loss_gradient(
         torch.autograd.backward(weighted.sum())
         assert states.grad is not None
         gradient[rows] = states.grad
-        # on the host, where sums have one order
-        sums.index_add_(0, (rows // hidden.shape[1]).cpu(), weighted.detach().double().cpu()[:, None])
+        parts.append(weighted.detach())
+    if parts:  # on the host, where sums have one order; brought there at once, since the device is waited for
+        samples = (batch.label_rows // hidden.shape[1]).cpu()
+        sums.index_add_(0, samples, torch.cat(parts).cpu().double()[:, None])
     return sums, gradient.reshape(hidden.shape)

@@ -38,6 +38,7 @@ def copy_configuration(source: Path, run: Path, with_code: bool) -> dict[str, li
                 with files.FileWriter(copy) as stream:
                     stream.write(content)
         copies[path.name] = [len(content), files.crc32c_of_file(copy)]
+    files.fsync_folder(target)  # before the run remembers that they are there
     return copies
 
 

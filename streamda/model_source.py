@@ -52,17 +52,13 @@ def find_model(model: str, revision: str | None, *, weights: bool, code: bool = 
     Raises:
         ModelError: not found, gated, or offline and not in the cache.
     """
-    path = Path(model).expanduser()
-    if path.is_dir():
-        for folder, notices in (
-            (path, ()),
-            (path.with_name(path.name + "-hf"), (f"{model} has no config.json; using its sibling {model}-hf",)),
-        ):
-            if (folder / "config.json").is_file():
-                return ModelSource(folder, str(model) + ("-hf" if notices else ""), None, notices)
-        raise ModelError(f"{model} holds no config.json; give the folder of a transformers checkpoint")
-    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise ModelError(f"{model} is not a folder; give a folder with config.json, or a hub id")
+    try:
+        if (source := _find_locally(model)) is not None:
+            return source
+    except (OSError, RuntimeError) as error:  # no permission; no such user after a ~
+        raise ModelError(
+            f"{model} cannot be looked into: {_reason(error)}; check --model and its permissions"
+        ) from error
     repositories = [model] if model.endswith("-hf") else [model, model + "-hf"]
     reasons: list[str] = []
     for repository in repositories:
@@ -79,6 +75,26 @@ def find_model(model: str, revision: str | None, *, weights: bool, code: bool = 
             return ModelSource(folder, repository, commit, notices)
         reasons.append(reason)
     raise ModelError("; ".join(dict.fromkeys(reasons)))
+
+
+def _find_locally(model: str) -> ModelSource | None:
+    """The local folder that is meant; None where a hub id may be.
+
+    Raises:
+        ModelError: it is no hub id either, or the folder has no configuration.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        for folder, notices in (
+            (path, ()),
+            (path.with_name(path.name + "-hf"), (f"{model} has no config.json; using its sibling {model}-hf",)),
+        ):
+            if (folder / "config.json").is_file():
+                return ModelSource(folder, str(model) + ("-hf" if notices else ""), None, notices)
+        raise ModelError(f"{model} holds no config.json; give the folder of a transformers checkpoint")
+    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise ModelError(f"{model} is not a folder; give a folder with config.json, or a hub id")
+    return None
 
 
 def _has_config(repository: str, revision: str | None) -> str | None:
@@ -103,6 +119,8 @@ def _has_config(repository: str, revision: str | None) -> str | None:
         return f"{repository} is neither a local folder nor a valid hub id"
     except HfHubHTTPError as error:
         return f"{repository}: the hub answered {(str(error).splitlines() or ['an error'])[0]}"
+    except OSError as error:  # the cache, or the connection
+        return f"{repository} cannot be looked up: {_reason(error)}"
     return None
 
 
@@ -124,5 +142,10 @@ def _download(repository: str, revision: str | None, weights: bool, code: bool) 
             snapshot_download(repository, revision=revision, allow_patterns=patterns, ignore_patterns=OTHER_FORMATS)
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{repository}: the download did not finish ({reason}); run the same command again") from error
+        raise ModelError(
+            f"{repository}: the download did not finish ({_reason(error)}); run the same command again"
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -24,7 +24,7 @@ from streamda.calibration import describe_sample
 from streamda.collect_stage import Collection
 from streamda.config import RunConfig
 from streamda.disk_space import require_output_room, room_for_run
-from streamda.errors import ConfigError, DamagedError, StorageError
+from streamda.errors import BudgetError, ConfigError, DamagedError, StorageError
 from streamda.filesystem import tolerated
 from streamda.layers import require_rank
 from streamda.limits import limit_errors
@@ -99,7 +99,10 @@ def initialize(config: RunConfig, *, quiet: bool = False, verbose: bool = False)
     with _meter(prepared, timeline) as meter:
         progress = Progress(meter, quiet=quiet)
         _announce(progress, prepared, verbose)
-        with stopping.deferred(), open_run(work, prepared, parts, made, solves=True) as (run, made):
+        with (
+            stopping.deferred(),
+            open_run(work, prepared, parts, made, solver_settings=solver.settings) as (run, made),
+        ):
             require_output_room(output, run.path, made.bytes_written["solutions"])
             reuse_heap(prepared.device, prepared.budget.device_bytes - made.peak_bytes)
             report = new_report(prepared, made)
@@ -113,9 +116,9 @@ def initialize(config: RunConfig, *, quiet: bool = False, verbose: bool = False)
             _record_time(report, timeline)
             if config.profile or config.rates is not None or report.wall_seconds >= MEASURED_RUN_SECONDS:
                 try:
-                    with timeline.span("measure rates"):
+                    with timeline.span("measure rates"), limit_errors():
                         _record_bounds(report, prepared, made, rates, work)
-                except (StorageError, torch.OutOfMemoryError):  # no reason to lose what is done
+                except (BudgetError, StorageError):  # no reason to lose what is done
                     report.notices.append("the machine's rates could not be measured: no room for it")
             with Stopwatch(report, "write", meter), timeline.span("write adapter"):
                 _write_adapter(output, run, report, config, prepared.stack.model)
@@ -143,7 +146,7 @@ def collect(config: RunConfig, *, quiet: bool = False, verbose: bool = False) ->
     with _meter(prepared, timeline) as meter:
         progress = Progress(meter, quiet=quiet)
         _announce(progress, prepared, verbose)
-        with stopping.deferred(), open_run(work, prepared, parts, made, solves=False) as (run, made):
+        with stopping.deferred(), open_run(work, prepared, parts, made) as (run, made):
             reuse_heap(prepared.device, prepared.budget.device_bytes - made.peak_bytes)
             report = new_report(prepared, made)
             _announce_resumed(progress, report, prepared, run, parts)

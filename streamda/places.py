@@ -13,21 +13,26 @@ from streamda.filesystem import require_safe
 from streamda.output import resolved
 from streamda.report import REPORT_FILE
 from streamda.rundir import RunDirectory, find_record
-from streamda.trace import remove_profile
 
 
 def output_dir(config: RunConfig) -> Path:
     """Where the adapter goes."""
     if config.output_dir is not None:
-        return Path(config.output_dir)
+        return _with_name(config.output_dir)
     if config.model is None:
         raise ConfigError("no model is given; use --model with a hub id or a local folder")
-    return Path(f"{Path(config.model.rstrip('/')).name}-lora-da")
+    return Path(f"{_with_name(os.path.expanduser(config.model)).name}-lora-da")
 
 
 def work_dir(config: RunConfig) -> Path:
     """Where the run keeps its state."""
     return Path(config.work_dir or f"{output_dir(config)}.work")
+
+
+def _with_name(place: str) -> Path:
+    """The path, spelled out where its text has no name to make others of, as ``.`` and ``..`` have none."""
+    path = Path(place)
+    return resolved(path) if path.name in ("", "..") else path
 
 
 def require_places(config: RunConfig, work: Path, output: Path | None) -> None:
@@ -55,17 +60,14 @@ def require_places(config: RunConfig, work: Path, output: Path | None) -> None:
 
 def require_output(output: Path, overwrite: bool) -> None:
     """Refuses an output folder that cannot be written or replaced; raises as `require_places` does."""
-    if overwrite:
-        remove_profile(output)  # not among the files of an adapter, which would keep it from being replaced
     require_writable_output(output, overwrite)
 
 
 def _require_run_folder(work: Path, unsafe: bool) -> None:
-    """Tries out the file system beside a new run or among the units of an old one, and looks whether that is in use."""
-    units = work / "units"
+    """Tries out the file system in the run's folder, or where that will be made, and looks whether it is in use."""
     is_run = os.path.lexists(work / "run.json")
     find_record(work)  # refuses what is neither empty nor ours, before anything is written there
-    folder = units if is_run and os.path.isdir(units) and not os.path.islink(units) else work.parent
+    folder = work  # what is around a folder that exists may be another file system, and need not be ours to write
     while not os.path.lexists(folder) and folder != folder.parent:
         folder = folder.parent
     require_safe(folder, unsafe)
@@ -74,7 +76,10 @@ def _require_run_folder(work: Path, unsafe: bool) -> None:
 
 
 def _require_apart(config: RunConfig, work: Path, output: Path | None) -> None:
-    """The model, the adapter and the run's state each have a folder of their own."""
+    """The model, the adapter and the run's state each have a folder of their own.
+
+    Below the model's folder an adapter may lie: what is there is no part of the model.
+    """
     inner_work = resolved(work)
     places = {"--work-dir or --statistics": (work, inner_work)}
     if output is not None:
@@ -90,5 +95,5 @@ def _require_apart(config: RunConfig, work: Path, output: Path | None) -> None:
         return
     model_folder = Path(os.path.realpath(model))
     for name, (given, place) in places.items():
-        if place == model_folder or model_folder in place.parents:
+        if place == model_folder or (place == inner_work and model_folder in place.parents):
             raise ConfigError(f"{name} {shown(given)} lies in the model's folder; choose a place outside it")

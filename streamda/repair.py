@@ -10,6 +10,7 @@ from typing import Any
 
 from streamda.errors import ConfigError
 from streamda.files import shown
+from streamda.filesystem import tolerated
 from streamda.output import named
 from streamda.rundir import RunDirectory
 from streamda.solutions import solve_unit
@@ -48,7 +49,7 @@ class Repair:
         return "\n".join(lines)
 
 
-def repair_folder(folder: Path, drop: Sequence[str]) -> Repair:
+def repair_folder(folder: Path, drop: Sequence[str], unsafe_filesystem: bool = False) -> Repair:
     """Drops units of a run, and the solutions made from dropped statistics where the statistics are to be kept.
 
     Nothing else goes: whatever was computed from a unit was computed while its bytes were those that were committed,
@@ -58,13 +59,14 @@ def repair_folder(folder: Path, drop: Sequence[str]) -> Repair:
     Args:
         folder: the run's directory, or collected statistics.
         drop: names of units.
+        unsafe_filesystem: whether to go on with a file system that cannot lock or sync.
 
     Raises:
         ConfigError: no run, or a name that is none of its units; nothing is dropped then.
         LockedError: a run is using it.
         DamagedError: the record of the run is damaged.
     """
-    with RunDirectory.open_existing(folder, exclusive=True, check=False) as run:
+    with tolerated(unsafe_filesystem), RunDirectory.open_existing(folder, exclusive=True, check=False) as run:
         units = run.units.names()
         for name in drop:
             if name not in units:

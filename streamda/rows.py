@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+from streamda import stopping
 from streamda.bad_rows import BadRows
 from streamda.errors import ConfigError, DataError, StorageError
 from streamda.json_rows import JsonDocument, JsonLines, Row
@@ -166,6 +167,7 @@ def _as_data_error(place: str) -> Iterator[None]:
     try:
         yield
     except (DatasetsError, csv.Error, Warning, *_READ_ERRORS) as error:
+        stopping.check()  # this may be what the library made of it
         root: BaseException = error
         while root.__cause__ is not None:
             root = root.__cause__

@@ -9,12 +9,12 @@ directory is as good as the first.
 
 from __future__ import annotations
 
-import hashlib
+import errno
 import json
 import os
 import re
 import secrets
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,7 +24,9 @@ from typing import Any, Self
 from streamda import files
 from streamda.errors import ConfigError, DamagedError, MismatchError, StreamdaError
 from streamda.files import JSON, reached, shown
+from streamda.filesystem import PROBE, clear_probes
 from streamda.folder_lock import LOCK_FORMAT, FolderLock
+from streamda.run_parts import canonical_digest, require_equal
 from streamda.sealed_json import read_sealed_json, write_sealed_json
 from streamda.units import UnitStore
 
@@ -35,14 +37,8 @@ _LOCK, _RECORD, _UNITS, _MODEL = "LOCK", "run.json", "units", "model"
 _LOCK_TEXT_START = b'{"format":"%b"' % LOCK_FORMAT.encode()
 _RECORD_TEMPORARY = re.compile(r"run\.json\.[0-9a-f]{8}\.tmp")
 _RECORD_TRASH = re.compile(r"run\.json\.[0-9a-f]{8}\.trash")
-_ABSENT = object()
-_MOST_FIELDS = 5  # of a mismatch in a message: enough to recognize the cause, and still one line
-_MOST_CHARACTERS = 60  # of one value
-
-
-def canonical_digest(obj: JSON) -> str:
-    """The sha256 of the canonical JSON of ``obj``, in hexadecimal."""
-    return hashlib.sha256(files.canonical_json(obj)).hexdigest()
+_FOLDER_STAYS = (errno.EBUSY, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTEMPTY)
+"""Why the folder of a removed run may stay: a mount point, a parent that cannot be written, a file come meanwhile."""
 
 
 class RunDirectory:
@@ -69,8 +65,9 @@ class RunDirectory:
         parts: Mapping[str, Mapping[str, JSON]],
         *,
         settings: Mapping[str, JSON],
+        new: Callable[[], Mapping[str, JSON]] = dict,
         resume: bool = True,
-        restart: bool = False,
+        restart: bool | Callable[[Mapping[str, Any]], bool] = False,
         ignore_parts: Collection[str] = (),
     ) -> Self:
         """Start a run in ``path``, or continue the one that is there; no other process may use it meanwhile.
@@ -79,8 +76,9 @@ class RunDirectory:
             path: Made with its parents if missing.
             parts: Everything that decides the numbers. A run is only continued with equal parts.
             settings: Everything else worth keeping. On continuing they are merged into the stored ones.
+            new: Called before a new run is begun or an old one thrown away: what only new ones keep, or an error.
             resume: Whether an existing run may be continued.
-            restart: Throw an existing run away and start over.
+            restart: Throw an existing run away and start over; a function decides by the content of ``run.json``.
             ignore_parts: Names of parts that may differ; the stored ones stay.
 
         Raises:
@@ -94,10 +92,14 @@ class RunDirectory:
         with ExitStack() as undo:
             lock, record = _locked(path, exclusive=True)
             undo.callback(lock.release)
+            if record is not None and not isinstance(restart, bool):
+                restart = restart(record)
             if record is not None and not restart:
                 if not resume:
                     raise ConfigError(f"{shown(path)} holds a run; allow it to be continued, or use --overwrite")
-                _compare(path, record["parts"], parts, ignore_parts)
+                require_equal(path, record["parts"], parts, ignore_parts)
+            if record is None or restart:
+                settings = {**new(), **settings}
             lock.sign()
             if record is not None and restart:
                 _retire(path)
@@ -176,7 +178,8 @@ class RunDirectory:
                 names = set(files.system_calls.listdir(path))
             except FileNotFoundError:
                 return
-        if _RECORD not in names and (not names - {_LOCK} or any(map(_RECORD_TRASH.fullmatch, names))):
+        # an empty folder may be the user's own
+        if _RECORD not in names and (names == {_LOCK} or any(map(_RECORD_TRASH.fullmatch, names))):
             lock, record = _locked(path, exclusive=True)
             if record is None:  # nor has another process begun anew meanwhile
                 _clear_away(path)
@@ -193,7 +196,7 @@ def _locked(path: Path, *, exclusive: bool) -> tuple[FolderLock, dict[str, Any] 
         if os.path.islink(path / name):
             raise DamagedError(f"{shown(path / name)} is a symbolic link; put the real thing in its place")
     # LOCK is the first of our files to appear and the last to go: without it, nobody is at work here.
-    if not os.path.lexists(path / _LOCK):
+    if exclusive and not os.path.lexists(path / _LOCK):
         find_record(path)
         files.make_folders(path)
         reached("run-folder-made")
@@ -264,7 +267,7 @@ def _is_half_made(entry: Path) -> bool:
         return text.startswith(_LOCK_TEXT_START) or _LOCK_TEXT_START.startswith(text)
     if entry.name == _UNITS:
         return not files.system_calls.listdir(entry)
-    return _RECORD_TEMPORARY.fullmatch(entry.name) is not None
+    return any(pattern.fullmatch(entry.name) for pattern in (_RECORD_TEMPORARY, PROBE))
 
 
 def _create(path: Path, parts: Mapping[str, JSON], settings: Mapping[str, JSON]) -> dict[str, Any]:
@@ -300,48 +303,22 @@ def _clear(path: Path) -> None:
 
 
 def _clear_away(path: Path) -> None:
-    """Remove all of a retired run, and the folder unless something foreign is in it."""
+    """Remove all of a retired run, and the folder where that is possible and nothing foreign is in it."""
     _clear(path)
     files.remove_tree(path / _LOCK)
     reached("run-lock-removed")
     with files.storage_errors("remove", path):
-        if not files.system_calls.listdir(path):
+        if files.system_calls.listdir(path):
+            return
+        try:
             files.system_calls.rmdir(path)
+        except OSError as error:
+            if error.errno not in _FOLDER_STAYS:
+                raise
 
 
 def _sweep(path: Path, leftover: re.Pattern[str] = _RECORD_TEMPORARY) -> None:
+    clear_probes(path)
     with files.storage_errors("look through", path):
         for name in filter(leftover.fullmatch, files.system_calls.listdir(path)):
             files.remove_tree(path / name)
-
-
-def _compare(path: Path, old: Mapping[str, Any], new: Mapping[str, Any], ignored: Collection[str]) -> None:
-    """Raise a `MismatchError` that names the first few fields in which the parts differ."""
-    old, new = ({name: part for name, part in parts.items() if name not in ignored} for parts in (old, new))
-    found = list(differences(old, json.loads(files.canonical_json(new))))
-    if found:
-        more = f" and {len(found) - _MOST_FIELDS} more" if len(found) > _MOST_FIELDS else ""
-        accept = ", or accept other numbers with --allow-environment-change" if _are_of(found, "numerics") else ""
-        raise MismatchError(
-            f"{shown(path)} belongs to another run: {', '.join(found[:_MOST_FIELDS])}{more}; "
-            f"choose another --work-dir, or --overwrite to start over{accept}"
-        )
-
-
-def _are_of(found: Sequence[str], part: str) -> bool:
-    return all(text.startswith(part + ".") for text in found)
-
-
-def differences(old: Any, new: Any, field: str = "") -> Iterator[str]:
-    """One clause for each field in which two nested mappings differ, with both values."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted({*old, *new}):
-            yield from differences(old.get(key, _ABSENT), new.get(key, _ABSENT), f"{field}.{key}" if field else key)
-    elif old is _ABSENT or new is _ABSENT or files.canonical_json(old) != files.canonical_json(new):
-        yield f"{shown(field)} was {_shortened(old)} and is now {_shortened(new)}"
-
-
-def _shortened(value: Any) -> str:
-    text = "absent" if value is _ABSENT else files.canonical_json(value).decode("ascii")
-    half = _MOST_CHARACTERS // 2
-    return text if len(text) <= _MOST_CHARACTERS else f"{text[:half]}...{text[-half:]}"

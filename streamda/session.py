@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from streamda import files
-from streamda.adapter import check_adapter, check_recorded
+from streamda.adapter_check import check_adapter, check_recorded
+from streamda.config import RunConfig
 from streamda.disk_plan import stride_text
 from streamda.disk_space import START_RESERVE_BYTES, room_for_run
 from streamda.errors import StorageError
@@ -18,40 +19,62 @@ from streamda.memory import format_size
 from streamda.model_copy import copy_configuration
 from streamda.plan import Plan
 from streamda.report import REPORT_FILE, InitReport, read_report
-from streamda.rundir import RunDirectory, canonical_digest, differences
+from streamda.run_parts import canonical_digest, differences
+from streamda.rundir import RunDirectory
 from streamda.setup import Prepared, versions
 from streamda.solutions import skipped_layers
 
 
 @contextmanager
 def open_run(
-    work: Path, prepared: Prepared, parts: dict[str, dict[str, Any]], made: Plan, *, solves: bool
+    work: Path,
+    prepared: Prepared,
+    parts: dict[str, dict[str, Any]],
+    made: Plan,
+    *,
+    solver_settings: Mapping[str, Any] | None = None,
 ) -> Iterator[tuple[RunDirectory, Plan]]:
     """Opens or continues a run directory, with the plan that it was, or will be, run with.
+
+    What ``--overwrite`` begins is marked until it is done, so that the same command continues it if it was stopped.
 
     Args:
         work: the directory.
         prepared: the run.
         parts: what decides its statistics.
         made: the plan for what the directory's file system has free.
-        solves: whether this run also solves.
+        solver_settings: how this run also solves; None if it does not.
 
     Raises:
         StorageError: the disk cannot hold a run that has not begun.
         StreamdaError: as `RunDirectory.open` does.
     """
     config = prepared.config
+    solves = solver_settings is not None
     keeps = config.keep_statistics or not solves
-    facts = _run_facts(prepared, made) | {"keeps_statistics": keeps}
-    begins = config.overwrite or not (work / "run.json").exists()
-    if begins:
+    mark = _restart_mark(config, parts, solver_settings) if config.overwrite else None
+    there = (work / "run.json").exists()
+    if not there:
         _require_space(work, made)
+
+    def begin() -> dict[str, Any]:
+        if there:  # and is to be thrown away
+            _require_space(work, made)
+        return _run_facts(prepared, made) | {"keeps_statistics": keeps}
+
+    def starts_over(record: Mapping[str, Any]) -> bool:
+        if mark is None or not config.resume or record["settings"].get("overwriting") != mark:
+            return config.overwrite
+        changed = any(differences(record["parts"]["numerics"], parts["numerics"]))
+        return changed and not config.allow_environment_change
+
     with RunDirectory.open(
         work,
         parts,
-        settings=facts if begins else {},
+        settings={"overwriting": mark},
+        new=begin,
         resume=config.resume,
-        restart=config.overwrite,
+        restart=starts_over,
         ignore_parts=("numerics",) if config.allow_environment_change else (),
     ) as run:
         # the bits of a run depend on its micro-batches, so a continued one keeps them under any budget; statistics
@@ -66,11 +89,19 @@ def open_run(
         run.update_settings({"keeps_statistics": keeps, "model_files": copies})
         with limit_errors(prepared.budget.device_bytes, made.peak_bytes):
             yield run, made
+        if run.settings["keeps_statistics"]:  # else it is gone
+            run.update_settings({"overwriting": None})
 
 
 def run_digest(parts: Mapping[str, Any], solver_settings: Mapping[str, Any]) -> str:
     """Digest of what an adapter was made from and how; a finished one stands whatever the libraries' versions are."""
     return canonical_digest({"parts": _without_numerics(parts), "solve": dict(solver_settings)})
+
+
+def _restart_mark(config: RunConfig, parts: Mapping[str, Any], solver_settings: Mapping[str, Any] | None) -> str:
+    """Tells commands with ``--overwrite`` apart: none continues what it could not, so that each can start over."""
+    skips = [config.skip_bad_samples, config.skip_bad_layers]
+    return canonical_digest({"run": run_digest(parts, solver_settings or {}), "skips": skips})
 
 
 def resume_notices(prepared: Prepared, run: RunDirectory, parts: Mapping[str, Any]) -> list[str]:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import torch
 from safetensors import SafetensorError, safe_open
 
@@ -180,7 +181,7 @@ def opened(shard: Path) -> Iterator[int]:
 
 def read_tensor(
     descriptor: int, tensor: StoredTensor, dtype: torch.dtype, copier: DeviceCopier, *, zero_not_finite: bool = False
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, int]:
     """Reads one tensor in some dtype, by chunks, so that no two whole copies of it exist at a time.
 
     Args:
@@ -189,6 +190,9 @@ def read_tensor(
         dtype: what to cast it to.
         copier: knows the device.
         zero_not_finite: puts zeros in the place of NaN and Inf.
+
+    Returns:
+        The tensor, and the crc32c of its bytes in the file.
 
     Raises:
         NonFiniteWeightError: it holds NaN or Inf, before or after the cast.
@@ -199,10 +203,13 @@ def read_tensor(
     in_place = copier.device.type == "cpu" and dtype == tensor.dtype
     largest = min(torch.finfo(dtype).max, torch.finfo(tensor.dtype).max)
     rows = max(1, READ_CHUNK_BYTES // tensor.dtype.itemsize)
+    checksum = 0
     for start in range(0, flat.numel(), rows):
         target = flat[start : start + rows]
         part = target if in_place else copier.buffer(target.numel() * tensor.dtype.itemsize).view(tensor.dtype)
         _read_into(part, descriptor, tensor, tensor.offset + start * tensor.dtype.itemsize)
+        stored: Any = part.view(torch.uint8).numpy()  # it takes arrays without a copy, and writable views not at all
+        checksum = google_crc32c.extend(checksum, stored)
         low, high = torch.aminmax(part)
         if not (float(low) >= -largest and float(high) <= largest):  # NaN is neither
             if not zero_not_finite:
@@ -210,7 +217,7 @@ def read_tensor(
             part.masked_fill_(~(part.abs() <= largest), 0.0)
         if not in_place:
             copier.copy_(target, part)
-    return value
+    return value, checksum
 
 
 def announce(descriptor: int, tensor: StoredTensor) -> None:
@@ -266,21 +273,26 @@ def _hint(path: Path) -> str:
 
 
 def require_within(folder: Path, path: Path) -> None:
-    """Refuses a link that leads out of the model's folder; in a cache of the hub, out of the model's part of it.
+    """Refuses a link that leads out of the model's folder, unless it leads to the blobs of a cache of the hub.
+
+    Those are where such caches, and folders made of links into them, keep the files of models; nothing else is there.
 
     Raises:
         ModelError: with where it leads, or because it leads to no file.
     """
-    home = folder.resolve()
-    if home.parent.name == "snapshots":  # .../models--a--b/snapshots/<commit>, which links into ../../blobs
-        home = home.parent.parent
     try:
+        home = folder.resolve()
+        if home.parent.name == "snapshots":  # .../models--a--b/snapshots/<commit>
+            home = home.parent.parent
         target = path.resolve(strict=True)
     except (OSError, RuntimeError) as error:  # the second of a link to itself
         raise ModelError(f"{shown(path)} cannot be used: {first_line(error)}") from error
-    if not target.is_relative_to(home):
+    blobs = target.parent  # .../models--a--b/blobs/<hash>
+    is_cached = blobs.name == "blobs" and blobs.parent.name.startswith("models--")
+    if not is_cached and not target.is_relative_to(home):
         raise ModelError(
-            f"{shown(path)} is a link to {shown(target)}, outside the model's folder; put the file itself in its place"
+            f"{shown(path)} is a link to {shown(target)}, outside the model's folder; give the folder that holds the "
+            "files themselves as --model, or put the file itself in the place of the link"
         )
     if not stat.S_ISREG(target.stat().st_mode):
         raise ModelError(f"{shown(path)} is no regular file")

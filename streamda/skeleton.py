@@ -17,6 +17,7 @@ import transformers
 from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from streamda import stopping
 from streamda.errors import ModelError, StreamdaError
 from streamda.files import shown
 from streamda.quoting import one_line, quoted
@@ -119,6 +120,7 @@ def third_party(what: str, kind: type[StreamdaError] = ModelError) -> Iterator[N
     except StreamdaError:
         raise
     except Exception as error:  # each of hundreds of model classes checks its fields in its own way, or does not
+        stopping.check()  # this may be what the library made of it
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         # a checked field's error says what is wrong in its second line
         nested = len(lines) > 1 and lines[0].endswith(":")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save
 from streamda import files
 from streamda.errors import DamagedError, NumericalError
 from streamda.methods import LayerSolution, SolveStatus
-from streamda.rundir import canonical_digest
+from streamda.run_parts import canonical_digest
 from streamda.units import UnitStore
 
 FACTORS_FILE = "factors.safetensors"

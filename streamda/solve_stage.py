@@ -26,7 +26,7 @@ from streamda.methods import (
     prepare_input_factor,
     solve_layer,
 )
-from streamda.rundir import canonical_digest, differences
+from streamda.run_parts import canonical_digest, differences
 from streamda.scratch import SpilledBands
 from streamda.solutions import is_skipped, read_summaries, solve_unit, write_solutions
 from streamda.solve_plan import GradientForm, solve_layout

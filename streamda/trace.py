@@ -1,7 +1,6 @@
 """The files of ``--profile``: a trace that Perfetto and chrome://tracing open, and the drawing of `streamda.gantt`.
 
-They join the adapter once it is in place, so that its writing is in them, and are removed by name when an adapter is
-overwritten.
+They join the adapter once it is in place, so that its writing is in them, and go with it when it is overwritten.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from streamda.timeline import Span
 
 TRACE_FILE = "streamda_trace.json"
 DRAWING_FILE = "streamda_timeline.svg"
+PROFILE_FILES = (TRACE_FILE, DRAWING_FILE)
 
 
 def chrome_trace(spans: Sequence[Span]) -> str:
@@ -63,6 +63,6 @@ def remove_profile(folder: Path) -> None:
     Raises:
         StorageError: it cannot be removed.
     """
-    for name in (TRACE_FILE, DRAWING_FILE):
+    for name in PROFILE_FILES:
         with files.storage_errors("remove", folder / name), suppress(FileNotFoundError, NotADirectoryError):
             files.system_calls.unlink(folder / name)

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from streamda import files
-from streamda.adapter import OWN_FILES, WEIGHTS_FILE, verify_adapter
+from streamda.adapter import OWN_FILES
+from streamda.adapter_check import WEIGHTS_FILE, verify_adapter
 from streamda.boundary import require_finite_states
-from streamda.errors import ConfigError, DamagedError
+from streamda.errors import DamagedError
 from streamda.files import shown
-from streamda.inspection import UNIT_KINDS
+from streamda.inspection import UNIT_KINDS, require_readable
 from streamda.memory import format_size
 from streamda.model_copy import MODEL_COPY, check_configuration
 from streamda.report import REPORT_FILE, read_report, table
@@ -81,11 +82,11 @@ def verify_folder(folder: Path) -> Verification:
 
     Raises:
         ConfigError: streamda did not write it.
+        StorageError: it may not be read.
         LockedError: a run is writing it.
         DamagedError: the record of a run is damaged, without which nothing else can be judged.
     """
-    if not folder.is_dir():
-        raise ConfigError(f"{shown(folder)} is not a folder")
+    require_readable(folder)
     if any((folder / name).is_file() for name in (REPORT_FILE, WEIGHTS_FILE)):
         return _verify_adapter(folder)
     with RunDirectory.open_existing(folder, exclusive=False) as run:

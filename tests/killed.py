@@ -17,7 +17,7 @@ import pytest
 
 import streamda
 from streamda import cli, files
-from streamda.rundir import canonical_digest
+from streamda.run_parts import canonical_digest
 from streamda.units import UnitDraft, UnitStore
 from tests.models import make_samples, write_checkpoint, write_samples
 
@@ -132,7 +132,8 @@ def finish(folder: Path, options: dict[str, Any], expected: bytes) -> None:
     assert not committed & set(again)
     assert weights(folder) == expected
     assert not [path for path in folder.rglob("*") if LEFTOVER.search(path.name)]
-    assert not (folder / "adapter.work").exists()
+    # killed between its last file and the folder itself, a run leaves that empty, as a user's own might be
+    assert not any((folder / "adapter.work").glob("*"))
 
 
 def watch_points(called: Callable[[str], object]) -> None:

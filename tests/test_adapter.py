@@ -34,17 +34,19 @@ from streamda import files
 from streamda.adapter import (
     OWN_FILES,
     AdapterFacts,
-    check_adapter,
     peft_config,
     relative_change,
     require_writable_output,
     write_adapter,
 )
+from streamda.adapter_check import check_adapter
 from streamda.config import SolveConfig
 from streamda.errors import ConfigError, DamagedError, NumericalError, StorageError
 from streamda.layers import is_linear, linear_spec
 from streamda.model_card import model_card
 from streamda.output import OutputFolder, resolved
+from streamda.places import require_output
+from streamda.trace import PROFILE_FILES, write_profile
 
 # PEFT asks transformers 5.23 for an attribute by its old name whenever it wraps a model
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -471,6 +473,21 @@ def test_overwrite_never_removes_what_is_not_ours(tmp_path: Path) -> None:
     (tmp_path / "out" / "checkpoint-1").rmdir()
     (tmp_path / "out" / "streamda_report.json").symlink_to(tmp_path / "elsewhere")
     refuses(tmp_path / "out", "holds streamda_report.json")
+
+
+def test_a_profile_goes_with_the_adapter_that_it_is_of_and_not_before(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write(out)
+    write_profile(out, [], "a run")
+    (out / "mine.txt").write_text("mine")
+    before = contents(out)
+    with pytest.raises(ConfigError, match=r"holds mine\.txt"):
+        require_output(out, overwrite=True)
+    assert contents(out) == before
+    (out / "mine.txt").unlink()
+    require_output(out, overwrite=True)
+    write(out, seed=2, overwrite=True)
+    assert set(contents(out)) == set(before) - {"mine.txt", *PROFILE_FILES}
 
 
 def test_overwrite_keeps_an_adapter_that_was_trained_in_the_same_folder(bases: dict[str, Path], tmp_path: Path) -> None:

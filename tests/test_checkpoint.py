@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import shutil
 import weakref
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from streamda import shards
 from streamda.checkpoint import Checkpoint
-from streamda.errors import ModelError
+from streamda.errors import MismatchError, ModelError
 from streamda.skeleton import build_skeleton, load_config
 from tests.models import make_config, write_checkpoint
 
@@ -280,6 +281,44 @@ def test_a_shard_that_is_cut_while_the_run_goes_on_is_an_error_and_no_crash(llam
         shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
     with pytest.raises(ModelError, match=r"cannot be read"):
         checkpoint.load(["model.layers.0", "model.layers.1"])
+
+
+def test_a_value_that_changes_between_two_readings_is_found_though_nothing_else_tells(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("streamda.checkpoint.SAMPLED_BYTES", 64)
+    folder = tmp_path / "changed"
+    shutil.copytree(llama, folder)
+    checkpoint = opened(folder)
+    checkpoint.load(["model.layers.0", "model.layers.1"])
+    (tensor,) = checkpoint.map.stored("model.layers.1.mlp.up_proj.weight")
+    before = tensor.file.stat()
+    with tensor.file.open("r+b") as file:
+        file.seek(tensor.offset + tensor.num_bytes // 2)
+        byte = file.read(1)[0]
+        file.seek(-1, 1)
+        file.write(bytes([byte ^ 1]))
+    os.utime(tensor.file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    checkpoint.load(["model.layers.0"])
+    with pytest.raises(MismatchError, match=r"up_proj\.weight has other bytes\); put the file back"):
+        checkpoint.load(["model.layers.1"])
+
+
+def test_of_fused_tensors_all_values_that_are_not_finite_are_counted_once(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "whole", "qwen3_moe")
+    names = [f"model.layers.1.mlp.experts.{expert}.up_proj.weight" for expert in (1, 3)]
+
+    def damage(tensors: dict[str, Tensor]) -> None:
+        for count, name in enumerate(names, start=2):
+            tensors[name].view(-1)[:count] = float("nan")
+
+    checkpoint = opened(edited(tmp_path / "whole", tmp_path / "edited", damage))
+    (target,) = {tensor.target for tensor in checkpoint.map.tensors if tensor.key in names}
+    checkpoint.tolerate([target])
+    for _ in range(2):
+        checkpoint.load(["model.layers.1"])
+        assert checkpoint.not_finite == {target: 5}
+        checkpoint.release(["model.layers.1"])
 
 
 def lacks_an_expert(tensors: dict[str, Tensor]) -> None:

@@ -1,5 +1,6 @@
 """The command line as a user meets it: exit codes, one line per error, output for people and for programs."""
 
+import errno
 import json
 import os
 import re
@@ -140,6 +141,45 @@ def test_mistakes_end_in_one_line_and_their_exit_code(
     assert re.search(says, error)
     assert len([line for line in error.splitlines() if not line.startswith("note:")]) == 1
     assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (MemoryError(), 8, "out of memory"),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+            8,
+            "out of memory",
+        ),
+        (OSError(errno.EMFILE, "Too many open files"), 7, "ulimit -n"),
+    ],
+)
+def test_a_limit_of_the_system_is_named_by_every_command(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
+    code: int,
+    says: str,
+) -> None:
+    def fail(_folder: Path) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "verify_folder", fail)
+    assert run(monkeypatch, "verify", str(tmp_path)) == code
+    assert says in capsys.readouterr().err
+
+
+def test_a_bug_is_no_limit_and_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_folder: Path) -> None:
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(cli, "verify_folder", fail)
+    monkeypatch.setattr("sys.argv", ["streamda", "verify", str(tmp_path)])
+    monkeypatch.setattr(cli.stopping, "install", lambda: None)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        cli.main()
 
 
 def test_an_unknown_option_names_the_near_one(

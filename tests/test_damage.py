@@ -12,6 +12,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import stat
 from collections import Counter
 from collections.abc import Callable
@@ -24,7 +25,7 @@ import streamda
 from streamda import units
 from streamda.errors import ConfigError, DamagedError, MismatchError, StoppedError
 from tests.golden_options import golden_options
-from tests.killed import weights
+from tests.killed import run_until, weights
 
 SMALL = {"num_samples": 4, "target_modules": "q_proj,k_proj,down_proj"}
 STRAY = "stray.txt"
@@ -303,6 +304,7 @@ def test_a_repaired_finished_run_is_completed_with_the_same_bits(
     repaired = streamda.repair(tmp_path / "adapter.work", drop=[unit])
     assert repaired.dependents == (("solve-0001",) if unit == "stats-0001" else ())
     before = {name: (finished / "adapter.work" / name).read_bytes() for name in files_of(finished / "adapter.work")}
+    kept = {path.name: path.stat().st_ino for path in (tmp_path / "adapter.work" / "units").iterdir()}
     if unit.startswith("stats"):
         with pytest.raises(ConfigError, match="lacks the statistics of 1 blocks; finish `collect`"):
             streamda.solve(statistics=str(tmp_path / "adapter.work"), output_dir=str(tmp_path / "adapter"))
@@ -310,9 +312,36 @@ def test_a_repaired_finished_run_is_completed_with_the_same_bits(
     assert weights(tmp_path) == right
     after = files_of(tmp_path / "adapter.work")
     assert set(after) == set(before)
+    now = {path.name: path.stat().st_ino for path in (tmp_path / "adapter.work" / "units").iterdir()}
+    assert {name: now[name] for name in kept} == kept  # what is sound is neither made nor touched again
     same = [name for name in after if "stats-" in name and not name.endswith("COMMIT.json")]
     assert all((tmp_path / "adapter.work" / name).read_bytes() == before[name] for name in same)
     assert streamda.verify(tmp_path / "adapter.work").is_sound
+
+
+@pytest.mark.parametrize(
+    "point",
+    [
+        pytest.param("unit-committed:5", marks=pytest.mark.faults),
+        "unit-committed:6",  # the gradient that leads to the dropped statistics
+        pytest.param("drop-renamed:4", marks=pytest.mark.faults),
+        pytest.param("unit-sealed:7", marks=pytest.mark.faults),
+    ],
+)
+def test_a_repaired_run_that_is_killed_makes_nothing_sound_again(
+    finished: Path, right: bytes, tmp_path: Path, point: str
+) -> None:
+    shutil.copytree(finished / "adapter.work", tmp_path / "adapter.work")
+    streamda.repair(tmp_path / "adapter.work", drop=["stats-0001"])
+    units = tmp_path / "adapter.work" / "units"
+    kept = {path.name: path.stat().st_ino for path in units.iterdir()}
+    options = init_options(tmp_path, keep_statistics=True)
+    assert run_until(point, options) == -signal.SIGKILL
+    streamda.initialize(**options)
+    assert weights(tmp_path) == right
+    now = {path.name: path.stat().st_ino for path in units.iterdir()}
+    assert now.keys() - kept.keys() == {"stats-0001", "solve-0001"}
+    assert {name: now[name] for name in kept} == kept
 
 
 def assert_adapter_survives(finished: Path, folder: Path, right: bytes, name: str, how: str, seed: int = 0) -> None:

@@ -26,7 +26,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import streamda
-from streamda import collect_stage, files, filesystem, limits, setup, sweep
+from streamda import collect_stage, files, filesystem, limits, places, setup, sweep
+from streamda.config import RunConfig
 from streamda.errors import BudgetError, ConfigError, LockedError, StorageError, StreamdaError
 from streamda.memory import MemoryBudget, anonymous_bytes
 from tests.killed import PROCESSES, weights
@@ -195,10 +196,67 @@ class TestPlaces:
             {"output_dir": str(model)},
             {"work_dir": str(model)},
             {"work_dir": str(tmp_path / "to-model" / "run")},
-            {"output_dir": str(tmp_path / "link" / "model" / "deep" / "out"), "work_dir": here},
+            {"output_dir": str(tmp_path / "link" / "model" / "deep" / "out")},  # and the run beside it
         ):
             assert "lies in the model's folder" in refused(2, model=str(tmp_path / "to-model"), **given)
         assert sorted(path.name for path in model.iterdir()) == before
+
+    def test_an_adapter_below_the_model_s_folder_is_no_part_of_the_model(
+        self, inputs: Path, tmp_path: Path, options: Callable[..., dict[str, Any]]
+    ) -> None:
+        model = Path(shutil.copytree(inputs / "model", tmp_path / "model"))
+        given = options(model=str(model), output_dir=str(model / "deep" / "adapter"), work_dir=str(tmp_path / "work"))
+        assert not streamda.initialize(**given).already_done
+        assert streamda.initialize(**given).already_done
+
+    @pytest.mark.parametrize("code", [errno.EBUSY, errno.EACCES, errno.EROFS])
+    def test_a_run_folder_in_a_place_that_cannot_be_changed_is_used_and_stays(
+        self, tmp_path: Path, options: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch, code: int
+    ) -> None:
+        """A mount point, as of a container, or a folder that an administrator made."""
+        work = tmp_path / "disk" / "work"
+        work.mkdir(parents=True)
+
+        class Fixed(files.SystemCalls):
+            @staticmethod
+            def mkdir(path: Path) -> None:
+                if path.parent == work.parent:
+                    raise OSError(code, os.strerror(code))
+                os.mkdir(path)
+
+            @staticmethod
+            def rmdir(path: Path) -> None:
+                if path == work:
+                    raise OSError(code, os.strerror(code))
+                os.rmdir(path)
+
+        monkeypatch.setattr(files, "system_calls", Fixed())
+        for already_done in (False, True):
+            assert streamda.initialize(**options(work_dir=str(work))).already_done == already_done
+            assert os.listdir(work) == []
+
+    def test_an_empty_folder_for_the_run_outlives_a_run_that_was_done_already(
+        self, tmp_path: Path, options: Callable[..., dict[str, Any]]
+    ) -> None:
+        streamda.initialize(**options())
+        (tmp_path / "adapter.work").mkdir()
+        assert streamda.initialize(**options()).already_done
+        assert (tmp_path / "adapter.work").is_dir()
+
+    def test_names_are_made_of_the_folders_that_dots_stand_for(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        here = tmp_path / "here"
+        (here / "deeper").mkdir(parents=True)
+        monkeypatch.chdir(here)
+        for dots, meant in ((".", here), ("./", here), ("..", tmp_path), ("deeper/..", here)):
+            config = RunConfig(model="org/name", output_dir=dots)
+            assert places.output_dir(config) == meant
+            assert places.work_dir(config) == meant.with_name(f"{meant.name}.work")
+            assert places.output_dir(RunConfig(model=dots)) == Path(f"{meant.name}-lora-da")
+        for model in ("org/name", "org/name/", "./name"):
+            assert str(places.work_dir(RunConfig(model=model))) == "name-lora-da.work"
+        assert str(places.work_dir(RunConfig(model="m", output_dir="a/b/"))) == "a/b.work"
 
     def test_a_linked_run_folder_is_used_where_it_points_and_stays_a_link(
         self, tmp_path: Path, options: Callable[..., dict[str, Any]]
@@ -353,6 +411,33 @@ class TestFileSystems:
         with pytest.raises(BlockingIOError):
             calls.flock(0, 0)
 
+    def test_what_a_killed_attempt_left_goes_and_one_under_way_stays(self, tmp_path: Path) -> None:
+        living, dead, bare = (tmp_path / f"probe.0000000{number}.part" for number in range(3))
+        for folder in (living, dead, bare):
+            folder.mkdir()
+        (dead / "file").write_bytes(b"")
+        with filesystem._locked(living / "file"):  # of whichever process on whichever host
+            filesystem.require_safe(tmp_path, unsafe=False)
+            assert list(tmp_path.iterdir()) == [living]
+        filesystem.require_safe(tmp_path, unsafe=False)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_an_attempt_that_another_run_took_for_a_leftover_is_made_again(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        real, cleared = os.open, []
+
+        def clearing_open(path: Path, *args: Any) -> int:
+            if path.name == "file" and not cleared:
+                cleared.append(path.parent)
+                shutil.rmtree(path.parent)
+            return real(path, *args)
+
+        monkeypatch.setattr(files.SystemCalls, "open", staticmethod(clearing_open))
+        filesystem.require_safe(tmp_path, unsafe=False)
+        assert len(cleared) == 1
+        assert list(tmp_path.iterdir()) == []
+
     def test_a_folder_that_is_full_or_closed_is_no_odd_file_system(
         self, tmp_path: Path, broken: Callable[..., None]
     ) -> None:
@@ -467,6 +552,18 @@ class TestLimits:
             raise caused
         with pytest.raises(BudgetError, match=r"ulimit -u"), limits.limit_errors():
             raise RuntimeError("can't start new thread")
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+            "cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`",
+            "std::bad_alloc",
+        ],
+    )
+    def test_libraries_below_torch_run_out_of_memory_too(self, text: str) -> None:
+        with pytest.raises(BudgetError, match="out of memory"), limits.limit_errors():
+            raise RuntimeError(text)
 
 
 class TestMemoryOfTheMachine:

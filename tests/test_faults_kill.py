@@ -44,7 +44,7 @@ def points(tiny: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> li
 
 def killed_at(points: Sequence[str], folder: Path, tiny: dict[str, Any], expected: bytes) -> None:
     """Kills a run at a point, perhaps once more while it continues, and finishes it."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     options = tiny | {"output_dir": str(folder / "adapter")}
     committed: set[str] = set()
     for number, point in enumerate(points):
@@ -92,6 +92,28 @@ def test_a_removal_that_was_cut_short_is_finished_by_the_same_command(
     tmp_path: Path, tiny: dict[str, Any], uninterrupted: bytes, point: str
 ) -> None:
     killed_at([point], tmp_path / "run", tiny, uninterrupted)
+
+
+@pytest.mark.parametrize(
+    "point",
+    [
+        "unit-committed:5",
+        pytest.param("run-retired:1", marks=pytest.mark.faults),
+        pytest.param("run-cleared:1", marks=pytest.mark.faults),
+        pytest.param("run-units-made:1", marks=pytest.mark.faults),
+        pytest.param("run-recorded:1", marks=pytest.mark.faults),
+        pytest.param("run-recorded:2", marks=pytest.mark.faults),
+        pytest.param("output-displaced:1", marks=pytest.mark.faults),
+    ],
+)
+def test_an_overwrite_that_was_killed_is_continued_by_the_same_command(
+    tmp_path: Path, tiny: dict[str, Any], uninterrupted: bytes, point: str
+) -> None:
+    """An adapter and a half-finished run are there; once the new run is begun, nothing of it is made again."""
+    options = tiny | {"output_dir": str(tmp_path / "run" / "adapter")}
+    streamda.initialize(**options, rank=4)
+    assert run_until("unit-committed:3", options | {"overwrite": True, "rank": 4}) == KILLED
+    killed_at([point, "unit-committed:1"], tmp_path / "run", tiny | {"overwrite": True}, uninterrupted)
 
 
 def test_a_run_killed_at_a_moment_without_a_name_ends_with_the_same_bits(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 from functools import partial
@@ -17,9 +18,9 @@ from typing import Any
 import pytest
 
 import streamda
-from streamda import pipeline, stopping
-from streamda.errors import StoppedError
-from tests.killed import LEFTOVER, finish, run_command, weights, whole_units, write_tiny
+from streamda import cli, pipeline, rows, setup, skeleton, stopping
+from streamda.errors import ModelError, StoppedError, StreamdaError
+from tests.killed import LEFTOVER, Action, finish, run_command, weights, whole_units, write_tiny
 
 MIDDLE = "folders-synced:4"
 """In the commit of the fourth unit: everything is written, nothing is committed."""
@@ -66,6 +67,53 @@ def be_stopped_while_downloading() -> None:
         os._exit(99)
 
     pipeline.prepare = prepare  # type: ignore[assignment]
+
+
+def be_stopped_in_a_library(*_arguments: Any, **_options: Any) -> None:
+    """Which turns whatever is raised in it into an error of its own."""
+    try:
+        send(signal.SIGTERM)
+        time.sleep(60)
+        os._exit(99)
+    except StoppedError as error:
+        raise ValueError("the file is broken") from error
+
+
+def be_stopped_while_reading_data() -> None:
+    rows._load_table = be_stopped_in_a_library
+
+
+def be_stopped_while_reading_a_configuration() -> None:
+    skeleton.AutoConfig.from_pretrained = be_stopped_in_a_library
+
+
+def be_stopped_where_nobody_looks() -> None:
+    def find(*_arguments: Any, **_options: Any) -> None:
+        try:
+            be_stopped_in_a_library()
+        except ValueError as error:
+            raise ModelError("the model is broken") from error
+
+    setup.find_model = find  # type: ignore[assignment]
+
+
+def be_stopped_while_reporting() -> None:
+    report = cli._report_error
+
+    def stopped_and_report(error: StreamdaError, verbose: bool) -> int:
+        send(signal.SIGTERM)
+        return report(error, verbose)
+
+    cli._report_error = stopped_and_report
+
+
+def be_stopped_between_failing_and_reporting() -> None:
+    def cause_of(_error: Exception) -> Exception:
+        send(signal.SIGTERM)
+        time.sleep(60)
+        os._exit(99)
+
+    stopping.cause_of = cause_of
 
 
 def ignore_hangups() -> None:
@@ -137,6 +185,68 @@ def test_a_signal_before_anything_is_written_stops_at_once(tmp_path: Path, optio
     assert ended.code == 75
     assert "stopped by SIGTERM" in ended.stderr
     assert not (tmp_path / "adapter.work").exists()
+
+
+@pytest.mark.parametrize(
+    "be_stopped",
+    [be_stopped_while_reading_data, be_stopped_while_reading_a_configuration, be_stopped_where_nobody_looks],
+)
+def test_what_a_library_makes_of_a_signal_is_still_a_stop(
+    tmp_path: Path, options: dict[str, Any], be_stopped: Action
+) -> None:
+    table = tmp_path / "samples.csv"
+    table.write_text("text\nsome text\n")
+    ended = run_command(tmp_path, options | {"dataset": str(table)}, before=be_stopped)
+    assert ended.code == 75
+    assert ended.stderr == "streamda: error: stopped by SIGTERM; the same command continues from here\n"
+
+
+@pytest.mark.parametrize(
+    ("be_stopped", "code", "says"),
+    [
+        (be_stopped_while_reporting, 3, "is not a folder"),
+        (be_stopped_between_failing_and_reporting, 75, "stopped by SIGTERM"),
+    ],
+)
+def test_a_signal_at_the_end_of_a_failed_command_is_harmless(
+    tmp_path: Path, options: dict[str, Any], be_stopped: Action, code: int, says: str
+) -> None:
+    ended = run_command(tmp_path, options | {"model": "/nowhere/at/all"}, before=be_stopped)
+    assert ended.code == code
+    assert says in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1
+
+
+INTERRUPTED = "import os, signal, time\nos.kill(os.getpid(), signal.{})\ntime.sleep(60)\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("start", ["module", "script"])
+def test_a_signal_while_libraries_are_imported_ends_the_command_in_one_line(
+    tmp_path: Path, start: str, number: signal.Signals
+) -> None:
+    (tmp_path / "torch.py").write_text(INTERRUPTED.format(number.name))
+    script = tmp_path / "bin" / "streamda"
+    script.parent.mkdir()
+    script.write_text("import sys\nfrom streamda.cli import main\nsys.exit(main())\n")
+    ended = import_streamda(tmp_path, *{"module": ["-m", "streamda", "plan"], "script": [str(script), "plan"]}[start])
+    assert ended.returncode == 75
+    assert ended.stderr == f"streamda: error: stopped by {number.name} before anything was begun\n"
+
+
+def test_other_programs_that_import_streamda_keep_their_signals(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text(INTERRUPTED.format("SIGINT"))
+    program = "try:\n    import streamda\nexcept KeyboardInterrupt:\n    print('mine')\n"
+    ended = import_streamda(tmp_path, "-c", program)
+    assert (ended.returncode, ended.stdout) == (0, "mine\n")
+
+
+def import_streamda(first: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs Python with a folder before all others in which modules are looked for."""
+    path = os.pathsep.join([str(first), str(Path(streamda.__file__).parent.parent)])
+    environment = os.environ | {"PYTHONPATH": path}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, env=environment, cwd=first, capture_output=True, text=True, timeout=50)
 
 
 def test_ignored_hangups_stay_ignored(tmp_path: Path, options: dict[str, Any], uninterrupted: bytes) -> None:

@@ -117,6 +117,17 @@ def test_a_config_file_keeps_what_it_means(tmp_path: Path) -> None:
     assert read(tmp_path, "target_modules: [q_proj, v_proj]\nrevision: 1_000\nskip_bad_lines: 3").revision == "1_000"
 
 
+def test_numbers_in_a_config_file_are_written_as_yaml_has_them(tmp_path: Path) -> None:
+    config = read(
+        tmp_path,
+        "num_samples: 1_000\nmax_length: 0x10\nseed: 007\ngamma: 1_024\nmax_gpu_mem: 24_000_000_000\n"
+        "micro_batch_tokens: 4_096\n",
+    )
+    assert (config.data.num_samples, config.data.max_length, config.data.seed) == (1000, 16, 7)
+    assert (config.solve.gamma, config.collect.micro_batch_tokens) == (1024.0, "4096")
+    assert parse_size(str(config.max_gpu_mem)) == 24 * 10**9
+
+
 @pytest.mark.parametrize("place", ["/dev/zero", "/dev/null", "/", "/nowhere/at/all"])
 def test_a_config_file_that_is_none_is_refused(place: str) -> None:
     with pytest.raises(ConfigError, match=f"--config {place} "):

@@ -18,8 +18,8 @@ MAX_LINES = 350
 
 LAYERS = (
     {
-        "errors", "quoting", "requirements", "files", "sealed_json", "units", "folder_lock", "rundir", "config",
-        "timeline", "stopping",
+        "errors", "quoting", "requirements", "files", "sealed_json", "units", "folder_lock", "filesystem", "run_parts",
+        "rundir", "config", "timeline", "stopping",
     },
     # pure: tensors and integers
     {
@@ -29,9 +29,9 @@ LAYERS = (
     # edges: files, data sets, the hub
     {
         "model_source", "model_copy", "shards", "skeleton", "weight_map", "checkpoint", "prefetch",
-        "bad_rows", "json_rows", "rows", "samples", "calibration", "config_file", "disk_space", "filesystem",
-        "limits", "boundary", "store", "collected", "scratch", "solutions", "adapter", "output", "model_card",
-        "report", "rates", "gantt", "trace",
+        "bad_rows", "json_rows", "rows", "samples", "calibration", "config_file", "disk_space",
+        "limits", "boundary", "store", "collected", "scratch", "solutions", "adapter", "adapter_check", "output",
+        "model_card", "report", "rates", "gantt", "trace",
     },
     {"blocks", "probe", "workload", "hooks", "loss", "nonfinite", "sweep", "progress", "stopwatch"},
     {"places", "setup", "session", "solve_stage", "collect_stage"},
@@ -47,7 +47,9 @@ WITHIN = {
     "sealed_json": {"errors", "files"},
     "units": {"errors", "files", "sealed_json"},
     "folder_lock": {"errors", "files"},
-    "rundir": {"errors", "files", "folder_lock", "sealed_json", "units"},
+    "filesystem": {"errors", "files"},
+    "run_parts": {"errors", "files"},
+    "rundir": {"errors", "files", "filesystem", "folder_lock", "run_parts", "sealed_json", "units"},
     "config": {"errors", "quoting"},
     "requirements": {"errors"},
     "stopping": {"errors"},
@@ -70,7 +72,8 @@ WITHIN = {
     "prefetch": {"checkpoint"},
     "boundary": {"disk_space"},
     "collected": {"store"},
-    "adapter": {"output", "model_card"},
+    "adapter": {"adapter_check", "output", "model_card", "trace"},
+    "adapter_check": {"output"},
     "trace": {"gantt"},
     # the two passes, from the bottom up
     "probe": {"blocks"},
@@ -89,15 +92,16 @@ WITHIN = {
 HOMES = {
     "accelerate": {"checkpoint", "skeleton"},
     "datasets": {"rows"},
-    "google_crc32c": {"boundary", "files", "sealed_json"},
+    "google_crc32c": {"boundary", "files", "sealed_json", "shards"},
     "huggingface_hub": {"model_source", "rows"},
     "jinja2": {"samples"},
     "numpy": {"store"},
-    "peft": {"adapter", "layers"},
-    "safetensors": {"adapter", "shards", "solutions"},
+    "peft": {"adapter", "adapter_check", "layers"},
+    "safetensors": {"adapter", "adapter_check", "shards", "solutions"},
     "tqdm": {"progress"},
     "transformers": {
-        "adapter", "blocks", "calibration", "checkpoint", "layers", "samples", "setup", "skeleton", "weight_map",
+        "adapter", "adapter_check", "blocks", "calibration", "checkpoint", "layers", "samples", "setup", "skeleton",
+        "weight_map",
     },
     "typer": {"cli"},
     "yaml": {"config_file"},

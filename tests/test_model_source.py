@@ -145,6 +145,35 @@ def test_what_is_neither_folder_nor_hub_id_is_refused(model: str, reason: str, t
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("refuses", ["is_dir", "is_file"])
+def test_a_folder_without_permission_is_refused_in_one_line(
+    refuses: str, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    (tmp_path / "closed").mkdir()
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, refuses, refuse)
+        with pytest.raises(ModelError, match=r"^\./closed cannot be looked into: .*Permission denied") as caught:
+            find_model("./closed", None, weights=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_folder_of_no_user_is_refused_in_one_line(cache: Path) -> None:
+    with pytest.raises(ModelError, match=r"^~nouser/x cannot be looked into: .*home"):
+        find_model("~nouser/x", None, weights=True)
+
+
+def test_a_cache_that_cannot_be_read_is_said_in_one_line(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_args: Any, **_kwargs: Any) -> str:
+        raise PermissionError(13, "Permission denied", "hub")
+
+    monkeypatch.setattr(model_source, "hf_hub_download", refuse)
+    with pytest.raises(ModelError, match=r"^org/model-hf cannot be looked up: .*Permission denied: 'hub'$"):
+        find_model("org/model-hf", None, weights=True)
+
+
 @pytest.mark.parametrize(
     ("error", "status", "reason"),
     [

@@ -1,19 +1,22 @@
 """A run that is killed, at whatever point, is finished by the same command with the same bits."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import streamda
 from streamda.errors import ConfigError, MismatchError
 from streamda.files import read_json
+from streamda.rundir import RunDirectory
 from tests.golden_options import golden_options
-from tests.killed import run_until, weights
+from tests.killed import finish, run_until, weights
 
 # STREAMDA_KILL_AT makes the process kill itself with SIGKILL the N-th time that it reaches a named point
 KILLS = [
@@ -136,6 +139,46 @@ def test_overwrite_starts_over(tmp_path: Path, uninterrupted: bytes) -> None:
     assert not report.resumed
     assert weights(tmp_path) == uninterrupted
     assert json.loads((tmp_path / "adapter" / "streamda_report.json").read_text())["modules"]
+
+
+def test_a_killed_overwrite_is_continued_by_the_same_command(tmp_path: Path, uninterrupted: bytes) -> None:
+    options = golden_options(tmp_path) | {"overwrite": True}
+    assert run_until("unit-committed:3", golden_options(tmp_path)) == -signal.SIGKILL  # to be thrown away
+    assert run_until("unit-committed:8", options) == -signal.SIGKILL
+    finish(tmp_path, options, uninterrupted)
+    assert not streamda.initialize(**options).resumed  # what is finished is made anew
+
+
+def test_an_overwrite_with_other_options_starts_over_and_so_does_one_without_resume(tmp_path: Path) -> None:
+    options = golden_options(tmp_path) | {"overwrite": True}
+    # by the thirteenth unit the last block is solved and its statistics are freed: with another rank it is of no use
+    assert run_until("unit-committed:13", options) == -signal.SIGKILL
+    assert run_until("unit-committed:2", options | {"rank": 4}) == -signal.SIGKILL
+    assert not streamda.initialize(**options | {"rank": 4, "resume": False}).resumed
+
+
+def test_statistics_kept_of_a_finished_overwrite_are_overwritten_by_the_next(tmp_path: Path) -> None:
+    options = golden_options(tmp_path) | {"overwrite": True, "keep_statistics": True}
+    assert run_until("unit-committed:4", options) == -signal.SIGKILL
+    assert streamda.initialize(**options).resumed
+    assert not streamda.initialize(**options).resumed
+
+
+def test_a_run_that_disappears_before_it_is_locked_is_begun_anew_with_all_its_facts(
+    tmp_path: Path, uninterrupted: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process may finish and remove it after it was looked at."""
+    options = golden_options(tmp_path)
+    assert run_until("unit-committed:3", options) == -signal.SIGKILL
+    opened = RunDirectory.open
+
+    def removed_and_opened(path: Path, *arguments: Any, **others: Any) -> RunDirectory:
+        shutil.rmtree(path)
+        return opened(path, *arguments, **others)
+
+    monkeypatch.setattr(RunDirectory, "open", removed_and_opened)
+    assert not streamda.initialize(**options).resumed
+    assert weights(tmp_path) == uninterrupted
 
 
 def test_another_budget_continues_the_same_run(tmp_path: Path, uninterrupted: bytes) -> None:

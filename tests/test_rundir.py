@@ -34,7 +34,8 @@ from streamda.errors import (
     StorageError,
     StreamdaError,
 )
-from streamda.rundir import RunDirectory, canonical_digest
+from streamda.run_parts import canonical_digest
+from streamda.rundir import RunDirectory
 
 PARTS: dict[str, dict[str, Any]] = {"model": {"id": "m", "sizes": (1, 2)}, "method": {"rank": 8, "seed": 0}}
 PACKAGE = Path(files.__file__).parent
@@ -216,7 +217,7 @@ def error_of(call: Callable[[], Any]) -> StreamdaError | None:
 class Failing(files.SystemCalls):
     """The real system calls, of which the N-th fails, once or from then on; fsync is only counted."""
 
-    reading = ("read", "listdir", "lstat")
+    reading = ("read", "preadv", "listdir", "lstat")
 
     def __init__(self, fail_at: int, code: int, once: bool) -> None:
         self.count = 0
@@ -566,6 +567,7 @@ def test_symbolic_links_inside_are_refused_untouched(tmp_path: Path, name: str) 
         {"LOCK": b'{"form'},
         {"LOCK": b'{"format":"streamda-lock","host":"h","pid":1,"since":"2'},
         {"LOCK": b"", "run.json.0123abcd.tmp": b"{"},
+        {"probe.0123abcd.part/file": b""},
         {"LOCK": b"", "run.json.0123abcd.trash": b"{", "units/one.0123abcd.trash/data": b"", "model/x": b""},
     ],
 )
@@ -578,6 +580,26 @@ def test_what_a_killed_creation_or_removal_left_is_made_anew(tmp_path: Path, lef
     with RunDirectory.open(tmp_path, PARTS, settings={}, resume=False) as run:
         assert run.units.names() == []
     assert sorted(os.listdir(tmp_path)) == ["LOCK", "run.json", "units"]
+
+
+def test_finishing_a_removal_takes_what_a_run_left_and_no_empty_folder(tmp_path: Path) -> None:
+    RunDirectory.finish_removal(tmp_path)
+    assert os.listdir(tmp_path) == []
+    for left in ({"LOCK": b""}, {"LOCK": b"", "run.json.0123abcd.trash": b"{", "units/one/data": b""}):
+        path = tmp_path / "run"
+        for name, data in left.items():
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            (path / name).write_bytes(data)
+        RunDirectory.finish_removal(path)
+        assert not path.exists()
+
+
+def test_many_locks_leave_no_hook_in_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    registered: list[Any] = []  # what is registered for forks is never let go
+    monkeypatch.setattr(os, "register_at_fork", lambda **hooks: registered.append(hooks))
+    for exclusive in (True, False):
+        folder_lock.FolderLock(tmp_path / "LOCK", exclusive=exclusive).release()
+    assert not registered
 
 
 def test_removing_keeps_what_is_not_ours(tmp_path: Path) -> None:

@@ -168,11 +168,13 @@ def test_a_bad_sample_is_a_named_error_and_with_the_flag_leaves_nothing_behind_i
 
 @pytest.mark.parametrize("kind", [pytest.param("forward", marks=pytest.mark.faults), "backward"])
 def test_an_adapter_without_the_bad_samples_is_that_of_the_good_ones(kind: str, folder: Path, tmp_path: Path) -> None:
-    streamda.initialize(**options(folder, dataset=str(folder / "good.jsonl"), output_dir=str(tmp_path / "good")))
+    good = streamda.initialize(**options(folder, dataset=str(folder / "good.jsonl"), output_dir=str(tmp_path / "good")))
     given = options(folder, output_dir=str(tmp_path / "a"), skip_bad_samples=True)
     with faulty(kind):
         report = streamda.initialize(**given)
         assert len(report.skipped_samples) == 2
+        counts = ("num_samples", "num_tokens", "num_rows", "num_label_tokens")
+        assert [report.data[count] for count in counts] == [good.data[count] for count in counts]
         assert streamda.initialize(**given).already_done
         # without the flag it would have been an error, so it is not done either
         with pytest.raises(ConfigError, match="not empty"):
@@ -257,8 +259,9 @@ def test_a_run_stopped_while_it_leaves_samples_out_comes_to_the_same(
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bad_samples_are_those_with_a_value_that_is_not_finite(value: float, dtype: torch.dtype) -> None:
-    states = torch.full((4, 5, 6), torch.finfo(dtype).max, dtype=dtype)  # large, and their sums overflow
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_bad_samples_are_those_with_a_value_that_is_not_finite(value: float, dtype: torch.dtype, device: str) -> None:
+    states = torch.full((4, 5, 6), torch.finfo(dtype).max, dtype=dtype, device=device)  # large, and their sums overflow
     assert bad_samples(states) == []
     states[1, 4, 5] = value
     states[3] = value

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,10 +18,11 @@ import zarr
 from safetensors.torch import load_file, save_file
 
 import streamda
-from streamda import cli, files, verification
+from streamda import cli, files, inspection, verification
 from streamda.boundary import BoundaryStore
-from streamda.errors import ConfigError, DamagedError, LockedError
+from streamda.errors import ConfigError, DamagedError, LockedError, StorageError
 from streamda.methods import LayerSolution, SolveStatus
+from streamda.model_copy import copy_configuration
 from streamda.rundir import RunDirectory
 from streamda.sealed_json import read_sealed_json, write_sealed_json
 from streamda.solutions import write_solutions
@@ -253,6 +257,65 @@ def test_a_run_in_use_is_not_looked_at_and_not_repaired(run: Path) -> None:
             streamda.repair(run, drop=["acts-0000"])
 
 
+def look_at(folder: Path) -> None:
+    """As a reader, in every way."""
+    assert streamda.verify(folder).is_sound
+    RunDirectory.open_existing(folder, exclusive=False).close()
+    streamda.open_statistics(folder).close()
+
+
+def test_readers_need_no_lock_file_and_make_none(run: Path) -> None:
+    (run / "LOCK").unlink()
+    look_at(run)
+    assert sorted(path.name for path in run.iterdir()) == ["run.json", "units"]
+
+
+def test_where_locks_are_not_supported_readers_go_on_and_a_repair_if_that_is_accepted(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(files.SystemCalls, "flock", staticmethod(flock))
+    look_at(run)
+    arguments = ("repair", str(run), "--drop", "acts-0000")
+    assert TestCommands.command(monkeypatch, *arguments) == 7
+    assert TestCommands.command(monkeypatch, *arguments, "--unsafe-filesystem") == 0
+    assert not (run / "units" / "acts-0000").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+@pytest.mark.parametrize("mode", [0o000, 0o444, 0o111])
+def test_a_folder_without_permission_is_one_line(run: Path, mode: int) -> None:
+    for parent in (run.parent, *run.parent.parents[:3]):
+        with contextlib.suppress(OSError):
+            parent.chmod(0o755)
+    run.chmod(mode)
+    os.seteuid(65534)
+    try:
+        for look in (streamda.verify, inspection.inspect_folder):
+            with pytest.raises(StorageError, match=f"{run}: Permission denied") as caught:
+                look(run)
+            assert len(str(caught.value).splitlines()) == 1
+    finally:
+        os.seteuid(0)
+
+
+def test_copies_of_a_configuration_are_on_the_disk_with_their_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    synced: list[str] = []
+
+    def fsync(descriptor: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+
+    monkeypatch.setattr(files.SystemCalls, "fsync", staticmethod(fsync))
+    copy_configuration(tmp_path, tmp_path / "run", with_code=False)
+    copy = tmp_path / "run" / "model" / "config.json"
+    assert synced[-2:] == [str(copy), str(copy.parent)]
+
+
 def test_a_folder_that_is_not_ours_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     for folder in (tmp_path, tmp_path / "nowhere"):
@@ -409,6 +472,25 @@ class TestAdapter:
         assert found.kind == "adapter"
         assert found.notes == ()
         assert "adapter_model.safetensors" in found.to_table()
+
+    def test_one_in_a_hub_s_cache_is_read_through_its_links(self, adapter: Path, tmp_path: Path) -> None:
+        blobs = Path(shutil.copytree(adapter, tmp_path / "blobs"))
+        for number, path in enumerate(sorted(blobs.iterdir())):
+            (adapter / path.name).unlink()
+            (adapter / path.name).symlink_to(path.rename(blobs / str(number)))
+        assert streamda.verify(adapter).is_sound
+        weights = (adapter / "adapter_model.safetensors").resolve()
+        weights.write_bytes(weights.read_bytes()[:-1])
+        with pytest.raises(DamagedError, match=r"adapter_model\.safetensors does not have the bytes"):
+            streamda.verify(adapter)
+
+    def test_a_configuration_that_peft_refuses_is_damage(self, adapter: Path) -> None:
+        self.forget_checksums(adapter)
+        path = adapter / "adapter_config.json"
+        contradiction = {"target_modules": "o_proj", "layers_to_transform": [1]}
+        path.write_text(json.dumps(json.loads(path.read_text()) | contradiction))
+        with pytest.raises(DamagedError, match=r"PEFT refuses .*adapter_config\.json"):
+            streamda.verify(adapter)
 
     def test_one_without_checksums_is_still_checked_by_its_meaning(self, adapter: Path) -> None:
         self.forget_checksums(adapter)

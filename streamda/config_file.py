@@ -87,4 +87,12 @@ def _plain_value(node: yaml.Node, place: str, is_text: bool) -> Any:
         value = yaml.SafeLoader("").construct_object(node)
     except (ValueError, LookupError, TypeError, OverflowError, yaml.YAMLError) as error:  # a 13th month, for one
         raise ConfigError(f"{place} is {quoted(node.value)}, which YAML cannot read: {one_line(str(error))}") from error
-    return node.value if is_text and type(value) is int and str(value) != node.value else value
+    if type(value) is int and ((is_text and str(value) != node.value) or _is_octal(node.value, value)):
+        return node.value
+    return value
+
+
+def _is_octal(text: str, value: int) -> bool:
+    """Whether YAML 1.1 has read a number as octal that nobody meant so: 010 is 8 there, and 007 is what it seems."""
+    digits = text.replace("_", "").lstrip("+-")
+    return digits.isdigit() and int(digits) != abs(value)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from streamda.adapter import require_writable_output
 from streamda.config import RunConfig
-from streamda.errors import ConfigError
+from streamda.errors import ConfigError, StorageError
 from streamda.files import shown
-from streamda.filesystem import require_safe
+from streamda.filesystem import clear_probes, require_safe
 from streamda.output import resolved
 from streamda.report import REPORT_FILE
 from streamda.rundir import RunDirectory, find_record
@@ -71,6 +72,9 @@ def _require_run_folder(work: Path, unsafe: bool) -> None:
     while not os.path.lexists(folder) and folder != folder.parent:
         folder = folder.parent
     require_safe(folder, unsafe)
+    if folder == work:  # where it was tried out before there was a run, and killed
+        with suppress(StorageError):
+            clear_probes(work.parent)
     if is_run:
         RunDirectory.open_existing(work, exclusive=False).close()
 

@@ -263,7 +263,7 @@ def _start_over(path: Path) -> str:
 def _is_half_made(entry: Path) -> bool:
     """Whether a run that was killed while it was made may have left this."""
     if entry.name == _LOCK:
-        text = files.read_bytes(entry)  # may have been cut short by a full disk
+        text = files.read_bytes(entry).rstrip(b"\0")  # a full disk or a power failure may have cut it short
         return text.startswith(_LOCK_TEXT_START) or _LOCK_TEXT_START.startswith(text)
     if entry.name == _UNITS:
         return not files.system_calls.listdir(entry)

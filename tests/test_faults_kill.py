@@ -146,11 +146,14 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_bits(
     begun = time.monotonic()
     assert run_for(60, options) == 0
     whole = time.monotonic() - begun
-    killed = 0
-    for number in range(RANDOM_KILLS // RANDOM_TESTS):
+    killed = number = 0
+    while killed < RANDOM_KILLS // RANDOM_TESTS:
         seconds = [moments.uniform(0, whole) for _ in range(2 if number % 4 == 0 else 1)]
-        killed += killed_after(seconds, tmp_path / str(number), tiny, uninterrupted) > 0
-    assert killed > RANDOM_KILLS // RANDOM_TESTS // 2
+        landed = killed_after(seconds, tmp_path / str(number), tiny, uninterrupted)
+        killed += landed
+        if not landed:  # the machine was busier when the whole run was timed
+            whole *= 0.8
+        number += 1
 
 
 def be_stopped() -> None:

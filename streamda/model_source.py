@@ -130,7 +130,7 @@ def _offline(repositories: list[str]) -> str:
         f"neither {repositories[0]} nor {repositories[1]} is" if len(repositories) > 1 else f"{repositories[0]} is not"
     )
     return (
-        f"{names} in the local cache, and the hub cannot be reached ({why}): run `hf download {repositories[-1]}` "
+        f"{names} in the local cache, and the hub cannot be reached ({why}): run `hf download {repositories[0]}` "
         "while online, or give --model a local folder"
     )
 

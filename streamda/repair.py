@@ -45,7 +45,10 @@ class Repair:
             lines.append(f"dropped with it, because made from it: {', '.join(self.dependents)}")
         kinds = {name.partition("-")[0] for name in (*self.dropped, *self.dependents)}
         lines += [text for kind, text in _AGAIN.items() if kind in kinds]
-        lines.append(f"the same command (init or collect, then solve) now continues {shown(self.folder)}")
+        lines.append(
+            f"the same command (init or collect, then solve) now continues {shown(self.folder)}; where init has made its "
+            f"adapter already, collect --statistics {shown(self.folder)} with the same options completes it"
+        )
         return "\n".join(lines)
 
 

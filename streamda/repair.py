@@ -46,8 +46,8 @@ class Repair:
         kinds = {name.partition("-")[0] for name in (*self.dropped, *self.dependents)}
         lines += [text for kind, text in _AGAIN.items() if kind in kinds]
         lines.append(
-            f"the same command (init or collect, then solve) now continues {shown(self.folder)}; where init has made its "
-            f"adapter already, collect --statistics {shown(self.folder)} with the same options completes it"
+            f"the same command (init or collect, then solve) now continues {shown(self.folder)}; where init has made "
+            f"its adapter already, collect --statistics {shown(self.folder)} with the same options completes it"
         )
         return "\n".join(lines)
 

@@ -5,6 +5,7 @@ Not covered: folders and data sets of the hub with broken files in them, which `
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 import re
@@ -27,6 +28,17 @@ from streamda.errors import DataError, MismatchError
 from streamda.json_rows import MAX_ROW_BYTES, JsonDocument, JsonLines
 from tests.golden_options import golden_options
 from tests.test_calibration import BYTES, CHATML, EOS, VOCAB_SIZE, attempt, load, parts, with_template, write
+
+# pandas leaves a table that it cannot read open: it is closed, and warned of, when memory is tidied up
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture
+def files_left_open() -> Iterator[None]:
+    """Tidies up at the end of the test that left them, and not in whichever comes later."""
+    yield
+    gc.collect()
+
 
 GOOD = b'{"text": "good"}\n'
 TERMINAL = "\x1b[2J\x1b]8;;http:x\x07\r\u202e\u2028\x9b"
@@ -392,11 +404,7 @@ def mutate_and_load(folder: Path, name: str, seed: int, count: int) -> None:
     assert DataError in outcomes
 
 
-# pandas leaves a file that it cannot read open until it is collected
-leaves_open = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
-
-@leaves_open
+@pytest.mark.usefixtures("files_left_open")
 @pytest.mark.parametrize("name", SEEDS)
 def test_mutated_files_are_refused_or_read_never_more(
     tmp_path: Path, name: str, capfd: pytest.CaptureFixture[str]
@@ -409,13 +417,13 @@ def test_mutated_files_are_refused_or_read_never_more(
 
 
 @pytest.mark.faults
-@leaves_open
+@pytest.mark.usefixtures("files_left_open")
 @pytest.mark.parametrize("name", SEEDS)
 def test_five_hundred_mutated_files(tmp_path: Path, name: str) -> None:
     mutate_and_load(tmp_path, name, 2, 500)
 
 
-@leaves_open
+@pytest.mark.usefixtures("files_left_open")
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -435,6 +443,7 @@ def test_broken_tables_are_one_line(tmp_path: Path, name: str, content: bytes) -
     assert name in refused(write(tmp_path, content, name=name))
 
 
+@pytest.mark.usefixtures("files_left_open")
 @pytest.mark.parametrize("share", [0.01, 0.5, 0.999])
 def test_a_truncated_parquet_file_is_refused(tmp_path: Path, share: float) -> None:
     content = _parquet(tmp_path / "whole.parquet")

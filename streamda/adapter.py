@@ -24,7 +24,9 @@ from streamda.adapter_check import CONFIG_FILE, TENSOR_NAME, WEIGHTS_FILE, check
 from streamda.errors import ConfigError, NumericalError
 from streamda.layers import LinearSpec, is_linear, linear_spec
 from streamda.model_card import CARD_MARK, AdapterFacts, model_card
-from streamda.output import OutputFolder, named, resolved
+from streamda.output import OutputFolder, resolved
+from streamda.quoting import named
+from streamda.report import REPORT_FILE
 from streamda.trace import PROFILE_FILES
 from streamda.units import FileRecord
 
@@ -38,7 +40,6 @@ __all__ = [
 ]
 
 CARD_FILE = "README.md"
-REPORT_FILE = "streamda_report.json"
 OWN_FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, REPORT_FILE)
 """All that an adapter folder may hold for ``overwrite`` to replace it, but for the files of a profile."""
 
@@ -150,7 +151,7 @@ def write_adapter(
         ValueError: factors that do not fit the model and the rank: the caller's mistake.
     """
     config = peft_config(facts, list(factors), skeleton)
-    settings = files.json_text(config.to_dict())  # type: ignore[no-untyped-call]
+    settings = files.json_text(config.to_dict())  # type: ignore[no-untyped-call]  # PEFT has no types for it
     card = model_card(facts).encode(errors="backslashreplace")
     linears = _linears(list(factors), skeleton)
     output = _output(folder, overwrite)

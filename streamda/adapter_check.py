@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from streamda import files
 from streamda.errors import DamagedError
-from streamda.output import named
+from streamda.quoting import named
 from streamda.units import FileRecord
 
 CONFIG_FILE = "adapter_config.json"

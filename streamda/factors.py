@@ -122,6 +122,12 @@ def mirror_lower_(matrix: torch.Tensor) -> torch.Tensor:
     return matrix
 
 
+def largest_magnitude(values: torch.Tensor) -> float:
+    """Of a tensor that is not empty, without a second one; not finite where a value is not."""
+    low, high = (float(bound) for bound in torch.aminmax(values))
+    return max(-low, high)
+
+
 def frobenius_norm(weight: torch.Tensor) -> float:
     """Of a weight [rows, columns], to six digits."""
     # row by row in float32, at the speed of memory and float64 at a twentieth of it; squares may under- or overflow

@@ -27,11 +27,11 @@ from typing import Any, NamedTuple, Self, TypeAlias
 import google_crc32c
 
 from streamda.errors import DamagedError, StorageError
+from streamda.quoting import printable
 
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 
 _BLOCK_BYTES = 1 << 20  # 1 MiB: smaller costs a system call per few microseconds of checksum, larger only memory
-
 _ADVICE = {
     errno.ENOSPC: "free some space and run the same command again",
     errno.EDQUOT: "free some of your quota and run the same command again",
@@ -84,7 +84,7 @@ def reached(point: str) -> None:
 
 def shown(path: Path | str) -> str:
     """The path as printable text on one line: file names may hold newlines, escapes and bytes that are not UTF-8."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(path))
+    return printable(str(path))
 
 
 def free_bytes(path: Path) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,17 +54,22 @@ def require_readable(folder: Path) -> None:
             raise ConfigError(f"{shown(folder)} is not a folder") from error
 
 
+def unit_rows(sizes: Mapping[str, int]) -> list[list[str]]:
+    """Rows of a table from the bytes of each unit: what those of a kind hold, their number, their size together."""
+    rows = []
+    for kind, what in UNIT_KINDS.items():
+        chosen = [size for name, size in sizes.items() if name.startswith(kind + "-")]
+        if chosen:
+            rows.append([what, str(len(chosen)), format_size(sum(chosen))])
+    return rows
+
+
 def _inspect_run(run: RunDirectory) -> tuple[dict[str, Any], str]:
     sizes = {}
     for name in run.units.names():
         run.units.check(name)
         sizes[name] = sum(record.size for record in run.units.metadata(name).files.values())
     settings = run.settings
-    rows = []
-    for kind, what in UNIT_KINDS.items():
-        chosen = [name for name in sizes if name.startswith(kind + "-")]
-        if chosen:
-            rows.append([what, str(len(chosen)), format_size(sum(sizes[name] for name in chosen))])
     collected = [index for index in settings["adapted_blocks"] if stats_unit(index) in sizes]
     facts: dict[str, Any] = {
         "model": settings["model"],
@@ -82,6 +88,6 @@ def _inspect_run(run: RunDirectory) -> tuple[dict[str, Any], str]:
         f"  layers       {len(run.parts['method']['modules'])}",
         f"  collected    {len(collected)} of {len(settings['adapted_blocks'])} blocks",
         "",
-        *table(["units", "number", "size"], rows),
+        *table(["units", "number", "size"], unit_rows(sizes)),
     ]
     return facts, "\n".join(lines)

@@ -32,8 +32,18 @@ def memory_limit(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgrou
         proc: the process file system.
         cgroups: where cgroups are mounted, of version 1 or 2.
     """
-    limits = [*_total_memory(proc), *_cgroup_limits(proc, cgroups)]
+    total = memory_of_machine("MemTotal", proc)
+    limits = [*_cgroup_limits(proc, cgroups)] + ([] if total is None else [total])
     return min(limits, default=None)
+
+
+def memory_of_machine(field: str, proc: Path = Path("/proc")) -> int | None:
+    """Bytes that the kernel gives for a field of its table of memory, such as ``MemAvailable``; None if it does not."""
+    with suppress(OSError, ValueError, IndexError):
+        for line in (proc / "meminfo").read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith(f"{field}:"):
+                return int(line.split()[1]) * 1024
+    return None
 
 
 def bounded_budget(
@@ -136,13 +146,6 @@ def _granted() -> str:
     if limit is not None:
         found.append(f"machine or cgroup allow {format_size(limit)}")
     return f" ({', '.join(found)})" if found else ""
-
-
-def _total_memory(proc: Path) -> Iterator[int]:
-    with suppress(OSError, ValueError, IndexError):
-        for line in (proc / "meminfo").read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith("MemTotal:"):
-                yield int(line.split()[1]) * 1024
 
 
 def _cgroup_limits(proc: Path, cgroups: Path) -> Iterator[int]:

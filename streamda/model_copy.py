@@ -9,9 +9,7 @@ from pathlib import Path
 from streamda import files
 from streamda.errors import DamagedError
 from streamda.files import shown
-
-MODEL_COPY = "model"
-"""Name of the folder inside a run."""
+from streamda.rundir import MODEL_FOLDER
 
 
 def copy_configuration(source: Path, run: Path, with_code: bool) -> dict[str, list[int]]:
@@ -25,7 +23,7 @@ def copy_configuration(source: Path, run: Path, with_code: bool) -> dict[str, li
     Returns:
         Size and crc32c of each copy, by name, for `check_configuration`.
     """
-    target = run / MODEL_COPY
+    target = run / MODEL_FOLDER
     files.make_folders(target)
     copies = {}
     for path in (source / "config.json", *(sorted(source.glob("*.py")) if with_code else ())):
@@ -49,7 +47,7 @@ def check_configuration(run: Path, copies: Mapping[str, Sequence[int]]) -> None:
         DamagedError: naming the file and what to do.
     """
     for name, (size, crc) in copies.items():
-        path = run / MODEL_COPY / name
+        path = run / MODEL_FOLDER / name
         try:
             found = (path.stat().st_size if path.is_file() else -1, files.crc32c_of_file(path))
             if found != (size, crc):

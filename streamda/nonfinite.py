@@ -18,8 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from streamda.batches import Batch
 from streamda.blocks import BlockCall, DecoderStack
 from streamda.errors import NumericalError
-
-_NUM_NAMED = 5  # samples in a message: more hide the first, fewer hide the pattern
+from streamda.quoting import NUM_NAMED, named
 
 
 class BadSamplesError(NumericalError):
@@ -33,9 +32,8 @@ class BadSamplesError(NumericalError):
 
 def named_samples(indices: Sequence[int], rows: Sequence[int] | None = None) -> str:
     """The first few samples, by their index from 0 and the row of the data that they were made of, if known."""
-    shown = [f"{index} (row {rows[index]})" if rows else str(index) for index in indices[:_NUM_NAMED]]
-    more = f" and {len(indices) - _NUM_NAMED} more" if len(indices) > _NUM_NAMED else ""
-    return f"sample{'s' if len(indices) > 1 else ''} {', '.join(shown)}{more}"
+    names = [f"{index} (row {rows[index]})" if rows else str(index) for index in indices]
+    return f"sample{'s' if len(indices) > 1 else ''} {named(names)}"
 
 
 def skip_notice(entry: Mapping[str, Any]) -> str:
@@ -91,7 +89,7 @@ class Examiner:
         found: dict[int, str] = {}
         vague = f"{self._stack.prefixes[index]} gives NaN or Inf{'' if above is None else ' on the way back'}"
         for row in rows:
-            note = self._examine(index, hidden, above, row) if len(found) < _NUM_NAMED else None
+            note = self._examine(index, hidden, above, row) if len(found) < NUM_NAMED else None
             found[batch.samples[row]] = note or vague
         return found
 
@@ -172,7 +170,7 @@ def examine(
         if not squares:
             look(result, f"{name} gives")
         if isinstance(result, torch.Tensor) and result.requires_grad:
-            result.register_hook(  # type: ignore[no-untyped-call]
+            result.register_hook(  # type: ignore[no-untyped-call]  # torch has no types for it
                 lambda g: look(g, f"the gradient of what {name} gives holds")
             )
 

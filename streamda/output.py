@@ -14,15 +14,14 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from streamda import files
 from streamda.errors import ConfigError, StorageError
-
-_NUM_NAMED = 5  # names in an error message: more hide the first, fewer hide the pattern
+from streamda.quoting import named
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +74,7 @@ class OutputFolder:
                 files.fsync_folder(part)
                 files.reached("output-built")
                 self._publish(part)
-        except BaseException:
+        except BaseException:  # a stop clears away as an error does; it is raised again
             with suppress(StorageError):  # the error itself must come through; the next run clears the rest away
                 self._remove_own(part)
             raise
@@ -163,12 +162,6 @@ def resolved(folder: Path) -> Path:
     except OSError as error:
         raise files.storage_error(error, "write", folder) from error
     raise files.storage_error(OSError(errno.ENOTDIR, "not a folder"), "write", folder)
-
-
-def named(names: Sequence[str]) -> str:
-    """The first few names, and how many more there are."""
-    more = f" and {len(names) - _NUM_NAMED} more" if len(names) > _NUM_NAMED else ""
-    return ", ".join(names[:_NUM_NAMED]) + more
 
 
 @contextmanager

@@ -29,14 +29,14 @@ from streamda.filesystem import tolerated
 from streamda.layers import require_rank
 from streamda.limits import limit_errors
 from streamda.memory import bound_allocator, enforce_device_limit, parse_size, reuse_heap
-from streamda.model_copy import MODEL_COPY, check_configuration
+from streamda.model_copy import check_configuration
 from streamda.nonfinite import skip_notice
 from streamda.places import output_dir, require_output, require_places, work_dir
 from streamda.plan import Plan, solve_capacity
 from streamda.progress import Progress
 from streamda.rates import measure_rates
 from streamda.report import InitReport
-from streamda.rundir import RunDirectory
+from streamda.rundir import MODEL_FOLDER, RunDirectory
 from streamda.session import finished_report, new_report, open_run, remove_leftover, resume_notices, run_digest
 from streamda.setup import Prepared, choose_device, fingerprint_parts, prepare, versions
 from streamda.skeleton import build_skeleton, load_config
@@ -216,7 +216,7 @@ def solve(config: RunConfig, *, quiet: bool = False) -> InitReport:
         report.output_dir, report.statistics_dir = str(output), config.statistics
         report.model["fingerprint"] = run_digest(run.parts, solver.settings)
         _record_time(report, timeline)
-        model_config = load_config(run.path / MODEL_COPY, config.trust_remote_code)
+        model_config = load_config(run.path / MODEL_FOLDER, config.trust_remote_code)
         with timeline.span("write adapter"):
             _write_adapter(
                 output, run, report, config, build_skeleton(model_config, torch.float32, config.trust_remote_code)

@@ -6,6 +6,11 @@ are no text. None of it reaches a terminal as it stands.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+NUM_NAMED = 5
+"""Names in a message: more hide the first, fewer hide the pattern."""
+
 _KINDS = {dict: "an object", list: "a list", str: "text", bool: "a truth value", int: "a number", float: "a number"}
 
 
@@ -28,6 +33,12 @@ def one_line(text: str, limit: int = 300) -> str:
     """`text` from someone else as one printable line of bounded length."""
     joined = " ".join(text[: 4 * limit].split())
     return printable(joined if len(joined) <= limit else joined[:limit] + "...")
+
+
+def named(names: Sequence[str]) -> str:
+    """The first few names, and how many more there are."""
+    more = f" and {len(names) - NUM_NAMED} more" if len(names) > NUM_NAMED else ""
+    return ", ".join(names[:NUM_NAMED]) + more
 
 
 def quoted(value: object, limit: int = 80) -> str:

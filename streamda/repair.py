@@ -11,7 +11,7 @@ from typing import Any
 from streamda.errors import ConfigError
 from streamda.files import shown
 from streamda.filesystem import tolerated
-from streamda.output import named
+from streamda.quoting import named
 from streamda.rundir import RunDirectory
 from streamda.solutions import solve_unit
 from streamda.store import stats_unit

@@ -11,9 +11,9 @@ from typing import Any
 from streamda import files
 from streamda.errors import MismatchError
 from streamda.files import JSON, shown
+from streamda.quoting import named
 
 _ABSENT = object()
-_MOST_FIELDS = 5  # of a mismatch in a message: enough to recognize the cause, and still one line
 _MOST_CHARACTERS = 60  # of one value
 
 
@@ -27,10 +27,9 @@ def require_equal(path: Path, old: Mapping[str, Any], new: Mapping[str, Any], ig
     old, new = ({name: part for name, part in parts.items() if name not in ignored} for parts in (old, new))
     found = list(differences(old, json.loads(files.canonical_json(new))))
     if found:
-        more = f" and {len(found) - _MOST_FIELDS} more" if len(found) > _MOST_FIELDS else ""
         accept = ", or accept other numbers with --allow-environment-change" if _are_of(found, "numerics") else ""
         raise MismatchError(
-            f"{shown(path)} belongs to another run: {', '.join(found[:_MOST_FIELDS])}{more}; "
+            f"{shown(path)} belongs to another run: {named(found)}; "
             f"choose another --work-dir, or --overwrite to start over{accept}"
         )
 

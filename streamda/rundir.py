@@ -33,7 +33,9 @@ from streamda.units import UnitStore
 FORMAT = "streamda-run"
 VERSION = 1
 
-_LOCK, _RECORD, _UNITS, _MODEL = "LOCK", "run.json", "units", "model"
+_LOCK, _RECORD, _UNITS, MODEL_FOLDER = "LOCK", "run.json", "units", "model"
+OWN_NAMES = (_LOCK, _RECORD, _UNITS, MODEL_FOLDER)
+"""All that streamda puts at the top of a run's folder."""
 _LOCK_TEXT_START = b'{"format":"%b"' % LOCK_FORMAT.encode()
 _RECORD_TEMPORARY = re.compile(r"run\.json\.[0-9a-f]{8}\.tmp")
 _RECORD_TRASH = re.compile(r"run\.json\.[0-9a-f]{8}\.trash")
@@ -192,7 +194,7 @@ class RunDirectory:
 
 def _locked(path: Path, *, exclusive: bool) -> tuple[FolderLock, dict[str, Any] | None]:
     """The lock and the stored record, None if a run has yet to be made. A folder that is not ours is not changed."""
-    for name in (_LOCK, _RECORD, _UNITS, _MODEL):
+    for name in OWN_NAMES:
         if os.path.islink(path / name):
             raise DamagedError(f"{shown(path / name)} is a symbolic link; put the real thing in its place")
     # LOCK is the first of our files to appear and the last to go: without it, nobody is at work here.
@@ -295,7 +297,7 @@ def _retire(path: Path) -> None:
 def _clear(path: Path) -> None:
     """Remove all of a retired or half-made run but LOCK; the renamed record last, since it says whose the rest is."""
     files.remove_tree(path / _UNITS)
-    files.remove_tree(path / _MODEL)
+    files.remove_tree(path / MODEL_FOLDER)
     _sweep(path)
     files.fsync_folder(path)
     reached("run-cleared")

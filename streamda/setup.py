@@ -21,7 +21,7 @@ from streamda.costs import Workload
 from streamda.errors import BudgetError, ConfigError, DataError
 from streamda.files import shown
 from streamda.layers import Targets, find_targets, require_rank
-from streamda.limits import bounded_budget, memory_limit
+from streamda.limits import bounded_budget, memory_limit, memory_of_machine
 from streamda.memory import SMALL_BLOCK_BYTES, MemoryBudget, bound_allocator, parse_size
 from streamda.model_source import ModelSource, find_model
 from streamda.plan import Plan, make_plan, minimum_bytes
@@ -289,10 +289,10 @@ def _stored_dtype_bytes(config: PretrainedConfig) -> int:
 
 
 def _free_host_bytes() -> int:
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise BudgetError("the free host memory is unknown here; give --max-host-mem")
+    available = memory_of_machine("MemAvailable")
+    if available is None:
+        raise BudgetError("the free host memory is unknown here; give --max-host-mem")
+    return available
 
 
 def _rank_deficient(targets: Targets, num_tokens: int) -> str | None:

@@ -25,12 +25,11 @@ from safetensors import SafetensorError, safe_open
 from streamda.errors import ModelError
 from streamda.files import shown
 from streamda.memory import READ_CHUNK_BYTES, DeviceCopier
-from streamda.quoting import one_line, quoted
+from streamda.quoting import NUM_NAMED, one_line, quoted
 
 STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 MAX_JSON_BYTES = 100_000_000
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
-_NUM_NAMED = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,5 +329,5 @@ def _no_nan(constant: str) -> float:
 
 def _some(noun: str, names: Sequence[str]) -> str:
     """``2 tensors (a, b)``, with five names at most."""
-    shown_names = ", ".join(one_line(name, 100) for name in names[:_NUM_NAMED])
-    return f"{len(names)} {noun}{'s' * (len(names) > 1)} ({shown_names}{', ...' * (len(names) > _NUM_NAMED)})"
+    shown_names = ", ".join(one_line(name, 100) for name in names[:NUM_NAMED])
+    return f"{len(names)} {noun}{'s' * (len(names) > 1)} ({shown_names}{', ...' * (len(names) > NUM_NAMED)})"

@@ -14,7 +14,7 @@ from streamda import stopping
 from streamda.adapter import relative_change
 from streamda.config import SolveConfig
 from streamda.errors import DamagedError, MismatchError, NumericalError
-from streamda.factors import TRIANGLE_ROWS
+from streamda.factors import TRIANGLE_ROWS, largest_magnitude
 from streamda.files import shown
 from streamda.layers import InputGroup, require_rank
 from streamda.memory import release_unused
@@ -81,8 +81,7 @@ class _CheckedMoment:
 
     def _require_symmetric(self, tile: torch.Tensor) -> None:
         """Looks at a diagonal tile [rows, rows]; a factorization reads its lower half only."""
-        low, high = torch.aminmax(tile)  # without a second tile
-        largest = max(-float(low), float(high))
+        largest = largest_magnitude(tile)
         for row in range(0, tile.shape[0], TRIANGLE_ROWS):
             rows = slice(row, row + TRIANGLE_ROWS)
             for column in range(0, row + 1, TRIANGLE_ROWS):

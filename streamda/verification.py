@@ -18,17 +18,17 @@ from streamda.adapter_check import WEIGHTS_FILE, verify_adapter
 from streamda.boundary import require_finite_states
 from streamda.errors import DamagedError
 from streamda.files import shown
-from streamda.inspection import UNIT_KINDS, require_readable
+from streamda.inspection import UNIT_KINDS, require_readable, unit_rows
 from streamda.memory import format_size
-from streamda.model_copy import MODEL_COPY, check_configuration
+from streamda.model_copy import check_configuration
 from streamda.report import REPORT_FILE, read_report, table
-from streamda.rundir import RunDirectory
+from streamda.rundir import OWN_NAMES, RunDirectory
 from streamda.solutions import is_skipped, read_factors, read_summaries, solve_unit
 from streamda.store import TILE, BlockStatisticsReader, stats_unit
 from streamda.units import LEFTOVER_SUFFIXES
 
 _MOST_DAMAGES = 20  # lines for people: beyond that it is the disk, and no list of files
-_UNIT = re.compile(r"(?P<kind>acts|grads|stats|solve)-(?P<index>\d{4,})")
+_UNIT = re.compile(rf"(?P<kind>{'|'.join(UNIT_KINDS)})-(?P<index>\d{{4,}})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class Verification:
 
     def to_table(self) -> str:
         """The result for people."""
-        rows = _unit_rows(self.units)
+        rows = unit_rows(self.units)
         if self.kind == "adapter":
             rows = [[name, "1", format_size(size)] for name, size in self.units.items()]
         more = len(self.damages) - _MOST_DAMAGES
@@ -128,7 +128,7 @@ def _verify_run(run: RunDirectory) -> Verification:
     except DamagedError as error:
         damages.append(str(error))
     notes = [
-        *_strangers(run.path, ("LOCK", "run.json", "units", MODEL_COPY)),
+        *_strangers(run.path, OWN_NAMES),
         *_strangers(run.units.folder, names),
     ]
     wanted = run.settings.get("adapted_blocks", [])
@@ -207,12 +207,3 @@ def _strangers(folder: Path, names: Sequence[str]) -> list[str]:
         found = sorted(set(files.system_calls.listdir(folder)) - set(names))
     foreign = [name for name in found if not name.endswith(LEFTOVER_SUFFIXES)]
     return [f"{shown(folder / name)} is not part of it, and left alone" for name in foreign]
-
-
-def _unit_rows(sizes: dict[str, int]) -> list[list[str]]:
-    rows = []
-    for kind, what in UNIT_KINDS.items():
-        chosen = [size for name, size in sizes.items() if name.startswith(kind + "-")]
-        if chosen:
-            rows.append([what, str(len(chosen)), format_size(sum(chosen))])
-    return rows

@@ -43,12 +43,12 @@ LAYERS = (
 
 WITHIN = {
     # each step on the one before it
-    "files": {"errors"},
+    "files": {"errors", "quoting"},
     "sealed_json": {"errors", "files"},
     "units": {"errors", "files", "sealed_json"},
     "folder_lock": {"errors", "files"},
     "filesystem": {"errors", "files"},
-    "run_parts": {"errors", "files"},
+    "run_parts": {"errors", "files", "quoting"},
     "rundir": {"errors", "files", "filesystem", "folder_lock", "run_parts", "sealed_json", "units"},
     "config": {"errors", "quoting"},
     "requirements": {"errors"},
@@ -72,7 +72,7 @@ WITHIN = {
     "prefetch": {"checkpoint"},
     "boundary": {"disk_space"},
     "collected": {"store"},
-    "adapter": {"adapter_check", "output", "model_card", "trace"},
+    "adapter": {"adapter_check", "output", "model_card", "report", "trace"},
     "adapter_check": {"output"},
     "trace": {"gantt"},
     # the two passes, from the bottom up

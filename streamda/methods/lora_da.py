@@ -21,6 +21,7 @@ import torch
 
 from streamda.config import SolveConfig
 from streamda.errors import NumericalError
+from streamda.factors import largest_magnitude
 from streamda.methods.displacement import Displacement
 from streamda.methods.input_factor import InputFactor, SpannedFactor
 from streamda.methods.low_end import LowEnd, by_krylov, on_span
@@ -67,17 +68,18 @@ def solve_layer(
             f"{name}: the damped output factor is not positive; the median of the output moment is zero, so give "
             "--damping without --output-damping-ratio"
         )
-    weights = y if config.use_fisher else None
     variance = config.variance_weight * float((1 / y).sum()) / population_size
+
+    def displacement(inverse: InputFactor | None) -> Displacement:
+        return Displacement(inverse, gradient, (d_out, d_in), y if config.use_fisher else None, y.device)
+
     found: LowEnd | None = None
     if isinstance(factor, SpannedFactor):
-        unsolved = Displacement(None, gradient, (d_out, d_in), weights, y.device)
-        found = on_span(name, factor, unsolved, variance, layer_generator(name, seed), config)
-        factor = factor if found is not None else factor.cholesky()
-    if not isinstance(factor, SpannedFactor):
-        displacement = Displacement(factor if config.use_fisher else None, gradient, (d_out, d_in), weights, y.device)
-        found = by_krylov(name, factor, displacement, variance, layer_generator(name, seed), config)
-    assert found is not None
+        found = on_span(name, factor, displacement(None), variance, layer_generator(name, seed), config)
+    if found is None:
+        factor = factor.cholesky() if isinstance(factor, SpannedFactor) else factor
+        whole = displacement(factor if config.use_fisher else None)
+        found = by_krylov(name, factor, whole, variance, layer_generator(name, seed), config)
     lora_a, lora_b = _split(found, config)
     if not (bool(torch.isfinite(lora_a).all()) and bool(torch.isfinite(lora_b).all())):
         raise NumericalError(f"{name}: the solution is not finite in float32; try a larger --damping")
@@ -109,12 +111,12 @@ def _extent(gradient: Sequence[torch.Tensor]) -> tuple[int, int, float]:
     d_out, d_in, largest = 0, 0, 0.0
     for index in range(len(gradient)):
         band = gradient[index]
-        low, high = (float(bound) for bound in torch.aminmax(band))  # without a second matrix; NaN comes through
-        largest = max(largest, -low, high) if math.isfinite(low + high) else math.nan
+        magnitude = largest_magnitude(band)
         d_out, d_in = d_out + band.shape[0], band.shape[1]
         del band  # before the next one is read
-        if math.isnan(largest):
-            break
+        if not math.isfinite(magnitude):
+            return d_out, d_in, math.nan
+        largest = max(largest, magnitude)
     return d_out, d_in, largest
 
 

@@ -29,6 +29,7 @@ import torch
 from streamda import eigen
 from streamda.config import SolveConfig
 from streamda.errors import NumericalError
+from streamda.factors import largest_magnitude
 from streamda.methods.displacement import Displacement
 from streamda.methods.input_factor import InputFactor, SpannedFactor
 
@@ -88,10 +89,8 @@ def by_krylov(
         NumericalError: D over- or underflows.
     """
     d_in = displacement.d_in
-    start = torch.randn(
-        d_in, min(d_in, config.rank + eigen.guard_vectors(d_in)), generator=generator, dtype=torch.float64
-    ).to(displacement.device)
-    start = start / start.norm(dim=0)
+    start = _drawn(d_in, min(d_in, config.rank + eigen.guard_vectors(d_in)), generator, displacement.device)
+    start /= start.norm(dim=0)
     scale = displacement.magnitude(start)
     _require_range(name, scale)
     scaled = variance / (config.bias_weight * scale**2) if config.bias_weight else 0.0
@@ -151,7 +150,7 @@ def on_span(
     damped = factor.eigenvalues + factor.damping
     if config.use_fisher:
         weighted /= damped
-    scale = max(-float(bound) if bound < 0 else float(bound) for bound in torch.aminmax(weighted))
+    scale = largest_magnitude(weighted)
     _require_range(name, scale)
     weighted /= scale
     gram = weighted.T @ weighted
@@ -177,11 +176,12 @@ def on_span(
     projected[:, :kept] = -(weighted @ (rotation * signs)) * scale
 
     unit = sigma**2 if config.normalize else 1.0
-    if config.bias_weight:
-        inside = [(float(value) - constant) * scale**2 / unit for value in theta]
-    else:
-        inside = [-variance / unit / float(value) for value in theta]
-    values = inside + [-variance / unit / factor.damping] * (displacement.d_in - len(inside))
+    values = [
+        (float(value) - constant) * scale**2 / unit if config.bias_weight else -variance / unit / float(value)
+        for value in theta[: config.rank + 1]
+    ]
+    outside = min(config.rank + 1, displacement.d_in) - len(values)
+    values += [-variance / unit / factor.damping] * outside
     return LowEnd(
         eigenvalues=tuple(values[: config.rank]),
         next_eigenvalue=values[config.rank] if len(values) > config.rank else None,
@@ -200,7 +200,7 @@ def _along_span(
 ) -> tuple[torch.Tensor, float] | None:
     """``gradient W`` [d_out, k] and the share of the gradient outside the span; None where that is not rounding."""
     vectors = factor.vectors
-    probes = _drawn(vectors, LEAK_PROBES, generator)
+    probes = _drawn(vectors.shape[0], LEAK_PROBES, generator, vectors.device)
     probes -= vectors @ (vectors.T @ probes)
     along = vectors.new_empty(displacement.d_out, vectors.shape[1])
     leaked = 0.0
@@ -215,15 +215,15 @@ def _along_span(
 
 def _outside(vectors: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
     """Orthonormal columns [d_in, count] at right angles to `vectors` [d_in, k]."""
-    drawn = _drawn(vectors, count, generator)
+    drawn = _drawn(vectors.shape[0], count, generator, vectors.device)
     for _ in range(2):  # the second time removes what rounding left of the first
         drawn -= vectors @ (vectors.T @ drawn)
         drawn = torch.linalg.qr(drawn).Q
     return drawn
 
 
-def _drawn(like: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
-    return torch.randn(like.shape[0], count, generator=generator, dtype=torch.float64).to(like.device)
+def _drawn(size: int, count: int, generator: torch.Generator, device: torch.device) -> torch.Tensor:
+    return torch.randn(size, count, generator=generator, dtype=torch.float64).to(device)
 
 
 def _require_range(name: str, scale: float) -> None:

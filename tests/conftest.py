@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 import torch
+
+import streamda
+from tests.killed import weights, write_tiny
 
 GOLDEN = Path(__file__).parent / "golden" / "tiny-llama"
 
@@ -45,3 +49,17 @@ def smollm2() -> Path:
 @pytest.fixture(autouse=True)
 def _same_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Options, but for the output, of a run that takes less than a second."""
+    return write_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The weights that it makes when nothing happens to it."""
+    folder = tmp_path_factory.mktemp("whole")
+    streamda.initialize(**tiny, output_dir=str(folder / "adapter"))
+    return weights(folder)

@@ -19,7 +19,7 @@ import streamda
 from streamda import cli, files
 from streamda.run_parts import canonical_digest
 from streamda.units import UnitDraft, UnitStore
-from tests.models import make_samples, write_checkpoint, write_samples
+from tests.models import run_options, write_inputs
 
 # a server that has streamda imported forks a process per kill, which spares each its six seconds of imports
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -87,13 +87,7 @@ def weights(folder: Path) -> bytes:
 
 def write_tiny(folder: Path) -> dict[str, Any]:
     """A checkpoint and samples of a run that takes less than a second; options but for the output."""
-    return {
-        "model": str(write_checkpoint(folder / "model", "llama")),
-        "dataset": str(write_samples(folder / "samples.jsonl", make_samples())),
-        "target_modules": "o_proj,down_proj",
-        "max_gpu_mem": "400MB",
-        "device": "cpu",
-    }
+    return run_options(write_inputs(folder), target_modules="o_proj,down_proj")
 
 
 def whole_units(work: Path) -> set[str]:
@@ -140,8 +134,8 @@ def watch_points(called: Callable[[str], object]) -> None:
     """From now on calls this at every named point of this process."""
     for name, module in list(sys.modules.items()):
         if name.startswith("streamda") and getattr(module, "reached", None) is files.reached and module is not files:
-            module.reached = called  # type: ignore[attr-defined]
-    files.reached = called  # type: ignore[assignment]
+            module.reached = called
+    files.reached = called
 
 
 def _exit_code(function: Callable[..., None], *arguments: Any) -> int | None:

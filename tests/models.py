@@ -18,6 +18,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.pytorch_utils import Conv1D
 
 VOCAB_SIZE = 97
+SMALL = {"rank": 2, "target_modules": "down_proj"}
+"""Options of a run whose adapter matters to nobody."""
+TINY_SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCAB_SIZE,
+}
+"""Of a Llama, for tools that make their own checkpoints."""
 LENGTHS = (17, 5, 16, 2, 9)  # unequal, one pair close enough to be padded together, and the shortest legal sample
 
 BASE: dict[str, Any] = {
@@ -270,3 +280,20 @@ def write_samples(path: Path, samples: Sequence[tuple[torch.Tensor, torch.Tensor
     rows = [json.dumps({"input_ids": ids.tolist(), "labels": labels.tolist()}) for ids, labels in samples]
     path.write_text("\n".join(rows) + "\n")
     return path
+
+
+def write_inputs(folder: Path, **overrides: Any) -> Path:
+    """Writes a tiny checkpoint (`model`) and samples for it (`samples.jsonl`) into a folder."""
+    write_checkpoint(folder / "model", "llama", **overrides)
+    write_samples(folder / "samples.jsonl", make_samples())
+    return folder
+
+
+def run_options(inputs: Path, **given: Any) -> dict[str, Any]:
+    """Options of a run of less than a second, from a folder with `model` and `samples.jsonl`."""
+    return {
+        "model": str(inputs / "model"),
+        "dataset": str(inputs / "samples.jsonl"),
+        "max_gpu_mem": "400MB",
+        "device": "cpu",
+    } | given

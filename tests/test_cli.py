@@ -10,21 +10,9 @@ import pytest
 
 from streamda import cli
 from streamda.config import PRESETS, option_fields
+from tests.command_line import flags, run
 from tests.conftest import GOLDEN
 from tests.golden_options import golden_options
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """Runs `streamda ...` in this process; the exit code."""
-    monkeypatch.setattr("sys.argv", ["streamda", *arguments])
-    monkeypatch.setattr(cli.stopping, "install", lambda: None)
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    return int(ended.value.code or 0)
-
-
-def flags(options: dict[str, object]) -> list[str]:
-    return [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
 
 
 def test_init_inspect_solve_and_back(

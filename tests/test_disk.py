@@ -253,7 +253,7 @@ class TestFreeSpace:
         self, case: Case, tmp_path: Path, disk: Callable[[Callable[[], int]], None]
     ) -> None:
         for stride in case.limits:
-            disk(lambda stride=stride: START_RESERVE_BYTES + case.limits[stride])  # type: ignore[misc]
+            disk(lambda stride=stride: START_RESERVE_BYTES + case.limits[stride])
             work = tmp_path / str(stride)
             report = streamda.initialize(**case.options(work))
             assert report.plan["boundary_stride"] == stride

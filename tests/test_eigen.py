@@ -35,7 +35,7 @@ def start_block(size: int, rank: int, seed: int = 1) -> torch.Tensor:
 
 def solve(matrix: torch.Tensor, rank: int, seed: int = 1, **options: object) -> EigenSolution:
     start = start_block(matrix.shape[0], rank, seed)
-    return largest_eigenpairs(lambda block: matrix @ block, start, rank, **options)  # type: ignore[arg-type]
+    return largest_eigenpairs(lambda block: matrix @ block, start, rank, **options)
 
 
 def subspace_distance(left: torch.Tensor, right: torch.Tensor) -> float:

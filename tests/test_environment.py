@@ -31,7 +31,7 @@ from streamda.config import RunConfig
 from streamda.errors import BudgetError, ConfigError, LockedError, StorageError, StreamdaError
 from streamda.memory import MemoryBudget, anonymous_bytes
 from tests.killed import PROCESSES, weights
-from tests.models import make_samples, write_checkpoint, write_samples
+from tests.models import SMALL, make_samples, run_options, write_inputs, write_samples
 
 # PEFT asks transformers 5.23 for an attribute by its old name whenever it wraps a model
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -43,24 +43,13 @@ NOBODY = 65534
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model and samples, which tests leave as it is."""
-    folder = tmp_path_factory.mktemp("inputs")
-    write_checkpoint(folder / "model", "llama")
-    write_samples(folder / "samples.jsonl", make_samples())
-    return folder
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture
 def options(inputs: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
     def make(**given: Any) -> dict[str, Any]:
-        return {
-            "model": str(inputs / "model"),
-            "dataset": str(inputs / "samples.jsonl"),
-            "output_dir": str(tmp_path / "adapter"),
-            "max_gpu_mem": "400MB",
-            "device": "cpu",
-            "rank": 2,
-            "target_modules": "down_proj",
-        } | given
+        return SMALL | run_options(inputs, output_dir=str(tmp_path / "adapter")) | given
 
     return make
 

@@ -25,25 +25,13 @@ import zarr.storage._local as zarr_local
 import streamda
 from streamda import disk_space, files, solutions
 from streamda.errors import DamagedError, StorageError, StreamdaError
-from tests.killed import finish, noting_commits, run_command, weights, whole_units, write_tiny
+from tests.killed import finish, noting_commits, run_command, weights, whole_units
 
 CODES = (errno.ENOSPC, errno.EIO, errno.EACCES, errno.EROFS)
 SOME_CODES = [errno.EIO, *(pytest.param(code, marks=pytest.mark.faults) for code in CODES if code != errno.EIO)]
 CHANGING = ("open", "write", "ftruncate", "fsync", "flock", "replace", "rename", "mkdir", "unlink", "rmdir", "statvfs")
 READING = ("open", "read", "preadv", "listdir", "lstat")
 PARTS = 8  # of a sweep, so that it can be spread over processes
-
-
-@pytest.fixture(scope="module", name="tiny")
-def _tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return write_tiny(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tiny: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    folder = tmp_path_factory.mktemp("whole")
-    streamda.initialize(**tiny, output_dir=str(folder / "adapter"))
-    return weights(folder)
 
 
 class FailingCalls(files.SystemCalls):

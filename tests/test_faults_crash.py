@@ -24,15 +24,10 @@ import streamda
 from streamda import files
 from streamda.rundir import RunDirectory
 from streamda.units import UnitDraft, UnitStore
-from tests.killed import finish, weights, whole_units, write_tiny
+from tests.killed import finish, weights, whole_units
 
 CHANGING = ("write", "fsync", "replace", "rename", "mkdir", "unlink", "rmdir")
 PARTS = 8  # of the sweep, so that it can be spread over processes
-
-
-@pytest.fixture(scope="module", name="tiny")
-def _tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return write_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 def listed(folder: Path) -> dict[str, tuple[int, bool]]:

@@ -16,24 +16,12 @@ from typing import Any
 import pytest
 
 import streamda
-from tests.killed import finish, recorded_points, run_command, run_for, run_until, weights, whole_units, write_tiny
+from tests.killed import finish, recorded_points, run_command, run_for, run_until, weights, whole_units
 
 KILLED = -signal.SIGKILL
 PARTS = 8  # of the sweep over points, so that it can be spread over processes
 RANDOM_KILLS = 200
 RANDOM_TESTS = 10
-
-
-@pytest.fixture(scope="module", name="tiny")
-def _tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return write_tiny(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tiny: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    folder = tmp_path_factory.mktemp("whole")
-    streamda.initialize(**tiny, output_dir=str(folder / "adapter"))
-    return weights(folder)
 
 
 @pytest.fixture(scope="module")

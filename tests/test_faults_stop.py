@@ -20,22 +20,10 @@ import pytest
 import streamda
 from streamda import cli, pipeline, rows, setup, skeleton, stopping
 from streamda.errors import ModelError, StoppedError, StreamdaError
-from tests.killed import LEFTOVER, Action, finish, run_command, weights, whole_units, write_tiny
+from tests.killed import LEFTOVER, Action, finish, run_command, weights, whole_units
 
 MIDDLE = "folders-synced:4"
 """In the commit of the fourth unit: everything is written, nothing is committed."""
-
-
-@pytest.fixture(scope="module", name="tiny")
-def _tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return write_tiny(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tiny: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    folder = tmp_path_factory.mktemp("whole")
-    streamda.initialize(**tiny, output_dir=str(folder / "adapter"))
-    return weights(folder)
 
 
 @pytest.fixture(name="options")
@@ -66,7 +54,7 @@ def be_stopped_while_downloading() -> None:
         time.sleep(60)
         os._exit(99)
 
-    pipeline.prepare = prepare  # type: ignore[assignment]
+    pipeline.prepare = prepare
 
 
 def be_stopped_in_a_library(*_arguments: Any, **_options: Any) -> None:
@@ -94,7 +82,7 @@ def be_stopped_where_nobody_looks() -> None:
         except ValueError as error:
             raise ModelError("the model is broken") from error
 
-    setup.find_model = find  # type: ignore[assignment]
+    setup.find_model = find
 
 
 def be_stopped_while_reporting() -> None:
@@ -134,7 +122,7 @@ def close_streams() -> None:
     """As under ``<&- >&- 2>&-``."""
     for number in (0, 1, 2):
         os.close(number)
-    sys.stdin = sys.stdout = sys.stderr = None  # type: ignore[assignment]
+    sys.stdin = sys.stdout = sys.stderr = None
 
 
 def fill_stdout() -> None:

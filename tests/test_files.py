@@ -69,7 +69,7 @@ def test_json_is_sorted_utf8_and_obeys_the_umask(tmp_path: Path) -> None:
 def test_what_is_no_json_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     for value in (float("nan"), float("inf"), {"a": object()}):
         with pytest.raises((ValueError, TypeError)):
-            files.write_json_atomic(tmp_path / "a.json", value)  # type: ignore[arg-type]
+            files.write_json_atomic(tmp_path / "a.json", value)
     assert os.listdir(tmp_path) == []
 
 

@@ -63,7 +63,7 @@ PANELS = (
 
 def make_batch(lengths: tuple[int, ...] = (5, 5), token_mask: str = "attention") -> Batch:
     ids = [torch.arange(length) for length in lengths]
-    return collate(ids, [torch.where(torch.arange(n) < 2, -100, 1) for n in lengths], token_mask, CPU)  # type: ignore[arg-type]
+    return collate(ids, [torch.where(torch.arange(n) < 2, -100, 1) for n in lengths], token_mask, CPU)
 
 
 def make_states(batch: Batch, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -226,7 +226,7 @@ def test_sums_are_single_precision_whatever_the_states_are() -> None:
     block, batch = Block().bfloat16(), make_batch()
     states = tuple(tensor.bfloat16() for tensor in make_states(batch))
     with PanelCollector(block, SPEC, PANELS, CPU) as collector:
-        pass_through(block, collector, batch, states)  # type: ignore[arg-type]
+        pass_through(block, collector, batch, states)
     assert {total.dtype for total in collector.totals.values()} == {torch.float32}
     moment = collector.totals[PANELS[-2]].tril()
     flat = states[0].detach().double().reshape(-1, SIZE)
@@ -235,6 +235,7 @@ def test_sums_are_single_precision_whatever_the_states_are() -> None:
 
 def test_hooks_are_gone_afterwards_also_after_an_error() -> None:
     block, batch = Block(), make_batch()
+    # the error has to pass through the collector, so both are in the block
     with pytest.raises(RuntimeError, match="on the way"), PanelCollector(block, SPEC, PANELS, CPU) as collector:  # noqa: PT012
         assert sum(len(module._forward_hooks) for module in block.modules()) == 3
         pass_through(block, collector, batch, make_states(batch))

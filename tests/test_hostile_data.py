@@ -9,10 +9,8 @@ import gc
 import json
 import random
 import re
-import signal
 import tracemalloc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +20,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import streamda
-from streamda import cli, json_rows, stopping
+from streamda import json_rows
 from streamda.bad_rows import BadRows
 from streamda.errors import DataError, MismatchError
 from streamda.json_rows import MAX_ROW_BYTES, JsonDocument, JsonLines
+from tests.command_line import flags, run, within
 from tests.golden_options import golden_options
 from tests.test_calibration import BYTES, CHATML, EOS, VOCAB_SIZE, attempt, load, parts, with_template, write
 
@@ -43,35 +42,6 @@ def files_left_open() -> Iterator[None]:
 GOOD = b'{"text": "good"}\n'
 TERMINAL = "\x1b[2J\x1b]8;;http:x\x07\r\u202e\u2028\x9b"
 """Clears the screen, opens a link, returns the carriage, turns the writing direction, breaks a line."""
-
-
-@contextmanager
-def within(seconds: int) -> Iterator[None]:
-    """Fails what hangs."""
-
-    def stop(*_: object) -> None:
-        raise TimeoutError(f"not done within {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def flags(options: dict[str, Any]) -> list[str]:
-    return [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """Runs `streamda ...` in this process, without its signal handlers; the exit code."""
-    monkeypatch.setattr("sys.argv", ["streamda", *arguments])
-    monkeypatch.setattr(stopping, "install", lambda: None)
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    return int(ended.value.code or 0)
 
 
 def refused(dataset: str, **options: Any) -> str:

@@ -13,11 +13,9 @@ import pty
 import random
 import re
 import shutil
-import signal
 import struct
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +26,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import streamda
-from streamda import cli, stopping
 from streamda.errors import ConfigError, MismatchError, ModelError, NumericalError, StreamdaError
 from streamda.shards import read_header
 from streamda.sweep import Sweep
+from tests.command_line import flags, run, within
 from tests.conftest import GOLDEN
 from tests.golden_options import golden_options, read_adapter
 from tests.models import LENGTHS, make_model, make_samples, write_checkpoint, write_samples
@@ -70,40 +68,11 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
     return read_adapter(folder / "adapter")
 
 
-@contextmanager
-def within(seconds: int) -> Iterator[None]:
-    """Fails what waits for an answer."""
-
-    def stop(*_: object) -> None:
-        raise TimeoutError(f"not done within {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """Runs `streamda ...` in this process, without its signal handlers; the exit code."""
-    monkeypatch.setattr("sys.argv", ["streamda", *arguments])
-    monkeypatch.setattr(stopping, "install", lambda: None)
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    return int(ended.value.code or 0)
-
-
 def options(folder: Path, **changed: Any) -> dict[str, Any]:
     return golden_options(folder.parent, model=str(folder)) | changed
 
 
 QUICK: dict[str, Any] = {"num_samples": 3, "rank": 2}
-
-
-def flags(given: dict[str, Any]) -> list[str]:
-    return [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", str(value))]
 
 
 def assert_refused(

@@ -26,8 +26,9 @@ from streamda.config_file import MAX_CONFIG_BYTES, read_config_file
 from streamda.errors import ConfigError, StreamdaError
 from streamda.memory import parse_size
 from streamda.requirements import require_platform
+from tests.command_line import flags, run
 from tests.golden_options import golden_options
-from tests.test_hostile_data import TERMINAL, flags, run
+from tests.test_hostile_data import TERMINAL
 
 RATES = "flops=1e9,flops64=1e9,read=1e9,write=1e9"
 
@@ -311,7 +312,7 @@ def test_any_name_in_any_locale_runs_and_is_shown_escaped(tmp_path: Path, monkey
     monkeypatch.setattr(sys, "stdout", terminal)
     assert run(monkeypatch, "plan", *flags(options), "--rates", RATES) == 0
     terminal.flush()
-    shown = terminal.buffer.getvalue().decode("latin-1")  # type: ignore[attr-defined]
+    shown = terminal.buffer.getvalue().decode("latin-1")
     assert "a b\\n\\x1b[2J\\u202e\u00e9\\u0436" in shown
 
 

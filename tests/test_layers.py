@@ -164,7 +164,7 @@ def test_blocks_without_a_linear_layer_are_refused() -> None:
 class Scores(nn.Linear):
     """A router that is a Linear by its class and returns more than a product."""
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         scores = super().forward(x)
         return scores, scores.argmax(-1)
 

@@ -14,7 +14,7 @@ import torch
 
 import streamda
 from streamda.memory import anonymous_bytes, release_unused
-from tests.models import make_samples, write_checkpoint, write_samples
+from tests.models import SMALL, run_options, write_inputs
 
 # PEFT asks transformers 5.23 for an attribute by its old name whenever it wraps a model
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -49,20 +49,11 @@ class Haul:
         monkeypatch.chdir(folder / "here")
         monkeypatch.setenv("TMPDIR", str(self.temporary))
         monkeypatch.setattr(tempfile, "tempdir", None)  # it remembers the folder that it found first
-        write_checkpoint(folder / "model", "llama")
-        write_samples(folder / "samples.jsonl", make_samples())
+        write_inputs(folder)
 
     def run(self, number: int) -> Traces:
         """One of three kinds of run in turn: anew, refused, and with its statistics kept and solved again."""
-        options = {
-            "model": str(self.folder / "model"),
-            "dataset": str(self.folder / "samples.jsonl"),
-            "output_dir": str(self.folder / "out" / "adapter"),
-            "max_gpu_mem": "400MB",
-            "device": "cpu",
-            "rank": 2,
-            "target_modules": "down_proj",
-        }
+        options = SMALL | run_options(self.folder, output_dir=str(self.folder / "out" / "adapter"))
         kind = number % 3
         if kind == 2:
             with pytest.raises(streamda.StreamdaError):

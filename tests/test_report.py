@@ -217,7 +217,7 @@ def test_every_number_of_a_solved_layer_is_plain_json() -> None:
     stats = SolveStats((1.0, 0.5), None, 1e-9, 4, 1e-6, 1e-6, 3.5, 0.25)
     from streamda.methods import LayerSolution
 
-    summary = LayerSolution("layer", None, None, SolveStatus.OK, stats).summary()  # type: ignore[arg-type]
+    summary = LayerSolution("layer", None, None, SolveStatus.OK, stats).summary()
     assert json.loads(json.dumps(summary, allow_nan=False)) == summary | {"eigenvalues": [1.0, 0.5]}
     assert summary["status"] == "ok"
     assert summary["next_eigenvalue"] is None

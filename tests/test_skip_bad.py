@@ -28,7 +28,7 @@ from streamda import cli, collect_stage
 from streamda.blocks import DecoderStack
 from streamda.errors import ConfigError, MismatchError, ModelError, NumericalError
 from streamda.nonfinite import bad_samples
-from tests.models import make_config, make_model, make_samples, write_samples
+from tests.models import make_config, make_model, make_samples, run_options, write_samples
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
@@ -73,7 +73,7 @@ def faulty(kind: str, *, everywhere: bool = False) -> Iterator[None]:
         if kind == "forward":
             return torch.where(mask, torch.nan, plain(self, x))
         if kind == "backward":
-            return plain(self, PoisonBack.apply(x, mask))  # type: ignore[no-untyped-call]
+            return plain(self, PoisonBack.apply(x, mask))
         scale = torch.where(mask, OVERFLOW, 1.0)
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x) * scale) / scale
 
@@ -105,16 +105,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def options(folder: Path, **given: Any) -> dict[str, Any]:
-    return {
-        "model": str(folder / "model"),
-        "dataset": str(folder / "samples.jsonl"),
-        "max_gpu_mem": "400MB",
-        "device": "cpu",
-        "rank": 2,
-        "micro_batch_tokens": "24",
-        "population_size": 100,
-        "quiet": True,
-    } | given
+    own = {"rank": 2, "micro_batch_tokens": "24", "population_size": 100, "quiet": True}
+    return run_options(folder, **own) | given
 
 
 def collect(folder: Path, where: Path, **given: Any) -> tuple[dict[str, streamda.LayerStatistics], streamda.InitReport]:

@@ -8,19 +8,12 @@ from typing import Any
 
 import pytest
 
+from tests.models import TINY_SHAPE
 from tools import check_plan
-
-TINY = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "vocab_size": 97,
-}
 
 
 def run_grid(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    monkeypatch.setitem(check_plan.SHAPES, "7b", TINY)
+    monkeypatch.setitem(check_plan.SHAPES, "7b", TINY_SHAPE)
     facts = folder / "facts.json"
     arguments = ["--shapes", "7b", "--budgets", "2", "--samples", "3x16", "--work-dir", str(folder / "work")]
     check_plan.main([*arguments, "--json", str(facts)])

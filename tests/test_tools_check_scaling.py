@@ -7,21 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.models import TINY_SHAPE
 from tools import check_scaling
-
-TINY = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "vocab_size": 97,
-}
 
 
 def test_whole_runs_are_measured_and_fitted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(check_scaling, "SHAPE", TINY)
+    monkeypatch.setattr(check_scaling, "SHAPE", TINY_SHAPE)
     monkeypatch.setattr(check_scaling, "MAX_SPREAD", 1e9)  # so small a model's peak is all noise
     facts, work = tmp_path / "facts.json", tmp_path / "work"
     arguments = ["--layers", "1", "2", "--samples", "2", "3", "--tokens", "8", "--work-dir", str(work)]

@@ -100,7 +100,7 @@ class DecoderStack:
                 module._buffers[name] = buffer.to(device)
         self.prefix, self.blocks = find_block_list(model)
         self.prefixes = tuple(f"{self.prefix}.{index}" for index in range(len(self.blocks)))
-        head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        head = model.get_output_embeddings()  # type: ignore[no-untyped-call]  # transformers has no types for it
         if head is None:
             raise ModelError(f"{type(model).__name__} has no output embeddings; it is no causal language model")
         self.head: nn.Module = head

@@ -239,6 +239,7 @@ class Checkpoint:
             set_module_tensor_to_device(self._model, target, self._device, value=value, dtype=dtype, clear_cache=False)
             return
         module, _, leaf = target.rpartition(".")
+        # it stands for a parameter, and is none
         self._model.get_submodule(module)._parameters[leaf] = StoredWeight.keep(value, dtype)  # type: ignore[assignment]
 
     def _empty(self, target: str) -> None:

@@ -109,7 +109,7 @@ def _with_options(parameters: list[inspect.Parameter]) -> Callable[[Callable[...
     """Gives a function that takes ``**options`` the signature that Typer reads."""
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what Typer reads
         return function
 
     return decorate
@@ -258,7 +258,7 @@ def _open_standard_streams() -> None:
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
         if getattr(sys, name) is None:
-            setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8", closefd=False))  # noqa: SIM115
+            setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8", closefd=False))  # noqa: SIM115 - for good
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does: a terminal may know ASCII only
 
@@ -286,7 +286,7 @@ def main() -> NoReturn:
                 app()
         except SystemExit as done:  # Typer's own: 0, or 2 for wrong usage
             code = done.code
-        except Exception as error:
+        except Exception as error:  # whatever it is ends in one line and an exit code
             failure = stopping.cause_of(error)
         stopping.hold()
     except StoppedError as error:  # between the lines above; it is raised once at most

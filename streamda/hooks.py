@@ -108,7 +108,7 @@ class PanelCollector:
             elif not any(args[0] is seen for seen in self._group_inputs.get(group.name, ())):
                 raise ModelError(f"{name} does not read the input of {group.name}, though it did when planned")
             if (gradients or outputs) and output.requires_grad:
-                output.register_hook(  # type: ignore[no-untyped-call]
+                output.register_hook(  # type: ignore[no-untyped-call]  # torch has no types for it
                     lambda g: self._add_output(gradients, outputs, x, g, rows)
                 )
 

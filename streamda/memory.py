@@ -215,7 +215,7 @@ class DeviceCopier:
         self._buffer: torch.Tensor | None = None
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
-            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch has no types for it
         self._entered: AbstractContextManager[object] = nullcontext()
 
     def __enter__(self) -> DeviceCopier:

@@ -99,7 +99,7 @@ def _run_on_fakes(
             module.register_forward_pre_hook(lambda _module, args, name=name: note(name, args[0]))
     # rotary tables follow the dtype, or attention would refuse to mix them with the hidden states
     meta_call = call.to("meta", run_dtype)
-    with FakeTensorMode():
+    with FakeTensorMode():  # whose tensors torch's types do not know
         for module in twin.modules():
             for leaf, parameter in module._parameters.items():
                 if parameter is not None:

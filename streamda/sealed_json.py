@@ -15,7 +15,7 @@ from streamda.files import JSON, shown
 
 def seal_of(obj: JSON) -> int:
     """The crc32c of the canonical JSON of ``obj``."""
-    return google_crc32c.value(files.canonical_json(obj))  # type: ignore[no-any-return]
+    return google_crc32c.value(files.canonical_json(obj))  # type: ignore[no-any-return]  # untyped
 
 
 def write_sealed_json(path: Path, obj: Mapping[str, JSON]) -> None:
@@ -33,4 +33,4 @@ def read_sealed_json(path: Path) -> dict[str, Any]:
     del obj["self_crc"]
     if seal != seal_of(obj):
         raise DamagedError(f"{shown(path)} does not match its own checksum")
-    return obj  # type: ignore[no-any-return]
+    return obj  # type: ignore[no-any-return]  # its seal says that it is what was written

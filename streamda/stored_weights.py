@@ -58,7 +58,7 @@ class StoredWeight(torch.Tensor):
         name = func.__name__
         is_getter = name == "__get__"
         if is_getter:
-            name = func.__self__.__name__  # type: ignore[attr-defined]
+            name = func.__self__.__name__  # type: ignore[attr-defined]  # a property's getter has both
         self = args[0] if args and isinstance(args[0], StoredWeight) else None
         if func is F.linear and len(args) > 1 and _is_large(args[1]):
             return _linear_by_bands(*args, **kwargs)

@@ -269,7 +269,7 @@ def make(name_or_config: str, output_dir: Path, num_layers: int | None, seed: in
         (partial / index_path.name).write_text(json.dumps(index, indent=2), encoding="utf-8")
         config.save_pretrained(partial)
         partial.rename(output_dir)
-    except BaseException:
+    except BaseException:  # Ctrl-C leaves no half of a checkpoint either; it is raised again
         shutil.rmtree(partial, ignore_errors=True)
         raise
     seconds = time.monotonic() - started

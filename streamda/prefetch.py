@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 
 from streamda.checkpoint import Checkpoint, ReadWeights
 from streamda.timeline import Timeline
+from streamda.workers import one_core_workers
 
 LANE = "prefetch"
 
@@ -18,7 +19,7 @@ class Prefetcher:
     """
 
     def __init__(self, checkpoint: Checkpoint, timeline: Timeline, *, in_memory: bool) -> None:
-        """Starts no thread yet.
+        """Reads nothing yet.
 
         Args:
             checkpoint: where weights come from.
@@ -27,7 +28,7 @@ class Prefetcher:
                 into its page cache, which no budget counts.
         """
         self._checkpoint, self._timeline = checkpoint, timeline
-        self._executor = ThreadPoolExecutor(1, "streamda-prefetch") if in_memory else None
+        self._executor = one_core_workers(1, "streamda-prefetch") if in_memory else None
         self._started: tuple[tuple[str, ...], bool] | None = None
         self._future: Future[ReadWeights] | None = None
 

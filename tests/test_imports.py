@@ -24,7 +24,7 @@ LAYERS = (
     # pure: tensors and integers
     {
         "layers", "memory", "batches", "panels", "costs", "disk_plan", "flops", "plan", "bounds", "factors", "cholesky",
-        "eigen", "low_rank", "solve_plan", "stored_weights", "methods",
+        "eigen", "low_rank", "solve_plan", "stored_weights", "workers", "methods",
     },
     # edges: files, data sets, the hub
     {

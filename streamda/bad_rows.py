@@ -29,7 +29,7 @@ class BadRows:
         """
         if self.count == self._allowed:
             if self._allowed == 0:
-                raise error
+                raise DataError(f"{error}; --skip-bad-lines N leaves out up to N such lines") from error
             raise DataError(
                 f"{error}; this is bad line {self.count + 1}, and --skip-bad-lines allows {self._allowed}"
             ) from error

@@ -197,7 +197,7 @@ class RunConfig:
     unsafe_filesystem: bool = option(
         False, "Run on a file system that cannot lock, rename folders or sync; a crash may then lose what is done."
     )
-    overwrite: bool = option(False, "Replace an adapter that streamda wrote, and restart its run.")
+    overwrite: bool = option(False, "Replace an adapter that streamda wrote, or statistics, and restart its run.")
     resume: bool = option(True, "Continue an interrupted run of the same settings.")
     data: DataConfig = field(default_factory=DataConfig)
     collect: CollectConfig = field(default_factory=CollectConfig)

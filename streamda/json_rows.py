@@ -89,7 +89,7 @@ class JsonLines:
         try:
             if len(line) > MAX_ROW_BYTES and not line.endswith(b"\n"):
                 raise ValueError(f"longer than {MAX_ROW_BYTES >> 20} MiB")
-            return _parse_object(line)
+            return _parse_object(line.rstrip(b"\r\n"))  # or a line that is cut off would end in column 1 of the next
         except UnicodeDecodeError as error:
             reason = f"not UTF-8 (byte 0x{line[error.start]:02x} at byte {error.start + 1})"
         except json.JSONDecodeError as error:

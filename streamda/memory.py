@@ -23,6 +23,7 @@ _UNITS = {"": 1, "b": 1}
 for _power, _letter in enumerate("kmgt", start=1):
     _UNITS |= {_letter: 1000**_power, _letter + "b": 1000**_power, _letter + "ib": 1024**_power}
 _MAX_DIGITS = 18
+_LEAST_PLAIN_BYTES = 1 << 20  # below it, who gives a number alone has left out the unit
 
 
 def parse_size(text: str | int, name: str = "size") -> int:
@@ -41,6 +42,14 @@ def parse_size(text: str | int, name: str = "size") -> int:
     size = int(float(match[1]) * _UNITS[match[2]]) if "." in match[1] else int(match[1]) * _UNITS[match[2]]
     if size <= 0:
         raise ConfigError(f"{name} is {quoted(text)}; it must be above zero")
+    return size
+
+
+def parse_budget(text: str | int, name: str = "--max-gpu-mem") -> int:
+    """Bytes of a memory budget; as `parse_size`, but no number alone that can only lack its unit."""
+    size = parse_size(text, name)
+    if str(text).strip().isdecimal() and size < _LEAST_PLAIN_BYTES:
+        raise ConfigError(f"{name} is {quoted(text)}, which is {size} bytes; give a unit, such as {size}GB")
     return size
 
 

@@ -28,7 +28,7 @@ from streamda.errors import BudgetError, ConfigError, DamagedError, StorageError
 from streamda.filesystem import tolerated
 from streamda.layers import require_rank
 from streamda.limits import limit_errors
-from streamda.memory import bound_allocator, enforce_device_limit, parse_size, reuse_heap
+from streamda.memory import bound_allocator, enforce_device_limit, parse_budget, reuse_heap
 from streamda.model_copy import check_configuration
 from streamda.nonfinite import skip_notice
 from streamda.places import output_dir, require_output, require_places, work_dir
@@ -195,7 +195,7 @@ def solve(config: RunConfig, *, quiet: bool = False) -> InitReport:
         bound_allocator(device)
         solver = _solver(config, config.solve.population_size or facts["population_size"], device, timeline)
         if config.max_gpu_mem is not None:
-            budget = parse_size(config.max_gpu_mem, "--max-gpu-mem")
+            budget = parse_budget(config.max_gpu_mem)
             enforce_device_limit(device, budget)
             solver = dataclasses.replace(solver, capacity_bytes=solve_capacity(budget, specs, config.solve.rank))
         report = InitReport(config=config.to_dict(), versions=versions(), model=dict(facts["model"]))

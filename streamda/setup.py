@@ -22,7 +22,7 @@ from streamda.errors import BudgetError, ConfigError, DataError
 from streamda.files import shown
 from streamda.layers import Targets, find_targets, require_rank
 from streamda.limits import bounded_budget, memory_limit, memory_of_machine
-from streamda.memory import SMALL_BLOCK_BYTES, MemoryBudget, bound_allocator, parse_size
+from streamda.memory import SMALL_BLOCK_BYTES, MemoryBudget, bound_allocator, parse_budget, parse_size
 from streamda.model_source import ModelSource, find_model
 from streamda.plan import Plan, make_plan, minimum_bytes
 from streamda.skeleton import build_skeleton, load_config, third_party
@@ -227,7 +227,7 @@ def choose_budget(config: RunConfig, device: torch.device) -> MemoryBudget:
     elif device.type == "cuda":
         host = int(HOST_SHARE * min(_free_host_bytes(), memory_limit() or sys.maxsize))
     disk = None if config.max_disk is None else parse_size(config.max_disk, "--max-disk")
-    return MemoryBudget(parse_size(config.max_gpu_mem, "--max-gpu-mem"), host, disk)
+    return MemoryBudget(parse_budget(config.max_gpu_mem), host, disk)
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:

@@ -276,7 +276,7 @@ RAISES = "{{ raise_exception('roles must\nalternate \x1b[31m') }}"
     [
         (None, TALK, "no chat template"),
         (REWRITES, TALK, "writes earlier turns anew"),
-        (RAISES, TALK, r"refuses the conversation: roles must alternate \\x1b\[31m$"),
+        (RAISES, TALK, r"refuses the conversation: roles must alternate \\x1b\[31m; --skip-bad-lines N"),
         (
             MARKED.replace("{{ m['content'] }}", "{{ m['content'].x.y }}"),
             TALK,

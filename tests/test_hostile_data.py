@@ -64,6 +64,11 @@ def refused(dataset: str, **options: Any) -> str:
         ('{"text": "a"}\n'.encode("utf-16-le"), "1", "not JSON"),
         (b'{"text": "a"}\r{"text": "b"}\r', "1", "not JSON (Extra data"),
         (b"<!DOCTYPE html>\n<html></html>\n", "1", "not JSON (Expecting value at column 1)"),
+        (
+            b'{"text": "a"\r\n{"text": "b"}\n',
+            "1",
+            "not JSON (Expecting ',' delimiter at column 13); --skip-bad-lines N",
+        ),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "1", "not JSON"),
         (GOOD + b'{"text": "a\x00"}\n', "2", "Invalid control character"),
         (GOOD + b'{"text": "a", "x": 1e999}\n', "2", "1e999 is beyond any float"),

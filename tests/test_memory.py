@@ -15,7 +15,15 @@ from hypothesis import strategies as st
 
 from streamda import memory
 from streamda.errors import ConfigError
-from streamda.memory import PeakMeter, anonymous_bytes, enforce_device_limit, format_size, parse_size, release_unused
+from streamda.memory import (
+    PeakMeter,
+    anonymous_bytes,
+    enforce_device_limit,
+    format_size,
+    parse_budget,
+    parse_size,
+    release_unused,
+)
 
 CPU = torch.device("cpu")
 MIB = 1 << 20
@@ -97,6 +105,12 @@ def test_what_is_no_size_is_refused_with_its_name_and_an_example(text: str | int
 def test_a_size_of_less_than_a_byte_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="must be above zero"):
         parse_size(text)
+
+
+def test_a_budget_without_its_unit_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^--max-gpu-mem is '24', which is 24 bytes; give a unit, such as 24GB$"):
+        parse_budget("24")
+    assert (parse_budget("24GB"), parse_budget(24 << 30), parse_budget("1 b")) == (24 * 10**9, 24 << 30, 1)
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)

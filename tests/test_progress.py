@@ -73,3 +73,21 @@ def test_nothing_is_drawn_where_nobody_watches(capsys: pytest.CaptureFixture[str
         bar.working_on("head and loss")
         bar.advance()
     assert capsys.readouterr().err == ""
+
+
+def test_without_a_terminal_a_line_is_written_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    with RunMeter(CPU, Timeline()) as meter:
+        for quiet in (False, True):
+            with Progress(meter, quiet=quiet).pass_over("backward", 5, 1200) as bar:
+                for _ in range(5):  # 40 seconds each: the first and the third are too soon, the last ends the pass
+                    clock[0] += 40
+                    bar.advance()
+            lines = capsys.readouterr().err.splitlines()
+            assert len(lines) == (0 if quiet else 2)
+            if not quiet:
+                assert lines[0].startswith("backward: 2 of 5 in 1 min, about 2 min to go, 30 tokens/s, peak ")
+                assert lines[1].startswith("backward: 4 of 5 in 3 min, about 1 min to go, 30 tokens/s, peak ")

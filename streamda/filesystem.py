@@ -91,7 +91,8 @@ def require_safe(folder: Path, unsafe: bool) -> None:
 
 def _try_out(folder: Path, unsafe: bool) -> None:
     place, moved = (folder / f"probe.{secrets.token_hex(4)}.part" for _ in range(2))
-    files.make_folder(place)
+    with files.storage_errors("write to", folder):  # the probe's name says nothing to who reads of it
+        files.system_calls.mkdir(place)
     try:
         with ExitStack() as held:  # a lock, unlike the number of a process, means the same on every host
             for what, attempt in (

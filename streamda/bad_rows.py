@@ -25,11 +25,11 @@ class BadRows:
             error: What is wrong with it; it names the place.
 
         Raises:
-            DataError: This is one more than is allowed.
+            DataError: This is one more than is allowed, of which there may be none.
         """
         if self.count == self._allowed:
             if self._allowed == 0:
-                raise DataError(f"{error}; --skip-bad-lines N leaves out up to N such lines") from error
+                raise DataError(f"{error}; --skip-bad-lines N leaves out up to N such rows") from error
             raise DataError(
                 f"{error}; this is bad line {self.count + 1}, and --skip-bad-lines allows {self._allowed}"
             ) from error

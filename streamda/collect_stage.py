@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 
 import torch
@@ -29,7 +29,6 @@ from streamda.solve_stage import Solver
 from streamda.stopwatch import RunMeter, Stopwatch
 from streamda.store import BlockStatisticsWriter, stats_unit
 from streamda.sweep import Sweep, acts, grads
-from streamda.workers import one_core_workers
 
 
 class Collection:
@@ -68,7 +67,7 @@ class Collection:
             self._begin()
             try:
                 # one thread commits a block's statistics; it is waited for however this ends
-                with closing(self._sweep), one_core_workers(1, "streamda-commit") as self._committer:
+                with closing(self._sweep), ThreadPoolExecutor(1, "streamda-commit") as self._committer:
                     self._collect(solver)
             except BadSamplesError as error:
                 reasons = error.reasons

@@ -23,7 +23,8 @@ _UNITS = {"": 1, "b": 1}
 for _power, _letter in enumerate("kmgt", start=1):
     _UNITS |= {_letter: 1000**_power, _letter + "b": 1000**_power, _letter + "ib": 1024**_power}
 _MAX_DIGITS = 18
-_LEAST_PLAIN_BYTES = 1 << 20  # below it, who gives a number alone has left out the unit
+_LEAST_PLAIN_BYTES = 1 << 20
+"""A number alone below it lacks its unit: no budget is that small, and larger ones may be computed by a script."""
 
 
 def parse_size(text: str | int, name: str = "size") -> int:
@@ -45,11 +46,11 @@ def parse_size(text: str | int, name: str = "size") -> int:
     return size
 
 
-def parse_budget(text: str | int, name: str = "--max-gpu-mem") -> int:
-    """Bytes of a memory budget; as `parse_size`, but no number alone that can only lack its unit."""
+def parse_budget(text: str | int, name: str) -> int:
+    """Bytes of a budget; as `parse_size`, but no number alone that can only lack its unit."""
     size = parse_size(text, name)
-    if str(text).strip().isdecimal() and size < _LEAST_PLAIN_BYTES:
-        raise ConfigError(f"{name} is {quoted(text)}, which is {size} bytes; give a unit, such as {size}GB")
+    if size < _LEAST_PLAIN_BYTES and str(text).strip()[-1:].isdigit():
+        raise ConfigError(f"{name} is {quoted(text)}, which is {size} bytes; give a unit, such as 24GB")
     return size
 
 

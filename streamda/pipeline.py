@@ -46,6 +46,7 @@ from streamda.stopwatch import RunMeter, Stopwatch
 from streamda.store import BlockStatisticsReader, stats_unit
 from streamda.timeline import Timeline
 from streamda.trace import write_profile
+from streamda.workers import settle_threads
 
 MEASURED_RUN_SECONDS = 10.0
 """A run that was shorter is not held against the machine's rates unless asked for: measuring them takes a second."""
@@ -58,10 +59,11 @@ _Result = TypeVar("_Result")
 def _on_this_machine(
     stage: Callable[Concatenate[RunConfig, _Arguments], _Result],
 ) -> Callable[Concatenate[RunConfig, _Arguments], _Result]:
-    """Has a stage put up with the file system if it is told to, and say which limit of the system it ran into."""
+    """Has a stage put up with the file system if it is told to, say which limit it ran into, and use its threads."""
 
     @functools.wraps(stage)
     def run(config: RunConfig, /, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        settle_threads()
         with tolerated(config.unsafe_filesystem), limit_errors():
             return stage(config, *args, **kwargs)
 
@@ -195,7 +197,7 @@ def solve(config: RunConfig, *, quiet: bool = False) -> InitReport:
         bound_allocator(device)
         solver = _solver(config, config.solve.population_size or facts["population_size"], device, timeline)
         if config.max_gpu_mem is not None:
-            budget = parse_budget(config.max_gpu_mem)
+            budget = parse_budget(config.max_gpu_mem, "--max-gpu-mem")
             enforce_device_limit(device, budget)
             solver = dataclasses.replace(solver, capacity_bytes=solve_capacity(budget, specs, config.solve.rank))
         report = InitReport(config=config.to_dict(), versions=versions(), model=dict(facts["model"]))

@@ -7,7 +7,7 @@ from concurrent.futures import Future
 
 from streamda.checkpoint import Checkpoint, ReadWeights
 from streamda.timeline import Timeline
-from streamda.workers import one_core_workers
+from streamda.workers import one_core_worker
 
 LANE = "prefetch"
 
@@ -19,7 +19,7 @@ class Prefetcher:
     """
 
     def __init__(self, checkpoint: Checkpoint, timeline: Timeline, *, in_memory: bool) -> None:
-        """Reads nothing yet.
+        """Starts the thread; reads nothing yet.
 
         Args:
             checkpoint: where weights come from.
@@ -28,7 +28,7 @@ class Prefetcher:
                 into its page cache, which no budget counts.
         """
         self._checkpoint, self._timeline = checkpoint, timeline
-        self._executor = one_core_workers(1, "streamda-prefetch") if in_memory else None
+        self._executor = one_core_worker("streamda-prefetch") if in_memory else None
         self._started: tuple[tuple[str, ...], bool] | None = None
         self._future: Future[ReadWeights] | None = None
 

@@ -25,15 +25,15 @@ class PassLog:
         self._name, self._num_steps, self._say = name, num_steps, say
         self._started = self._said = time.monotonic()
 
-    def advance(self, done: int, facts: str) -> None:
+    def advance(self, done: int, facts: Callable[[], str]) -> None:
         """Says how far the pass is, if it has not for `LOG_SECONDS`, and unless it is done."""
         now = time.monotonic()
         if now - self._said < LOG_SECONDS or done == self._num_steps:
             return
         self._said = now
         minutes = (now - self._started) / 60
-        left = minutes / done * (self._num_steps - done)
-        self._say(f"{self._name}: {done} of {self._num_steps} in {minutes:.0f} min, about {left:.0f} min to go{facts}")
+        left = max(1, round(minutes / done * (self._num_steps - done)))
+        self._say(f"{self._name}: {done} of {self._num_steps} in {minutes:.0f} min, about {left} min to go{facts()}")
 
 
 class PassBar:
@@ -66,7 +66,7 @@ class PassBar:
         self._done += 1
         self._bar.update(1)
         if self._log is not None:
-            self._log.advance(self._done, self._facts())
+            self._log.advance(self._done, self._facts)
 
     def _facts(self) -> str:
         # neither a pass over statistics nor one that counts its micro-batches has tokens per step

@@ -223,11 +223,11 @@ def choose_budget(config: RunConfig, device: torch.device) -> MemoryBudget:
         raise ConfigError("no memory budget is given; use for example --max-gpu-mem 24GB")
     host = 0
     if config.max_host_mem is not None:
-        host = parse_size(config.max_host_mem, "--max-host-mem")
+        host = parse_budget(config.max_host_mem, "--max-host-mem")
     elif device.type == "cuda":
         host = int(HOST_SHARE * min(_free_host_bytes(), memory_limit() or sys.maxsize))
-    disk = None if config.max_disk is None else parse_size(config.max_disk, "--max-disk")
-    return MemoryBudget(parse_budget(config.max_gpu_mem), host, disk)
+    disk = None if config.max_disk is None else parse_budget(config.max_disk, "--max-disk")
+    return MemoryBudget(parse_budget(config.max_gpu_mem, "--max-gpu-mem"), host, disk)
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:

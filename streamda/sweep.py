@@ -71,7 +71,7 @@ class Sweep:
         skip_bad_samples: bool = False,
         skip_bad_layers: bool = False,
     ) -> None:
-        """Moves nothing yet.
+        """Moves nothing yet; a thread that reads ahead begins.
 
         Args:
             stack: the model.

@@ -1,40 +1,45 @@
-"""Threads that compute beside the main one, each on one core.
+"""A thread that computes beside the main one, on one core.
 
 OpenMP gives a team of threads to every thread that computes. Once all teams together count more threads than the
 machine has cores, libgomp stops spinning at the end of a parallel region and lets the kernel wake its threads, and
 every small product of the main thread pays for it: casting the next block's weights in a thread beside it made the
-initialization of a 135M model a quarter slower.
+solution of a 135M model take half as long again.
 """
 
 from __future__ import annotations
 
-import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 
-def one_core_workers(count: int, name: str) -> ThreadPoolExecutor:
-    """Threads that have all begun and compute on one core each; the threads of others compute as before.
+def settle_threads() -> None:
+    """Sets torch's number of threads to what it is.
+
+    Setting it, to whatever number, forbids MKL to use fewer, for the rest of the process. `one_core_worker` must set
+    it, and a run without one is to compute with the same bits.
+    """
+    torch.set_num_threads(torch.get_num_threads())
+
+
+def one_core_worker(name: str) -> ThreadPoolExecutor:
+    """A thread that computes on one core; all others compute with as many as before.
+
+    Another thread that begins in the same moment may take over the one core as its own default.
 
     Args:
-        count: of threads.
-        name: prefix of their names.
+        name: prefix of its name.
     """
     default = torch.get_num_threads()
-    begun = threading.Barrier(count + 1)
-    workers = ThreadPoolExecutor(count, name, _compute_alone)
+    worker = ThreadPoolExecutor(1, name, _compute_alone)
     try:
-        for _ in range(count):
-            workers.submit(begun.wait)  # a thread that waits is not idle, so that each call begins another one
-        begun.wait()
+        worker.submit(int).result()  # until then it has not begun
     except BaseException:
-        begun.abort()
-        workers.shutdown(wait=True, cancel_futures=True)
+        worker.shutdown(wait=True, cancel_futures=True)
         raise
     finally:
         torch.set_num_threads(default)
-    return workers
+    return worker
 
 
 def _compute_alone() -> None:

@@ -18,6 +18,7 @@ import pytest
 import streamda
 from streamda import cli, files
 from streamda.run_parts import canonical_digest
+from streamda.rundir import RunDirectory
 from streamda.units import UnitDraft, UnitStore
 from tests.models import run_options, write_inputs
 
@@ -116,6 +117,31 @@ def noting_commits(log: Path | None = None) -> Iterator[list[str]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(UnitStore, "commit", noted)
         yield names
+
+
+@contextmanager
+def tracking_units() -> Iterator[set[str]]:
+    """The units that are committed in this process and not dropped, or given back with the whole run, since."""
+    kept: set[str] = set()
+    commit, drop, remove = UnitStore.commit, UnitStore.drop, RunDirectory.remove
+
+    def noted_commit(self: UnitStore, draft: UnitDraft) -> None:
+        commit(self, draft)
+        kept.add(draft.name)
+
+    def noted_drop(self: UnitStore, name: str) -> None:
+        kept.discard(name)
+        drop(self, name)
+
+    def noted_remove(self: RunDirectory) -> None:
+        kept.clear()
+        remove(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(UnitStore, "commit", noted_commit)
+        patch.setattr(UnitStore, "drop", noted_drop)
+        patch.setattr(RunDirectory, "remove", noted_remove)
+        yield kept
 
 
 def finish(folder: Path, options: dict[str, Any], expected: bytes) -> None:

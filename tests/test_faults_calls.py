@@ -25,7 +25,7 @@ import zarr.storage._local as zarr_local
 import streamda
 from streamda import disk_space, files, solutions
 from streamda.errors import DamagedError, StorageError, StreamdaError
-from tests.killed import finish, noting_commits, run_command, weights, whole_units
+from tests.killed import finish, noting_commits, run_command, tracking_units, weights, whole_units
 
 CODES = (errno.ENOSPC, errno.EIO, errno.EACCES, errno.EROFS)
 SOME_CODES = [errno.EIO, *(pytest.param(code, marks=pytest.mark.faults) for code in CODES if code != errno.EIO)]
@@ -84,8 +84,10 @@ def fails_at(
     folder.mkdir()
     options = tiny | {"output_dir": str(folder / "adapter")}
     double = FailingCalls(kinds, number, code)
-    error = run_with(double, options)
+    with tracking_units() as kept:
+        error = run_with(double, options)
     if error is not None:
+        assert kept <= whole_units(folder / "adapter.work")
         assert len(str(error).splitlines()) == 1
         assert os.strerror(code) in str(error), error
         damage = code == errno.EIO and double.failed in READING and kinds == READING

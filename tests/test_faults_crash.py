@@ -23,8 +23,7 @@ import pytest
 import streamda
 from streamda import files
 from streamda.rundir import RunDirectory
-from streamda.units import UnitDraft, UnitStore
-from tests.killed import finish, weights, whole_units
+from tests.killed import finish, tracking_units, weights, whole_units
 
 CHANGING = ("write", "fsync", "replace", "rename", "mkdir", "unlink", "rmdir")
 PARTS = 8  # of the sweep, so that it can be spread over processes
@@ -160,9 +159,8 @@ def crashes(tiny: dict[str, Any], folder: Path, moments: Callable[[int], bool], 
     top = folder / "top"
     top.mkdir()
     found: list[Crash] = []
-    committed: set[str] = set()
     done: list[None] = []
-    commit, drop, remove = UnitStore.commit, UnitStore.drop, RunDirectory.remove
+    remove = RunDirectory.remove
 
     def crash(count: int) -> None:
         if moments(count):
@@ -170,16 +168,7 @@ def crashes(tiny: dict[str, Any], folder: Path, moments: Callable[[int], bool], 
                 found.append(Crash(folder / f"{count}-{number}", frozenset(committed), bool(done)))
                 disk.write_crashed(found[-1].folder, random.Random(f"{count} {number}"))
 
-    def noted_commit(self: UnitStore, draft: UnitDraft) -> None:
-        commit(self, draft)
-        committed.add(draft.name)
-
-    def noted_drop(self: UnitStore, name: str) -> None:
-        committed.discard(name)
-        drop(self, name)
-
     def noted_remove(self: RunDirectory) -> None:
-        committed.clear()
         done.append(None)  # nothing may go before the adapter is in place
         remove(self)
 
@@ -187,9 +176,8 @@ def crashes(tiny: dict[str, Any], folder: Path, moments: Callable[[int], bool], 
     with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
         stack.callback(disk.let_go)
         patch.setattr(files, "system_calls", disk)
-        patch.setattr(UnitStore, "commit", noted_commit)
-        patch.setattr(UnitStore, "drop", noted_drop)
         patch.setattr(RunDirectory, "remove", noted_remove)
+        committed = stack.enter_context(tracking_units())
         streamda.initialize(**tiny, output_dir=str(top / "adapter"))
     assert disk.count > 150
     return found

@@ -5,13 +5,17 @@ Sent by the process to itself at points with a name, so that they strike in the 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,7 @@ import pytest
 
 import streamda
 from streamda import cli, pipeline, rows, setup, skeleton, stopping
+from streamda.blocks import BlockCall, DecoderStack
 from streamda.errors import ModelError, StoppedError, StreamdaError
 from tests.killed import LEFTOVER, Action, finish, run_command, weights, whole_units
 
@@ -36,11 +41,15 @@ def send(number: int) -> None:
 
 
 def send_and_hang(number: int) -> None:
-    """A factorization of minutes is as deaf as this to what the main thread should hear."""
-    send(number)
-    time.sleep(2 * stopping.ECHO_SECONDS)
-    send(number)
-    time.sleep(60)
+    """Two signals while the main thread is in C for minutes, as in a factorization, where no handler is ever run."""
+
+    def send_both() -> None:
+        send(number)
+        time.sleep(2 * stopping.ECHO_SECONDS)
+        send(number)
+
+    threading.Timer(0.3, send_both).start()
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 1 << 28)
 
 
 def send_twice(number: int) -> None:
@@ -293,6 +302,28 @@ def test_a_run_can_be_stopped_between_any_two_micro_batches(
     assert total > 50
     for number in random.Random(0).sample(range(1, total + 1), 2):
         stopped_at(number, tmp_path / str(number), tiny, uninterrupted)
+
+
+def test_no_two_micro_batches_pass_without_a_safe_point_between_them(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passed: list[str] = []
+    run, embed, logits = BlockCall.run, DecoderStack.embed, DecoderStack.logits
+
+    def noting(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            passed.append(name)
+            return function(*args, **kwargs)
+
+        return noted
+
+    monkeypatch.setattr(BlockCall, "run", noting("block", run))
+    monkeypatch.setattr(DecoderStack, "embed", noting("prologue", embed))
+    monkeypatch.setattr(DecoderStack, "logits", noting("head", logits))
+    monkeypatch.setattr(stopping, "check", lambda: passed.append("check"))
+    streamda.initialize(**options, micro_batch_tokens="1")
+    assert {"block", "prologue", "head"} <= set(passed)
+    assert all("check" in pair for pair in pairwise(passed)), passed
 
 
 @pytest.mark.faults

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from streamda import eigen
 from streamda.config import PRESETS, SolveConfig
 from streamda.errors import NumericalError
 from streamda.methods import InputFactor, LayerSolution, SolveStatus, SpannedFactor, prepare_input_factor, solve_layer
@@ -650,6 +652,15 @@ def test_a_cut_through_equal_eigenvalues_shows_in_the_report() -> None:
     assert stats is not None
     assert stats.next_eigenvalue == pytest.approx(stats.eigenvalues[-1], rel=1e-9)
     assert stats.eigenvalues == pytest.approx([1.0] * 4, rel=1e-9)
+
+
+def test_eigenvectors_that_have_not_settled_are_unconverged(monkeypatch: pytest.MonkeyPatch) -> None:
+    statistics = draw(5, 90, 160, tokens=400)
+    assert solve(statistics).status is SolveStatus.OK
+    monkeypatch.setattr(eigen, "largest_eigenpairs", partial(eigen.largest_eigenpairs, max_steps=2))
+    found = solve(statistics)
+    assert found.status is SolveStatus.UNCONVERGED
+    assert bool(product(found).isfinite().all())
 
 
 def test_every_status_has_a_sentence_of_advice() -> None:

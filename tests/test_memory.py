@@ -108,9 +108,11 @@ def test_a_size_of_less_than_a_byte_is_refused(text: str) -> None:
 
 
 def test_a_budget_without_its_unit_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"^--max-gpu-mem is '24', which is 24 bytes; give a unit, such as 24GB$"):
-        parse_budget("24")
-    assert (parse_budget("24GB"), parse_budget(24 << 30), parse_budget("1 b")) == (24 * 10**9, 24 << 30, 1)
+    for text in ("24", " 24.0 ", 24):
+        with pytest.raises(ConfigError, match=r"^--max-disk is .*24.*, which is 24 bytes; give a unit, such as 24GB$"):
+            parse_budget(text, "--max-disk")
+    found = [parse_budget(text, "--max-disk") for text in ("24GB", 24 << 30, "1 b")]
+    assert found == [24 * 10**9, 24 << 30, 1]
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)

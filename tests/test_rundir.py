@@ -36,6 +36,7 @@ from streamda.errors import (
 )
 from streamda.run_parts import canonical_digest
 from streamda.rundir import RunDirectory
+from tests.killed import noting_commits, tracking_units
 
 PARTS: dict[str, dict[str, Any]] = {"model": {"id": "m", "sizes": (1, 2)}, "method": {"rank": 8, "seed": 0}}
 PACKAGE = Path(files.__file__).parent
@@ -253,7 +254,8 @@ def test_whichever_system_call_fails_nothing_committed_is_lost_and_the_next_run_
         path = tmp_path / str(fail_at)
         double = Failing(fail_at, code, once)
         monkeypatch.setattr(files, "system_calls", double)
-        raised = error_of(lambda path=path: worker["work"](path, PARTS, "work"))
+        with tracking_units() as kept:
+            raised = error_of(lambda path=path: worker["work"](path, PARTS, "work"))
         monkeypatch.setattr(files, "system_calls", Failing(0, code, once=True))
         if fail_at > double.count:
             break
@@ -263,9 +265,11 @@ def test_whichever_system_call_fails_nothing_committed_is_lost_and_the_next_run_
             assert isinstance(raised, StorageError if code == errno.ENOSPC else (StorageError, DamagedError))
         outcome = type(raised).__name__
         outcomes[outcome] = outcomes.get(outcome, 0) + bool(double.failed)
-        committed = verified_units(path)
-        worker["work"](path, PARTS, "work")
-        assert ("result" in committed) <= ("result" in verified_units(path))
+        committed = set(verified_units(path))
+        assert kept <= committed
+        with noting_commits() as again:
+            worker["work"](path, PARTS, "work")
+        assert not committed & set(again)
         assert content_of(path) == content_of(finished)
         shutil.rmtree(path)
     assert outcomes["StorageError"] > 30

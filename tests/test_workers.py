@@ -1,16 +1,23 @@
-"""Workers compute on one core each, and nobody else's threads change for it."""
+"""The worker computes on one core, and nobody else's threads change for it."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import BrokenExecutor
 from pathlib import Path
 from typing import TypeVar
 
 import pytest
 import torch
 
-from streamda.workers import one_core_workers
+import streamda
+from streamda import workers
+from streamda.workers import one_core_worker
+from tests.models import run_options, write_inputs
 
 T = TypeVar("T")
 
@@ -31,44 +38,43 @@ def in_new_thread(function: Callable[[], T]) -> T:
     return found[0]
 
 
-def test_each_worker_has_one_core_and_all_others_what_they_had() -> None:
-    with one_core_workers(3, "few") as workers:
-        together = threading.Barrier(3)
-
-        def meet() -> tuple[str, int]:
-            together.wait(timeout=30)  # so that each of the three answers once
-            return threading.current_thread().name, torch.get_num_threads()
-
-        answers = [future.result() for future in [workers.submit(meet) for _ in range(3)]]
-        assert {name for name, _ in answers} == {"few_0", "few_1", "few_2"}
-        assert [count for _, count in answers] == [1, 1, 1]
+def test_it_has_one_core_and_all_others_what_they_had() -> None:
+    with one_core_worker("alone") as worker:
+        assert worker.submit(torch.get_num_threads).result() == 1
         assert torch.get_num_threads() == 2
         assert in_new_thread(torch.get_num_threads) == 2
-        # a worker keeps to it, also once it has computed and the default was asked for elsewhere
-        assert workers.submit(lambda: float(torch.rand(1 << 20).exp().sum())).result() > 0
-        assert workers.submit(torch.get_num_threads).result() == 1
+        # it keeps to it, also once it has computed and the default was asked for elsewhere
+        assert worker.submit(lambda: float(torch.rand(1 << 20).exp().sum())).result() > 0
+        assert worker.submit(torch.get_num_threads).result() == 1
 
 
-def test_a_worker_starts_no_team() -> None:
+def test_it_starts_no_team() -> None:
     def kernel_threads() -> int:
         return len(list(Path("/proc/self/task").iterdir()))
 
     torch.rand(1 << 20).exp()  # the team of this thread
-    with one_core_workers(1, "alone") as workers:
+    with one_core_worker("alone") as worker:
         before = kernel_threads()
-        workers.submit(lambda: torch.rand(1 << 20).exp().sum()).result()
+        worker.submit(lambda: torch.rand(1 << 20).exp().sum()).result()
         assert kernel_threads() == before
 
 
-def test_an_interrupt_at_the_start_leaves_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Interrupted(threading.Barrier):
-        def wait(self, timeout: float | None = None) -> int:
-            if threading.current_thread() is threading.main_thread():
-                raise KeyboardInterrupt
-            return super().wait(timeout)
+def test_one_that_cannot_begin_is_an_error_and_leaves_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise OSError("no thread today")
 
-    monkeypatch.setattr(threading, "Barrier", Interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        one_core_workers(2, "streamda-interrupted")
-    assert not [each for each in threading.enumerate() if each.name.startswith("streamda-interrupted")]
+    monkeypatch.setattr(workers, "_compute_alone", fail)
+    with pytest.raises(BrokenExecutor):
+        one_core_worker("streamda-broken")
+    assert not [each for each in threading.enumerate() if each.name.startswith("streamda-broken")]
     assert torch.get_num_threads() == 2
+
+
+def test_a_run_with_it_and_a_solution_without_it_have_the_same_bits(tmp_path: Path) -> None:
+    options = run_options(write_inputs(tmp_path), device="cpu", max_gpu_mem="4GB")
+    streamda.initialize(**options, output_dir=str(tmp_path / "a"), keep_statistics=True, quiet=True)
+    again = [sys.executable, "-m", "streamda", "solve", "--statistics", str(tmp_path / "a.work"), "--quiet"]
+    again += ["--output-dir", str(tmp_path / "b")]
+    subprocess.run(again, check=True, env=os.environ | {"OMP_NUM_THREADS": "2"}, stdout=subprocess.DEVNULL)
+    first, second = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("a", "b"))
+    assert first == second

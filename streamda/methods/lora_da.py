@@ -84,7 +84,7 @@ def solve_layer(
     if not (bool(torch.isfinite(lora_a).all()) and bool(torch.isfinite(lora_b).all())):
         raise NumericalError(f"{name}: the solution is not finite in float32; try a larger --damping")
     status = SolveStatus.OK if found.converged else SolveStatus.UNCONVERGED
-    if found.noisy:
+    if found.noisy and found.converged:
         status = SolveStatus.NOISY
     if isinstance(factor, InputFactor) and factor.raises and found.converged:
         status = SolveStatus.DAMPED

@@ -624,10 +624,11 @@ class TestTimeAndText:
         process = PROCESSES.Process(target=streamda.initialize, kwargs=given)
         process.start()
         units = Path(given["output_dir"] + ".work") / "units"
-        for _ in range(3):
+        for number in range(3):
             deadline = time.monotonic() + 20
             while not units.exists() and process.is_alive() and time.monotonic() < deadline:
                 time.sleep(0.001)
+            assert number or process.is_alive()
             assert process.pid is not None
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process.pid, signal.SIGSTOP)

@@ -18,6 +18,7 @@ import datasets
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 import streamda
 from streamda import json_rows
@@ -473,6 +474,11 @@ def test_one_short_sample_is_enough_and_said_to_be_little(
     assert run(monkeypatch, "plan", *flags(options), "--json") == 0
     notices = json.loads(capsys.readouterr().out)["notices"]
     assert any("2 tokens are fewer than the inputs of 21 layers" in notice for notice in notices)
+    report = streamda.initialize(**options)
+    assert {facts["status"] for facts in report.modules.values()} == {"ok"}
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert len(tensors) == 2 * len(report.modules)
+    assert all(bool(tensor.isfinite().all()) for tensor in tensors.values())
 
 
 def test_other_data_never_continue_a_run(tmp_path: Path) -> None:

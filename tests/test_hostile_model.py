@@ -197,6 +197,10 @@ CONFIGS: dict[str, tuple[Damage, str]] = {
         config(_attn_implementation="someone/kernel"),
         r"asks for code from the hub \(_attn_implementation 'someone/kernel'\); add --trust-remote-code",
     ),
+    "kernels for experts": (
+        config(experts_implementation="someone/kernel"),
+        r"asks for code from the hub \(experts_implementation 'someone/kernel'\); add --trust-remote-code",
+    ),
 }
 CONFIG_SAMPLE = {
     "html", "text", "nested deep", "NaN", "link outside", "fewer tokens", "fewer blocks", "heads do not divide",
@@ -637,7 +641,7 @@ def test_a_tied_head_is_counted_once_and_gets_no_adapter(tmp_path: Path) -> None
     names = {tensor: shard.name for shard in sorted(folder.glob("*.safetensors")) for tensor in load_file(shard)}
     (folder / INDEX).write_text(json.dumps({"weight_map": names}))
     report = streamda.initialize(**tied_options(folder))
-    assert report.plan["weight_bytes_read"] == plain.plan["weight_bytes_read"]
+    assert report.bytes["weights_read"] == plain.bytes["weights_read"]
     found, expected = read_adapter(tmp_path / "adapter"), read_adapter(tmp_path / "plain")
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert not any("lm_head" in name for name in report.modules)

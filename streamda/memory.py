@@ -23,8 +23,8 @@ _UNITS = {"": 1, "b": 1}
 for _power, _letter in enumerate("kmgt", start=1):
     _UNITS |= {_letter: 1000**_power, _letter + "b": 1000**_power, _letter + "ib": 1024**_power}
 _MAX_DIGITS = 18
-_LEAST_PLAIN_BYTES = 1 << 20
-"""A number alone below it lacks its unit: no budget is that small, and larger ones may be computed by a script."""
+_LEAST_PLAIN_BYTES = 10_000
+"""A number alone below it lacks its unit: nobody means so few bytes, but more may be what a script has computed."""
 
 
 def parse_size(text: str | int, name: str = "size") -> int:

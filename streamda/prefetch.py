@@ -1,4 +1,5 @@
-"""The next weights, read while the current ones are in use: by one thread where memory allows, else by a hint."""
+"""The next weights, read while the current ones are in use, by one thread: into memory where there is room, else into
+the system's page cache."""
 
 from __future__ import annotations
 
@@ -28,16 +29,18 @@ class Prefetcher:
                 into its page cache, which no budget counts.
         """
         self._checkpoint, self._timeline = checkpoint, timeline
-        self._executor = one_core_worker("streamda-prefetch") if in_memory else None
+        self._in_memory = in_memory
+        self._executor = one_core_worker("streamda-prefetch")
         self._started: tuple[tuple[str, ...], bool] | None = None
         self._future: Future[ReadWeights] | None = None
+        self._hint: Future[None] | None = None
 
     def start(self, names: Sequence[str], *, keep_stored: bool = False) -> None:
         """Announces what `take` will want next; names as in `Checkpoint.load`."""
-        if self._executor is None:
-            self._checkpoint.announce(names)
-            return
         self._forget()
+        if not self._in_memory:
+            self._hint = self._executor.submit(self._checkpoint.announce, tuple(names))
+            return
         self._started = (tuple(names), keep_stored)
         self._future = self._executor.submit(self._read, tuple(names), keep_stored)
 
@@ -58,8 +61,7 @@ class Prefetcher:
     def close(self) -> None:
         """Ends the thread; what it has read is dropped."""
         self._forget()
-        if self._executor is not None:
-            self._executor.shutdown(wait=True, cancel_futures=True)
+        self._executor.shutdown(wait=True, cancel_futures=True)
 
     def _read(self, names: Sequence[str], keep_stored: bool) -> ReadWeights:
         with self._timeline.span("read weights", LANE):
@@ -69,6 +71,9 @@ class Prefetcher:
         future, self._future = self._future, None
         if future is not None:
             _discard(future)
+        hint, self._hint = self._hint, None
+        if hint is not None:
+            hint.cancel()  # one that goes on has read nothing into memory; its errors meet whoever loads
 
 
 def _discard(future: Future[ReadWeights]) -> None:

@@ -22,6 +22,7 @@ import google_crc32c
 import torch
 from safetensors import SafetensorError, safe_open
 
+from streamda import stopping
 from streamda.errors import ModelError
 from streamda.files import shown
 from streamda.memory import READ_CHUNK_BYTES, DeviceCopier
@@ -29,6 +30,8 @@ from streamda.quoting import NUM_NAMED, one_line, quoted
 
 STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 MAX_JSON_BYTES = 100_000_000
+READAHEAD_BYTES = 128 << 10
+"""Asked for at a time: of a longer range Linux reads one readahead window (this by default) and forgets the rest."""
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
@@ -220,9 +223,12 @@ def read_tensor(
 
 
 def announce(descriptor: int, tensor: StoredTensor) -> None:
-    """Asks the system to read a tensor into its page cache; returns at once."""
+    """Asks the system to read a tensor into its page cache; waits only where the disk's queue is full."""
     with suppress(OSError):  # a hint, which some file systems do not take
-        os.posix_fadvise(descriptor, tensor.offset, tensor.num_bytes, os.POSIX_FADV_WILLNEED)
+        end = tensor.offset + tensor.num_bytes
+        for start in range(tensor.offset, end, READAHEAD_BYTES):
+            stopping.check()
+            os.posix_fadvise(descriptor, start, min(READAHEAD_BYTES, end - start), os.POSIX_FADV_WILLNEED)
 
 
 def first_line(error: BaseException) -> str:

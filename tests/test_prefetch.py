@@ -117,16 +117,33 @@ def test_what_was_not_announced_is_read_all_the_same(llama: Path) -> None:
     assert all(weight.is_meta for weight in model.get_submodule(BLOCKS[1]).parameters())
 
 
-def test_without_room_the_system_is_asked_and_no_thread_is_made(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[int] = []
-    monkeypatch.setattr("os.posix_fadvise", lambda _fd, _offset, length, _advice: asked.append(length))
+def test_without_room_the_system_is_asked_in_ranges_that_it_reads_whole(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr("os.posix_fadvise", lambda _fd, offset, length, _advice: asked.append((offset, length)))
+    monkeypatch.setattr("streamda.shards.READAHEAD_BYTES", 1000)
     checkpoint = opened(llama)
     with closing(Prefetcher(checkpoint, Timeline(), in_memory=False)) as ahead:
         ahead.start(BLOCKS[1:])
-        assert threads() == []
+        while any(not hint.done() for hint in [ahead._hint] if hint is not None):
+            time.sleep(0.001)
         assert checkpoint.bytes_read == 0
         ahead.take(BLOCKS[1:])
-    assert sum(asked) == checkpoint.bytes_read > 0
+    assert sum(length for _, length in asked) == checkpoint.bytes_read > 0
+    assert max(length for _, length in asked) == 1000
+    assert len({offset for offset, _ in asked}) == len(asked)
+    assert threads() == []
+
+
+def test_a_hint_that_fails_is_none(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_args: Any) -> None:
+        raise OSError("not here")
+
+    monkeypatch.setattr("os.posix_fadvise", refused)
+    with closing(Prefetcher(opened(llama), Timeline(), in_memory=False)) as ahead:
+        ahead.start(BLOCKS)
+        ahead.take(BLOCKS)
 
 
 def test_an_error_of_the_thread_comes_out_where_the_weights_are_wanted(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from typing import Any
 
 from streamda.errors import ConfigError
 
-FLOAT64_PHASES = frozenset({"solve"})
-"""Phases of a plan's FLOPs that are computed in float64; the others are in the compute dtype."""
+PHASE_PRECISION = {"solve": "float64", "solve_float32": "float32"}
+"""Of the phases of a plan's FLOPs that are not computed in the compute dtype."""
 _UNITS = {"flops": "FLOP/s", "flops64": "FLOP/s", "read": "bytes/s", "write": "bytes/s"}
 
 
@@ -71,13 +71,14 @@ class Bounds:
 
     @property
     def precision(self) -> dict[str, str]:
-        """Which rate holds for a phase: ``compute`` (the compute dtype's) or ``float64``."""
-        return {phase: "float64" if phase in FLOAT64_PHASES else "compute" for phase in self.flops}
+        """Of each phase: ``compute`` (the compute dtype), ``float32`` or ``float64``."""
+        return {phase: PHASE_PRECISION.get(phase, "compute") for phase in self.flops}
 
     @property
     def phase_seconds(self) -> dict[str, float | None]:
         """Compute time by phase."""
-        rates = {"float64": self.rates.flops64, "compute": self.rates.flops}
+        # no rate is measured of float32 where it is not the compute dtype: that of a narrower one is a bound, too
+        rates = {"float64": self.rates.flops64, "compute": self.rates.flops, "float32": self.rates.flops}
         return {phase: _ratio(count, rates[self.precision[phase]]) for phase, count in self.flops.items()}
 
     @property
@@ -120,7 +121,8 @@ class Bounds:
         flops: Mapping[str, int] = self.flops
         by_precision = {
             kind: sum(count for phase, count in flops.items() if self.precision[phase] == kind)
-            for kind in ("compute", "float64")
+            for kind in ("compute", "float32", "float64")
+            if kind != "float32" or kind in self.precision.values()
         }
         values: dict[str, Any] = {
             "rates": asdict(self.rates),

@@ -23,7 +23,7 @@ SVD_FLOPS, EIGH_FLOPS = 22, 12
 def count_flops(
     workload: Workload, schedule: Sequence[tuple[Replay, ...]], rank: int, blocks_again: Sequence[int]
 ) -> dict[str, int]:
-    """Work by phase: forward, epilogue, replay, statistics, solve (in float64).
+    """Work by phase: forward, epilogue, replay, statistics, solve (in float64), and what of that is done in float32.
 
     Args:
         workload: the model and the samples.
@@ -34,7 +34,7 @@ def count_flops(
     rows = workload.num_rows
     again = [workload.blocks[index] for index in blocks_again]
     forward = sum(2 * cost.weight_count * rows for cost in (*workload.blocks, *again))
-    replay = statistics = solve = 0
+    replay = statistics = solve = single = 0
     for cost, replays in zip(workload.blocks, schedule, strict=True):
         for item in replays or (Replay(()),):
             replay += (4 if item.needs_backward else 2) * cost.weight_count * rows
@@ -49,20 +49,28 @@ def count_flops(
         )
         for group in cost.spec.groups if rank else ():
             widths = [cost.spec.linear(name).d_out for name in group.modules]
-            solve += _solve_flops(group.d_in, widths, rank, rows)
+            double, float32 = _solve_flops(group.d_in, widths, rank, rows)
+            solve, single = solve + double, single + float32
     head = 4 * workload.num_labels * workload.vocab_size * workload.hidden_size
-    return {"forward": forward, "epilogue": head, "replay": replay, "statistics": statistics, "solve": solve}
+    return {
+        "forward": forward,
+        "epilogue": head,
+        "replay": replay,
+        "statistics": statistics,
+        "solve": solve,
+        "solve_float32": single,
+    }
 
 
-def _solve_flops(d_in: int, widths: Sequence[int], rank: int, num_tokens: int) -> int:
-    """Of an input group whose layers have `widths` outputs."""
+def _solve_flops(d_in: int, widths: Sequence[int], rank: int, num_tokens: int) -> tuple[int, int]:
+    """Of an input group whose layers have `widths` outputs, in float64 and in float32."""
     if 0 < num_tokens <= few_tokens(d_in):
         wide = num_tokens + extra_vectors(d_in, num_tokens)
-        # two products with the moment, two orthogonal bases, an SVD; per layer the gradient on the span, what that
-        # makes, and its eigenvalues and eigenvectors
-        shared = 4 * d_in**2 * wide + 8 * d_in * wide**2 + SVD_FLOPS * num_tokens**3
-        small = EIGH_FLOPS * num_tokens**3
-        return shared + sum(2 * d_in * d_out * num_tokens + 2 * d_out * num_tokens**2 + small for d_out in widths)
+        # a product with the moment, its orthogonal basis; the gradient on the span
+        single = 2 * d_in**2 * wide + 4 * d_in * wide**2 + sum(2 * d_in * d_out * num_tokens for d_out in widths)
+        # the second product, a basis again, an SVD; per layer what its gradient makes, eigenvalues and eigenvectors
+        shared = 2 * d_in**2 * wide + 4 * d_in * wide**2 + SVD_FLOPS * num_tokens**3
+        return shared + sum(2 * d_out * num_tokens**2 + EIGH_FLOPS * num_tokens**3 for d_out in widths), single
     # an estimate: each step takes two products with Z^-1, two triangular solves each, and two with the gradient
     per_vector = sum(4 * d_in**2 + 4 * d_in * d_out for d_out in widths)
-    return d_in**3 // 3 + EIGEN_STEPS * min(d_in, rank + guard_vectors(d_in)) * per_vector
+    return d_in**3 // 3 + EIGEN_STEPS * min(d_in, rank + guard_vectors(d_in)) * per_vector, 0

@@ -2,7 +2,8 @@
 
 The rank is a few hundred where a second moment was summed over a few hundred tokens. Then two products with a few
 hundred vectors (randomized range finder, arXiv 0909.4061, then the Nystrom approximation on the range found) replace
-the n^3/3 operations of a Cholesky factorization, and the matrix is read twice whatever its rank.
+the n^3/3 operations of a Cholesky factorization, and the matrix is read twice whatever its rank. The first product only
+has to find the range, to which the second applies the matrix: float32 does for it, and loses no digit of the result.
 
 The matrix is first scaled to a unit diagonal: a sum of products in float32 is off by its rounding relative to
 ``sqrt(M_ii M_jj)``, so that after scaling one tolerance serves channels of all sizes.
@@ -30,13 +31,13 @@ rank is higher, leaves far more."""
 
 
 def low_rank_factor(
-    read: Callable[[int], torch.Tensor], diagonal: torch.Tensor, num_bands: int, max_rank: int
+    read: Callable[[int, torch.dtype], torch.Tensor], diagonal: torch.Tensor, num_bands: int, max_rank: int
 ) -> torch.Tensor | None:
     """Factorizes a symmetric positive semidefinite matrix of rank at most `max_rank`, up to the rounding of float32.
 
     Args:
-        read: gives band i of the lower triangle, [rows, stop] float64, as `streamda.cholesky` cuts them; what lies
-            above the diagonal is not used.
+        read: gives band i of the lower triangle, [rows, stop] in the dtype asked for, as `streamda.cholesky` cuts
+            them; it is changed in place, and what lies above the diagonal is not used.
         diagonal: [n] float64, none negative.
         num_bands: bands of the matrix.
         max_rank: the rank is known to be no higher.
@@ -50,8 +51,8 @@ def low_rank_factor(
     scale = diagonal.clamp_min(torch.finfo(torch.float32).tiny).sqrt()
     inverse = (1 / scale)[:, None]
 
-    def times(block: torch.Tensor) -> torch.Tensor:
-        return _product(read, num_bands, inverse * block).mul_(inverse)
+    def times(block: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return _product(lambda index: read(index, dtype), num_bands, (inverse * block).to(dtype)).mul_(inverse)
 
     generator = torch.Generator().manual_seed(size)  # the draw decides rounding only
 
@@ -59,11 +60,13 @@ def low_rank_factor(
         return torch.randn(size, count, generator=generator, dtype=torch.float64).to(diagonal.device)
 
     width = max_rank + extra_vectors(size, max_rank) - PROBES
-    found = times(draw(width))
-    basis = torch.linalg.qr(found).Q
+    found = times(draw(width), torch.float32)
+    if not bool(torch.isfinite(found).all()):
+        return None
+    basis = torch.linalg.qr(found).Q.double()
     del found
     probes = draw(PROBES)
-    images = times(torch.cat((basis, probes), dim=1))
+    images = times(torch.cat((basis, probes), dim=1), torch.float64)
     images, probed = images[:, :width], images[:, width:].clone()
     if not bool(torch.isfinite(images).all()):
         return None

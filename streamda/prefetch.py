@@ -1,5 +1,7 @@
-"""The next weights, read while the current ones are in use, by one thread: into memory where there is room, else into
-the system's page cache."""
+"""The next weights, read by a thread while the current ones are in use.
+
+Into memory where there is room, else into the system's page cache.
+"""
 
 from __future__ import annotations
 

@@ -207,6 +207,7 @@ def plan_table(plan: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
             format_seconds(bounds["phase_seconds"][phase]),
         ]
         for phase, count in plan["flops"].items()
+        if count
     ]
     lines = [
         f"plan for {printable(facts['model'])}  ({facts['num_blocks']} blocks, {facts['num_layers']} adapted layers, "

@@ -26,8 +26,8 @@ RITZ_MATRICES = 6
 CHUNK_BYTES = 64 << 20
 """Of a float32 gradient that is in float64 at a time."""
 MIN_CHUNK_ROWS = 256
-TILE_COPIES = 3
-"""Float32 copies of a tile that is read: the reader's, Zarr's, and what it is converted to."""
+TILE_COPIES = 5
+"""Float32 copies of a tile that are there while two are read at a time: the reader's two, and up to three of Zarr's."""
 
 FEW_TOKENS = 1024
 """Rows that the small eigenproblem may have: dense, it costs the cube of them."""
@@ -81,10 +81,10 @@ def solve_layout(
     whole = len(sizes)
     forms: tuple[GradientForm, ...] = ("float64", "float32", "streamed")
     if num_tokens is not None and 0 < num_tokens <= few_tokens(d_in):
-        # the factor that is made for a gradient off the span, if there is any, goes to a file
-        whole = 0
+        # the factor that is made for a gradient off the span, if there is any, goes to a file; float32 products do
+        whole, forms = 0, forms[1:]
     choices = [(whole, form) for form in forms]
-    choices += [(count, form) for form in forms[1:] for count in range(whole - 1, -1, -1)]
+    choices += [(count, form) for form in forms[-2:] for count in range(whole - 1, -1, -1)]
     layouts = [_layout(d_in, d_out, rank, sizes, count, form) for count, form in choices]
     fitting = (each for each in layouts if capacity_bytes is None or each.num_bytes <= capacity_bytes)
     return next(fitting, min(layouts, key=lambda each: each.num_bytes))

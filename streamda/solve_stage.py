@@ -34,7 +34,7 @@ from streamda.store import BlockStatisticsReader, StoredMoment, stats_unit
 from streamda.timeline import Timeline
 from streamda.units import UnitStore
 
-SOLVER_VERSION = 1
+SOLVER_VERSION = 2
 """Raised with every change that gives a layer another solution from the same statistics and settings: no adapter is to
 mix the two."""
 MAX_ASYMMETRY = 1e-5
@@ -56,10 +56,10 @@ class _CheckedMoment:
         with self._timeline.span("read statistics"):
             return self._moment.diagonal()
 
-    def band(self, index: int) -> torch.Tensor:
+    def band(self, index: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
         stopping.check()  # a factorization asks for its bands one by one
         with self._timeline.span("read statistics"):
-            band = self._moment.band(index)
+            band = self._moment.band(index, dtype)
         if index not in self._squares:
             start = band.shape[1] - band.shape[0]
             self._require_symmetric(band[:, start:])

@@ -229,10 +229,9 @@ class BlockStatisticsReader:
             moment[index * TILE : index * TILE + band.shape[0], : band.shape[1]] = band
         return moment
 
-    def moment_tile(self, group: InputGroup, row: int, column: int) -> torch.Tensor:
-        """One tile of the lower triangle of a mean input moment, float32, on the host."""
-        where = (slice(row, row + TILE), slice(column, column + TILE))
-        block = self._read(self._array(group.name, "input_moment_sum"), *where)
+    def moment_tiles(self, group: InputGroup, row: int, columns: slice) -> torch.Tensor:
+        """Tiles side by side in the lower triangle of a mean input moment, float32, on the host."""
+        block = self._read(self._array(group.name, "input_moment_sum"), slice(row, row + TILE), columns)
         # divided in float32, so that what is solved and what `open_statistics` shows are the same numbers
         return block.div_(max(1, self._facts[group.name]["num_tokens"]))
 
@@ -250,13 +249,8 @@ class BlockStatisticsReader:
 
     def gradient_band(self, module: str, row: int, device: torch.device) -> torch.Tensor:
         """Rows from `row` on of a mean gradient, [up to a tile's rows, d_in] float32."""
-        sums = self._array(module, "gradient_sum")
-        d_out, d_in = sums.shape
-        band = torch.empty(min(TILE, d_out - row), d_in, device=device)
-        for column in range(0, d_in, TILE):
-            block = self._read(sums, slice(row, row + TILE), slice(column, column + TILE))
-            band[:, column : column + TILE] = block.div_(self._facts[module]["num_samples"]).to(device)
-        return band
+        band = self._read(self._array(module, "gradient_sum"), slice(row, row + TILE))
+        return band.div_(self._facts[module]["num_samples"]).to(device)
 
     def output_moment(self, module: str, device: torch.device) -> torch.Tensor:
         """The mean output moment [d_out] float32."""
@@ -304,6 +298,7 @@ class StoredMoment:
 
     def __init__(self, reader: BlockStatisticsReader, group: InputGroup, device: torch.device) -> None:
         self._reader, self._group, self._device = reader, group, device
+        self._only_tile: torch.Tensor | None = None  # read for its diagonal, and then wanted whole
 
     def __len__(self) -> int:
         return -(-self._group.d_in // TILE)
@@ -311,16 +306,25 @@ class StoredMoment:
     def diagonal(self) -> torch.Tensor:
         """[d_in] float64."""
         starts = range(0, self._group.d_in, TILE)
-        tiles = [self._reader.moment_tile(self._group, start, start).diagonal().double() for start in starts]
-        return torch.cat(tiles).to(self._device)
+        tiles = (self._reader.moment_tiles(self._group, start, slice(start, start + TILE)) for start in starts)
+        if len(self) == 1:
+            self._only_tile = next(tiles)
+            return self._only_tile.diagonal().double().to(self._device)
+        return torch.cat([tile.diagonal().double() for tile in tiles]).to(self._device)
 
     def band(self, index: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
         """Band `index`, [rows, stop]; a new tensor each time."""
         start = index * TILE
         stop = min(start + TILE, self._group.d_in)
+        tile, self._only_tile = self._only_tile, None
+        if tile is not None:
+            return tile.to(self._device, dtype)
+        if dtype == torch.float32:
+            return self._reader.moment_tiles(self._group, start, slice(stop)).to(self._device)
         band = torch.empty(stop - start, stop, dtype=dtype, device=self._device)
-        for column in range(0, stop, TILE):
-            band[:, column : column + TILE] = self._reader.moment_tile(self._group, start, column).to(self._device)
+        for column in range(0, stop, TILE * CHUNK_CONCURRENCY):
+            columns = slice(column, min(column + TILE * CHUNK_CONCURRENCY, stop))
+            band[:, columns] = self._reader.moment_tiles(self._group, start, columns).to(self._device)
         return band
 
 

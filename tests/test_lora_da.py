@@ -61,10 +61,10 @@ class Cut:
     def diagonal(self) -> torch.Tensor:
         return self._matrix.diagonal()
 
-    def band(self, index: int) -> torch.Tensor:
+    def band(self, index: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
         self.reads.append(index)
         start = index * self._band_rows
-        return self._matrix[start : start + self._band_rows, : start + self._band_rows].clone()
+        return self._matrix[start : start + self._band_rows, : start + self._band_rows].to(dtype, copy=True)
 
 
 def factorize(

@@ -12,14 +12,14 @@ from streamda.low_rank import low_rank_factor
 BAND_ROWS = 48
 
 
-def bands_of(matrix: torch.Tensor) -> Callable[[int], torch.Tensor]:
+def bands_of(matrix: torch.Tensor) -> Callable[[int, torch.dtype], torch.Tensor]:
     """Bands of the lower triangle, with garbage above the diagonal, where nobody may look."""
     size = matrix.shape[0]
     garbage = matrix.double().tril() + torch.full((size, size), 7.0, dtype=torch.float64).triu(1)
 
-    def read(index: int) -> torch.Tensor:
+    def read(index: int, dtype: torch.dtype) -> torch.Tensor:
         start = index * BAND_ROWS
-        return garbage[start : start + BAND_ROWS, : min(start + BAND_ROWS, size)].clone()
+        return garbage[start : start + BAND_ROWS, : min(start + BAND_ROWS, size)].to(dtype, copy=True)
 
     return read
 

@@ -18,6 +18,7 @@ from streamda.disk_plan import solution_bytes
 from streamda.errors import BudgetError, StorageError
 from streamda.flops import EIGEN_STEPS
 from streamda.layers import BlockSpec, InputGroup, LinearSpec
+from streamda.low_rank import extra_vectors
 from streamda.memory import MemoryBudget, parse_size
 from streamda.panels import PANEL_ROWS, Panel, block_panels, pack_replays, statistics_bytes, stored_bytes
 from streamda.plan import Plan, make_plan, minimum_bytes
@@ -538,6 +539,19 @@ class TestFlops:
         assert made.flops["statistics"] == 2 * 24 * 10 + 4 * 4 * 10  # g^T x, and half of x^T x
         # Cholesky; then per step and each of 4 vectors four triangular solves, and two products with the gradient
         assert made.flops["solve"] == 4**3 // 3 + EIGEN_STEPS * 4 * (4 * 4**2 + 2 * 2 * 4 * 6)
+
+    def test_few_tokens_are_solved_on_their_span_half_of_it_in_float32(self) -> None:
+        d_in, d_out, tokens = 1000, 600, 10
+        spec = drawn_block([(d_in, d_out)])
+        cost = BlockCost(spec, 4 * d_in * d_out, d_in * d_out, 0, 0, 4 * d_in * d_out, 4 * d_in * d_out)
+        workload = Workload(1, 10, tokens, 3, 4, 11, 2, 0, 0, 0, (cost,), 96)
+        made = make_plan(
+            MemoryBudget(GB, 0, None), (1,), lambda _: workload, rank=2, keep_statistics=False, host_is_device=False
+        )
+        wide = tokens + extra_vectors(d_in, tokens)
+        product, basis = 2 * d_in**2 * wide, 4 * d_in * wide**2
+        assert made.flops["solve_float32"] == product + basis + 2 * d_in * d_out * tokens
+        assert product + basis < made.flops["solve"] < product + basis + 50 * d_out * tokens**2
 
     @pytest.mark.parametrize("model", MODELS)
     def test_a_pass_over_a_real_model_costs_two_per_weight_and_row(self, model: str) -> None:

@@ -83,7 +83,7 @@ def bounds(size: int) -> list[tuple[int, int]]:
 
 
 class BandsOf:
-    """A matrix in memory as streamda reads a stored moment: float64 bands [rows, stop] of its lower triangle."""
+    """A matrix in memory as streamda reads a stored moment: bands [rows, stop] of its lower triangle."""
 
     def __init__(self, matrix: torch.Tensor) -> None:
         self._matrix = matrix
@@ -96,10 +96,10 @@ class BandsOf:
         """[n] float64."""
         return self._matrix.diagonal().double()
 
-    def band(self, index: int) -> torch.Tensor:
+    def band(self, index: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
         """Band `index`, a copy."""
         start, stop = self._bounds[index]
-        return torch.empty(stop - start, stop, dtype=torch.float64).copy_(self._matrix[start:stop, :stop])
+        return torch.empty(stop - start, stop, dtype=dtype).copy_(self._matrix[start:stop, :stop])
 
 
 def timed(work: Callable[[], Any], repeats: int) -> tuple[float, Any]:

@@ -62,8 +62,8 @@ class Displacement:
             del rows
         return -self.precondition(product.T)
 
-    def rows(self) -> Iterator[tuple[int, torch.Tensor]]:
-        """First row and rows [count, d_in] of each chunk of the gradient, in float64.
+    def rows(self, dtype: torch.dtype = torch.float64) -> Iterator[tuple[int, torch.Tensor]]:
+        """First row and rows [count, d_in] of each chunk of the gradient.
 
         Chunks depend on the shape only: the bits must not depend on the budget.
         """
@@ -72,7 +72,7 @@ class Displacement:
         for index in range(len(self._gradient)):
             band = self._gradient[index]  # a band may be read for this; a loop over them would hold two
             for row in range(0, band.shape[0], chunk_rows):
-                yield start + row, band[row : row + chunk_rows].double()
+                yield start + row, band[row : row + chunk_rows].to(dtype)
             start += band.shape[0]
             del band
 

@@ -77,8 +77,8 @@ class Moment(Protocol):
     def diagonal(self) -> torch.Tensor:
         """[d_in] float64."""
 
-    def band(self, index: int) -> torch.Tensor:
-        """Band `index`, [rows, stop] float64, which the caller may change."""
+    def band(self, index: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+        """Band `index`, [rows, stop], which the caller may change."""
 
 
 def prepare_input_factor(

@@ -198,15 +198,20 @@ def on_span(
 def _along_span(
     factor: SpannedFactor, displacement: Displacement, generator: torch.Generator
 ) -> tuple[torch.Tensor, float] | None:
-    """``gradient W`` [d_out, k] and the share of the gradient outside the span; None where that is not rounding."""
+    """``gradient W`` [d_out, k] and the share of the gradient outside the span; None where that is not rounding.
+
+    The gradient is a float32 sum, whose rounding is as large as that of a product in float32; so it is one.
+    """
     vectors = factor.vectors
     probes = _drawn(vectors.shape[0], LEAK_PROBES, generator, vectors.device)
     probes -= vectors @ (vectors.T @ probes)
+    right = torch.cat((vectors, probes), dim=1).float()
     along = vectors.new_empty(displacement.d_out, vectors.shape[1])
     leaked = 0.0
-    for start, rows in displacement.rows():
-        torch.mm(rows, vectors, out=along[start : start + rows.shape[0]])
-        leaked += float((rows @ probes).square().sum())
+    for start, rows in displacement.rows(torch.float32):
+        product = rows @ right
+        along[start : start + rows.shape[0]] = product[:, :-LEAK_PROBES]
+        leaked += float(product[:, -LEAK_PROBES:].double().square().sum())
         del rows
     inside = float(along.norm())
     leak = math.sqrt(leaked / LEAK_PROBES) / inside if inside else math.inf

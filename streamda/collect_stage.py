@@ -16,7 +16,7 @@ from streamda.disk_space import require_room
 from streamda.errors import MismatchError, NumericalError
 from streamda.files import reached
 from streamda.layers import BlockSpec
-from streamda.memory import release_unused
+from streamda.memory import release_unused, reuse_heap
 from streamda.nonfinite import BadSamplesError, named_samples, skip_notice
 from streamda.panels import stored_bytes
 from streamda.plan import Plan
@@ -182,7 +182,7 @@ class Collection:
                 committed: Future[None] | None = None
                 if index in self._steps:
                     self._refill(index)
-                    with Stopwatch(report, "backward", self._meter):
+                    with self._phase("backward"):
                         committed = self._collect_block(self._specs[index], solver)
                 if unsolved is not None:
                     self._solve_block(unsolved, solver)
@@ -228,26 +228,32 @@ class Collection:
 
     def _go_up(self, following: int) -> None:
         """Makes every boundary that the rest of the way down needs."""
-        report, top = self._report, len(self._specs)
+        top = len(self._specs)
         begins = grads(top) not in self._boundaries and grads(following + 1) not in self._boundaries
         wanted = (*self._needed(following), top) if begins else self._needed(following)
         if 0 in self._sweep.missing_boundaries(wanted):
-            with Stopwatch(report, "prologue", self._meter):
+            with self._phase("prologue"):
                 self._sweep.prologue()
         missing = self._sweep.missing_boundaries(wanted)
         with (
-            Stopwatch(report, "forward", self._meter),
+            self._phase("forward"),
             self._progress.pass_over("forward", len(missing), self._num_tokens) as bar,
         ):
             self._sweep.forward(wanted, bar)
         if begins or grads(top) in self._boundaries:  # in the second case only its loss is read
             with (
-                Stopwatch(report, "epilogue", self._meter),
+                self._phase("epilogue"),
                 self._progress.pass_over("epilogue", len(self._batches), 0, unit="batch") as bar,
             ):
                 loss = self._sweep.epilogue(self._plan.logit_rows, bar)
             self._run.update_settings({"loss": loss})
         self._boundaries.drop(acts(top))
+
+    def _phase(self, name: str) -> Stopwatch:
+        """Begins a phase, with what it may keep of the memory that it frees."""
+        slack = self._prepared.budget.device_bytes - self._plan.peaks.get(name, 0)
+        reuse_heap(self._prepared.device, slack, roomy=name in self._plan.roomy_phases)
+        return Stopwatch(self._report, name, self._meter)
 
     def _needed(self, following: int) -> tuple[int, ...]:
         return needed_boundaries(following, min(self._steps), len(self._specs), self._plan.boundary_stride)
@@ -255,7 +261,7 @@ class Collection:
     def _refill(self, index: int) -> None:
         """Where not all boundaries are kept: makes those of a segment again before the way down enters it."""
         if acts(index) not in self._boundaries:
-            with Stopwatch(self._report, "forward", self._meter):
+            with self._phase("forward"):
                 self._sweep.forward(self._needed(index))
 
     def _missing_steps(self, solver: Solver | None) -> set[int]:
@@ -314,7 +320,7 @@ class Collection:
         if not solver.is_solved(units, index):
             need = solution_bytes(self._specs[index], solver.config.rank) + self._plan.scratch_bytes
             require_room(units.folder, need, f"the solution of block {index}")
-            with Stopwatch(self._report, "solve", self._meter):
+            with self._phase("solve"):
                 solver.solve(units, index)
         if not self._keeps and stats_unit(index) in units:
             units.drop(stats_unit(index))

@@ -28,7 +28,7 @@ from streamda.errors import BudgetError, ConfigError, DamagedError, StorageError
 from streamda.filesystem import tolerated
 from streamda.layers import require_rank
 from streamda.limits import limit_errors
-from streamda.memory import bound_allocator, enforce_device_limit, parse_budget, reuse_heap
+from streamda.memory import bound_allocator, enforce_device_limit, parse_budget
 from streamda.model_copy import check_configuration
 from streamda.nonfinite import skip_notice
 from streamda.places import output_dir, require_output, require_places, work_dir
@@ -106,7 +106,6 @@ def initialize(config: RunConfig, *, quiet: bool = False, verbose: bool = False)
             open_run(work, prepared, parts, made, solver_settings=solver.settings) as (run, made),
         ):
             require_output_room(output, run.path, made.bytes_written["solutions"])
-            reuse_heap(prepared.device, prepared.budget.device_bytes - made.peak_bytes)
             report = new_report(prepared, made)
             _announce_resumed(progress, report, prepared, run, parts)
             solver = dataclasses.replace(solver, capacity_bytes=made.solve_capacity)
@@ -149,7 +148,6 @@ def collect(config: RunConfig, *, quiet: bool = False, verbose: bool = False) ->
         progress = Progress(meter, quiet=quiet)
         _announce(progress, prepared, verbose)
         with stopping.deferred(), open_run(work, prepared, parts, made) as (run, made):
-            reuse_heap(prepared.device, prepared.budget.device_bytes - made.peak_bytes)
             report = new_report(prepared, made)
             _announce_resumed(progress, report, prepared, run, parts)
             Collection(prepared, checkpoint, run, made, meter, progress, report).collect(None)

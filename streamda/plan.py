@@ -16,7 +16,7 @@ from streamda.disk_plan import DiskUse, choose_stride, disk_work, stride_text
 from streamda.errors import BudgetError, StorageError
 from streamda.flops import count_flops
 from streamda.layers import BlockSpec
-from streamda.memory import READ_CHUNK_BYTES, MemoryBudget, format_size
+from streamda.memory import HEAP_ROOM_BYTES, READ_CHUNK_BYTES, MemoryBudget, format_size
 from streamda.panels import FLOAT32_BYTES, Replay, block_panels, pack_replays
 from streamda.solve_plan import SolveLayout, solve_layout
 
@@ -56,6 +56,8 @@ class Plan:
     """Of the other boundaries every so many-th is kept on the way up, and the others are made again on the way down."""
     peaks: dict[str, int]
     """Predicted peak in bytes by phase."""
+    roomy_phases: tuple[str, ...]
+    """Those whose peak holds `HEAP_ROOM_BYTES` for blocks that are kept to be used again."""
     disk_bytes: int
     """Predicted peak of the work directory."""
     weight_bytes_read: int
@@ -196,7 +198,11 @@ def _plan_at(
         peaks["backward"] = max(peaks["backward"], fixed + held)
     if max(peaks.values()) > available:
         return None
+    roomy: tuple[str, ...] = ()
     if host_is_device:
+        highest = max(peaks.values())
+        roomy = tuple(phase for phase in ("forward", "solve") if peaks.get(phase, highest) + HEAP_ROOM_BYTES <= highest)
+        peaks |= {phase: peaks[phase] + HEAP_ROOM_BYTES for phase in roomy}
         peaks = {phase: peak + in_memory * boundary for phase, peak in peaks.items()}
     scratch = max((layout.spilled_bytes for layout in layouts), default=0)
     work = disk_work(
@@ -221,6 +227,7 @@ def _plan_at(
         solve_capacity=capacity,
         scratch_bytes=scratch,
         peaks=peaks,
+        roomy_phases=roomy,
         boundary_stride=disk.stride,
         disk_bytes=disk.disk_bytes,
         weight_bytes_read=weight_bytes_read,

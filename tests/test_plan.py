@@ -19,7 +19,7 @@ from streamda.errors import BudgetError, StorageError
 from streamda.flops import EIGEN_STEPS
 from streamda.layers import BlockSpec, InputGroup, LinearSpec
 from streamda.low_rank import extra_vectors
-from streamda.memory import MemoryBudget, parse_size
+from streamda.memory import HEAP_ROOM_BYTES, MemoryBudget, parse_size
 from streamda.panels import PANEL_ROWS, Panel, block_panels, pack_replays, statistics_bytes, stored_bytes
 from streamda.plan import Plan, make_plan, minimum_bytes
 
@@ -469,7 +469,8 @@ class TestBoundaries:
         shared = plan_for("Llama-2-7B", 64 * GB, host_bytes=3 * self.BOUNDARY, host_is_device=True)
         assert shared.boundaries_in_memory == 3
         for phase in ("prologue", "forward", "solve"):
-            assert shared.peaks[phase] - apart.peaks[phase] == 3 * self.BOUNDARY
+            room = HEAP_ROOM_BYTES if phase in shared.roomy_phases else 0
+            assert shared.peaks[phase] - apart.peaks[phase] == 3 * self.BOUNDARY + room
         smallest = minimum_bytes(llama_workload(MODELS["Llama-2-7B"], 1), 8, 3 * self.BOUNDARY)
         assert (
             plan_for("Llama-2-7B", smallest, host_bytes=3 * self.BOUNDARY, host_is_device=True).peak_bytes <= smallest

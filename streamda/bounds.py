@@ -77,8 +77,9 @@ class Bounds:
     @property
     def phase_seconds(self) -> dict[str, float | None]:
         """Compute time by phase."""
-        # no rate is measured of float32 where it is not the compute dtype: that of a narrower one is a bound, too
-        rates = {"float64": self.rates.flops64, "compute": self.rates.flops, "float32": self.rates.flops}
+        # float32 is measured only where it is the compute dtype; a narrower one is emulated on some devices
+        single = max((rate for rate in (self.rates.flops, self.rates.flops64) if rate is not None), default=None)
+        rates = {"float64": self.rates.flops64, "compute": self.rates.flops, "float32": single}
         return {phase: _ratio(count, rates[self.precision[phase]]) for phase, count in self.flops.items()}
 
     @property
@@ -122,7 +123,6 @@ class Bounds:
         by_precision = {
             kind: sum(count for phase, count in flops.items() if self.precision[phase] == kind)
             for kind in ("compute", "float32", "float64")
-            if kind != "float32" or kind in self.precision.values()
         }
         values: dict[str, Any] = {
             "rates": asdict(self.rates),

@@ -136,8 +136,13 @@ class Checkpoint:
         if fused:
             self._convert(fused)
 
-    def announce(self, names: Iterable[str]) -> None:
-        """Asks the system to read parameters into its page cache, for a `load` that follows; names as there."""
+    def announce(self, names: Iterable[str], dropped: threading.Event) -> None:
+        """Asks the system to read parameters into its page cache, for a `load` that follows; any thread may.
+
+        Args:
+            names: as for `load`.
+            dropped: once it is set, the rest is not asked for.
+        """
         tensors = [
             tensor for name in names for target in self.map.targets_below(name) for tensor in self.map.stored(target)
         ]
@@ -145,7 +150,7 @@ class Checkpoint:
             with opened(shard) as descriptor:
                 for tensor in tensors:
                     if tensor.file == shard:
-                        announce(descriptor, tensor)
+                        announce(descriptor, tensor, dropped)
 
     def release(self, names: Iterable[str]) -> None:
         """Puts parameters back on meta and so frees them; names as in `load`."""

@@ -16,7 +16,7 @@ from streamda.disk_space import require_room
 from streamda.errors import MismatchError, NumericalError
 from streamda.files import reached
 from streamda.layers import BlockSpec
-from streamda.memory import release_unused, reuse_heap
+from streamda.memory import bound_allocator, release_unused, reuse_heap
 from streamda.nonfinite import BadSamplesError, named_samples, skip_notice
 from streamda.panels import stored_bytes
 from streamda.plan import Plan
@@ -29,6 +29,9 @@ from streamda.solve_stage import Solver
 from streamda.stopwatch import RunMeter, Stopwatch
 from streamda.store import BlockStatisticsWriter, stats_unit
 from streamda.sweep import Sweep, acts, grads
+
+REUSING_PHASES = {"forward", "backward", "solve"}
+"""Where the same sizes are needed again and again: block by block, and micro-batch by micro-batch."""
 
 
 class Collection:
@@ -63,6 +66,7 @@ class Collection:
             solver: solves each block once its statistics are committed; None collects only.
         """
         self._report.resumed = bool(self._run.units.names())
+        bound_allocator(self._prepared.device)
         while True:
             self._begin()
             try:
@@ -75,6 +79,7 @@ class Collection:
                 break
             # out here nothing of the failed pass is alive any more that its traceback had held
             self._leave_out(reasons)
+        bound_allocator(self._prepared.device)
         self._report.skipped_samples = [dict(entry) for entry in self._run.settings.get("skipped_samples", ())]
         self._report.notices += map(skip_notice, self._report.skipped_samples)
         self._report.data |= self._run.settings["data"]
@@ -251,8 +256,11 @@ class Collection:
 
     def _phase(self, name: str) -> Stopwatch:
         """Begins a phase, with what it may keep of the memory that it frees."""
-        slack = self._prepared.budget.device_bytes - self._plan.peaks.get(name, 0)
-        reuse_heap(self._prepared.device, slack, roomy=name in self._plan.roomy_phases)
+        if name in REUSING_PHASES:
+            slack = self._prepared.budget.device_bytes - self._plan.peaks[name]
+            reuse_heap(self._prepared.device, slack, roomy=name in self._plan.roomy_phases)
+        else:
+            bound_allocator(self._prepared.device)
         return Stopwatch(self._report, name, self._meter)
 
     def _needed(self, following: int) -> tuple[int, ...]:

@@ -129,9 +129,9 @@ def largest_magnitude(values: torch.Tensor) -> float:
 
 
 def frobenius_norm(weight: torch.Tensor) -> float:
-    """Of a weight [rows, columns], to six digits."""
+    """Of a matrix [rows, columns], to six digits."""
     # row by row in float32, at the speed of memory and float64 at a twentieth of it; squares may under- or overflow
-    for dtype in (torch.float32, torch.float64):
+    for dtype in (torch.promote_types(weight.dtype, torch.float32), torch.float64):
         bands = [
             torch.linalg.vector_norm(weight[row : row + NORM_ROWS], dim=1, dtype=dtype).double()
             for row in range(0, weight.shape[0], NORM_ROWS)

@@ -23,7 +23,7 @@ SVD_FLOPS, EIGH_FLOPS = 22, 12
 def count_flops(
     workload: Workload, schedule: Sequence[tuple[Replay, ...]], rank: int, blocks_again: Sequence[int]
 ) -> dict[str, int]:
-    """Work by phase: forward, epilogue, replay, statistics, solve (in float64), and what of that is done in float32.
+    """Work by phase: forward, epilogue, replay, statistics, solve (what is done in float64), solve_float32.
 
     Args:
         workload: the model and the samples.

@@ -75,7 +75,7 @@ ROOMY_BLOCK_BYTES, ROOMY_KEPT_BYTES = 32 << 20, 128 << 20
 """Thresholds of a phase that may take `HEAP_ROOM_BYTES` more and still stays below another phase's peak. The first is
 the highest that glibc takes; tiles of statistics are below it."""
 HEAP_ROOM_BYTES = 192 << 20
-"""What they cost at most: 110 MB were measured in the solution of a 13B block, which they made a quarter faster."""
+"""Allowed for them: 110 MB were measured in the solution of a 13B block, which they made a sixth faster."""
 SMALL_BLOCK_BYTES = 256 << 10
 """Threshold while a skeleton is built: each weight is allocated, never touched, and dropped, and would stretch the heap
 by the size of the model."""

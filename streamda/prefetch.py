@@ -5,6 +5,7 @@ Into memory where there is room, else into the system's page cache.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
 
@@ -35,13 +36,14 @@ class Prefetcher:
         self._executor = one_core_worker("streamda-prefetch")
         self._started: tuple[tuple[str, ...], bool] | None = None
         self._future: Future[ReadWeights] | None = None
-        self._hint: Future[None] | None = None
+        self._hint_dropped = threading.Event()
 
     def start(self, names: Sequence[str], *, keep_stored: bool = False) -> None:
         """Announces what `take` will want next; names as in `Checkpoint.load`."""
         self._forget()
         if not self._in_memory:
-            self._hint = self._executor.submit(self._checkpoint.announce, tuple(names))
+            self._hint_dropped = threading.Event()
+            self._executor.submit(self._checkpoint.announce, tuple(names), self._hint_dropped)
             return
         self._started = (tuple(names), keep_stored)
         self._future = self._executor.submit(self._read, tuple(names), keep_stored)
@@ -73,9 +75,7 @@ class Prefetcher:
         future, self._future = self._future, None
         if future is not None:
             _discard(future)
-        hint, self._hint = self._hint, None
-        if hint is not None:
-            hint.cancel()  # one that goes on has read nothing into memory; its errors meet whoever loads
+        self._hint_dropped.set()  # its errors are nobody's: they meet whoever loads
 
 
 def _discard(future: Future[ReadWeights]) -> None:

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import stat
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -22,7 +23,6 @@ import google_crc32c
 import torch
 from safetensors import SafetensorError, safe_open
 
-from streamda import stopping
 from streamda.errors import ModelError
 from streamda.files import shown
 from streamda.memory import READ_CHUNK_BYTES, DeviceCopier
@@ -222,12 +222,19 @@ def read_tensor(
     return value, checksum
 
 
-def announce(descriptor: int, tensor: StoredTensor) -> None:
-    """Asks the system to read a tensor into its page cache; waits only where the disk's queue is full."""
+def announce(descriptor: int, tensor: StoredTensor, dropped: threading.Event) -> None:
+    """Asks the system to read a tensor into its page cache; waits only where the disk's queue is full.
+
+    Args:
+        descriptor: of the shard.
+        tensor: which.
+        dropped: once it is set, the rest is not asked for.
+    """
     with suppress(OSError):  # a hint, which some file systems do not take
         end = tensor.offset + tensor.num_bytes
         for start in range(tensor.offset, end, READAHEAD_BYTES):
-            stopping.check()
+            if dropped.is_set():
+                return
             os.posix_fadvise(descriptor, start, min(READAHEAD_BYTES, end - start), os.POSIX_FADV_WILLNEED)
 
 

@@ -3,7 +3,8 @@
 Bands of the factor and of the gradient are the rows of stored tiles: at 28672 columns a band is at most 470 MB.
 The factor is float64 in every case; what changes is where it lies. In this order, until it fits: everything in memory;
 the gradient in the float32 it is stored in; the gradient read anew at each use; the factor's last bands in a file.
-None of it changes a bit of the result.
+(On the span of few tokens float32 is the first choice: nothing there uses the gradient in float64.) None of it changes
+a bit of the result.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ RITZ_MATRICES = 6
 CHUNK_BYTES = 64 << 20
 """Of a float32 gradient that is in float64 at a time."""
 MIN_CHUNK_ROWS = 256
-TILE_COPIES = 5
-"""Float32 copies of a tile that are there while two are read at a time: the reader's two, and up to three of Zarr's."""
+TILE_COPIES = 6
+"""Float32 copies of a tile that are there while two are read at a time: the reader's two, and two of each in Zarr, as
+they lie in the file and decompressed."""
 
 FEW_TOKENS = 1024
 """Rows that the small eigenproblem may have: dense, it costs the cube of them."""
@@ -81,7 +83,7 @@ def solve_layout(
     whole = len(sizes)
     forms: tuple[GradientForm, ...] = ("float64", "float32", "streamed")
     if num_tokens is not None and 0 < num_tokens <= few_tokens(d_in):
-        # the factor that is made for a gradient off the span, if there is any, goes to a file; float32 products do
+        # the factor that is made for a gradient off the span, if there is any, goes to a file
         whole, forms = 0, forms[1:]
     choices = [(whole, form) for form in forms]
     choices += [(count, form) for form in forms[-2:] for count in range(whole - 1, -1, -1)]
@@ -97,7 +99,7 @@ def _layout(d_in: int, d_out: int, rank: int, sizes: list[int], in_memory: int, 
     columns = 4 * min(d_in, PANEL_ROWS) * min(d_in, BLOCK_ROWS) * FLOAT64_BYTES
     factorizing = held + sum(spilled[-2:]) + tiles + columns
     gradient_band = min(PANEL_ROWS, d_out) * d_in * FLOAT32_BYTES
-    chunk = min(d_out, PANEL_ROWS, max(MIN_CHUNK_ROWS, CHUNK_BYTES // (FLOAT64_BYTES * d_in))) * d_in * FLOAT64_BYTES
+    chunk = _chunk_rows(d_in, d_out) * d_in * FLOAT64_BYTES
     gradient = {
         "float64": d_out * d_in * FLOAT64_BYTES + gradient_band,
         "float32": d_out * d_in * FLOAT32_BYTES + chunk,
@@ -121,4 +123,12 @@ def _few_tokens_bytes(d_in: int, d_out: int, gradient: int) -> int:
     wide = tokens + extra_vectors(d_in, tokens)
     small = RITZ_MATRICES * wide**2
     factorizing = max(band_bytes(d_in)) + (5 * wide * d_in + small) * FLOAT64_BYTES
-    return max(factorizing, gradient + ((d_in + d_out) * tokens + small) * FLOAT64_BYTES)
+    # the span in float32 and what a chunk of the gradient makes of it, before there is the small eigenproblem
+    along = (d_in + _chunk_rows(d_in, d_out)) * tokens * FLOAT32_BYTES
+    solving = gradient + (d_in + d_out) * tokens * FLOAT64_BYTES + max(along, small * FLOAT64_BYTES)
+    return max(factorizing, solving)
+
+
+def _chunk_rows(d_in: int, d_out: int) -> int:
+    """Rows of the gradient that are multiplied at a time."""
+    return min(d_out, PANEL_ROWS, max(MIN_CHUNK_ROWS, CHUNK_BYTES // (FLOAT64_BYTES * d_in)))

@@ -14,7 +14,7 @@ from streamda import stopping
 from streamda.adapter import relative_change
 from streamda.config import SolveConfig
 from streamda.errors import DamagedError, MismatchError, NumericalError
-from streamda.factors import TRIANGLE_ROWS, largest_magnitude
+from streamda.factors import TRIANGLE_ROWS, frobenius_norm, largest_magnitude
 from streamda.files import shown
 from streamda.layers import InputGroup, require_rank
 from streamda.memory import release_unused
@@ -63,8 +63,8 @@ class _CheckedMoment:
         if index not in self._squares:
             start = band.shape[1] - band.shape[0]
             self._require_symmetric(band[:, start:])
-            below = float(torch.linalg.vector_norm(band[:, :start])) if start else 0.0
-            self._squares[index] = 2 * below**2 + float(torch.linalg.vector_norm(band[:, start:])) ** 2
+            below = frobenius_norm(band[:, :start]) if start else 0.0
+            self._squares[index] = 2 * below**2 + frobenius_norm(band[:, start:]) ** 2
             self._trace += float(band.diagonal(start).sum())
         return band
 

@@ -24,8 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import zarr
-from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
-from zarr.codecs.numcodecs import BitRound
+from zarr.buffer.cpu import NDBuffer
 
 from streamda import files
 from streamda.config import StatisticsCodec
@@ -33,11 +32,11 @@ from streamda.errors import DamagedError
 from streamda.factors import mirror_lower_
 from streamda.layers import BlockSpec, InputGroup, LinearSpec
 from streamda.panels import PANEL_ROWS, Panel
+from streamda.statistics_codecs import zarr_codecs
 from streamda.units import UnitStore
 
 TILE = PANEL_ROWS
 ZARR_FOLDER = "statistics.zarr"
-KEPT_MANTISSA_BITS = 12  # bitround: relative error 1.2e-4 per entry, about the noise of a few hundred samples
 CHUNK_CONCURRENCY = 2
 """Chunks written or read at a time. Zarr holds about two copies of each: 2 x 2 x 16.8 MB at full tiles."""
 
@@ -55,18 +54,6 @@ def _zarr_limits() -> Iterator[None]:
         # of bitround, which the user asked for, at each array that is made or opened
         warnings.filterwarnings("ignore", "Numcodecs codecs are not in the Zarr version 3 specification")
         yield
-
-
-def _codecs(codec: StatisticsCodec) -> dict[str, Any]:
-    """Arguments of create_array. The checksum stands behind compression: it guards the bytes in the file."""
-    if codec == "bitround":
-        return {"filters": [BitRound(keepbits=KEPT_MANTISSA_BITS)], "compressors": [ZstdCodec(level=1), Crc32cCodec()]}
-    compressors: dict[StatisticsCodec, list[Any]] = {
-        "none": [],
-        "zstd": [ZstdCodec(level=1)],
-        "blosc": [BloscCodec(cname="lz4", shuffle="bitshuffle", clevel=5)],
-    }
-    return {"filters": [], "compressors": [*compressors[codec], Crc32cCodec()]}
 
 
 def _slugs(spec: BlockSpec) -> dict[str, str]:
@@ -104,7 +91,7 @@ class BlockStatisticsWriter:
             dtype="float32",
             fill_value=float("nan"),
             config={"write_empty_chunks": True},
-            **_codecs(codec),
+            **zarr_codecs(codec),
         )
 
     def write_panel(self, panel: Panel, values: torch.Tensor) -> None:
@@ -249,7 +236,7 @@ class BlockStatisticsReader:
 
     def gradient_band(self, module: str, row: int, device: torch.device) -> torch.Tensor:
         """Rows from `row` on of a mean gradient, [up to a tile's rows, d_in] float32."""
-        band = self._read(self._array(module, "gradient_sum"), slice(row, row + TILE))
+        band = self._read(self._array(module, "gradient_sum"), slice(row, row + TILE), slice(None))
         return band.div_(self._facts[module]["num_samples"]).to(device)
 
     def output_moment(self, module: str, device: torch.device) -> torch.Tensor:
@@ -272,8 +259,10 @@ class BlockStatisticsReader:
         return array
 
     def _read(self, array: zarr.Array[Any], *where: slice) -> torch.Tensor:
+        shape = [len(range(side)[each]) for each, side in zip(where, array.shape, strict=True)]
+        values = torch.empty(shape)  # not NumPy's, whose alignment varies, and with it the bits of a product
         with self._reading():
-            values = torch.from_numpy(np.asarray(array[where], dtype=np.float32))
+            array.get_basic_selection(where, out=NDBuffer.from_numpy_array(values.numpy()))
         # every sum was checked to be finite, and is far from overflow, when it was written
         if not bool(torch.isfinite(values.sum())):
             raise self._damage(f"{array.name} holds values that were never written; a chunk is missing")
@@ -305,12 +294,12 @@ class StoredMoment:
 
     def diagonal(self) -> torch.Tensor:
         """[d_in] float64."""
-        starts = range(0, self._group.d_in, TILE)
-        tiles = (self._reader.moment_tiles(self._group, start, slice(start, start + TILE)) for start in starts)
-        if len(self) == 1:
-            self._only_tile = next(tiles)
-            return self._only_tile.diagonal().double().to(self._device)
-        return torch.cat([tile.diagonal().double() for tile in tiles]).to(self._device)
+        parts: list[torch.Tensor] = []
+        for start in range(0, self._group.d_in, TILE):
+            tile = self._reader.moment_tiles(self._group, start, slice(start, start + TILE))
+            parts.append(tile.diagonal().double())
+        self._only_tile = tile if len(parts) == 1 else None
+        return torch.cat(parts).to(self._device)
 
     def band(self, index: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
         """Band `index`, [rows, stop]; a new tensor each time."""
@@ -345,7 +334,7 @@ class StoredGradient(Sequence[torch.Tensor]):
 
     def __getitem__(self, index: int | slice) -> torch.Tensor | list[torch.Tensor]:
         if isinstance(index, slice):
-            return [self[each] for each in range(*index.indices(len(self)))]
+            return [self[each] for each in range(len(self))[index]]
         if not 0 <= index < len(self):
             raise IndexError(index)  # what ends an iteration
         return self._reader.gradient_band(self._module, index * TILE, self._device)

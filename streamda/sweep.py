@@ -80,7 +80,8 @@ class Sweep:
             boundaries: what connects the passes.
             timeline: takes what was done when.
             keep_stored: weights stay in the dtype of their files and are cast for each product.
-            prefetch: the next block is read into memory while one is in use. Close the sweep to end its thread.
+            prefetch: the next block is read into memory while one is in use; else the system is asked to cache it.
+                Close the sweep to end the thread that does either.
             skip_bad_samples: whoever catches a `BadSamplesError` goes on without them.
             skip_bad_layers: a layer whose weight or statistics hold NaN or Inf is left out and not an error.
         """

@@ -25,8 +25,18 @@ def test_each_phase_has_the_rate_of_its_precision() -> None:
 def test_a_run_is_held_against_the_larger_bound(flops: int, larger: str, times: float) -> None:
     values = Bounds(RATES, {"forward": flops, "solve": flops // 2 * 2 // 2}, 14 * 10**9, 2 * 10**9).to_dict(60.0)
     assert (values["larger"], values["times_the_bound"]) == (larger, times)
-    assert values["flops_by_precision"] == {"compute": flops, "float64": flops // 2}
+    assert values["flops_by_precision"] == {"compute": flops, "float32": 0, "float64": flops // 2}
     assert json.loads(json.dumps(values, allow_nan=False)) == values
+
+
+@pytest.mark.parametrize(("flops", "flops64", "seconds"), [(100e9, 50e9, 10.0), (20e9, 50e9, 20.0), (None, None, None)])
+def test_float32_beside_another_dtype_has_the_higher_rate(
+    flops: float | None, flops64: float | None, seconds: float | None
+) -> None:
+    bounds = Bounds(Rates(flops=flops, flops64=flops64), {"solve_float32": 10**12}, bytes_read=0, bytes_written=0)
+    assert bounds.precision == {"solve_float32": "float32"}
+    assert bounds.phase_seconds == {"solve_float32": seconds}
+    assert bounds.to_dict()["flops_by_precision"]["float32"] == 10**12
 
 
 def test_what_is_not_known_is_none_and_not_zero() -> None:

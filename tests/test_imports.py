@@ -30,8 +30,8 @@ LAYERS = (
     {
         "model_source", "model_copy", "shards", "skeleton", "weight_map", "checkpoint", "prefetch",
         "bad_rows", "json_rows", "rows", "samples", "calibration", "config_file", "disk_space",
-        "limits", "boundary", "store", "collected", "scratch", "solutions", "adapter", "adapter_check", "output",
-        "model_card", "report", "rates", "gantt", "trace",
+        "limits", "boundary", "statistics_codecs", "store", "collected", "scratch", "solutions", "adapter",
+        "adapter_check", "output", "model_card", "report", "rates", "gantt", "trace",
     },
     {"blocks", "probe", "workload", "hooks", "loss", "nonfinite", "sweep", "progress", "stopwatch"},
     {"places", "setup", "session", "solve_stage", "collect_stage"},
@@ -71,6 +71,7 @@ WITHIN = {
     "skeleton": {"shards"},
     "prefetch": {"checkpoint"},
     "boundary": {"disk_space"},
+    "store": {"statistics_codecs"},
     "collected": {"store"},
     "adapter": {"adapter_check", "output", "model_card", "report", "trace"},
     "adapter_check": {"output"},
@@ -113,7 +114,7 @@ HOMES = {
     },
     "typer": {"cli"},
     "yaml": {"config_file"},
-    "zarr": {"store"},  # and numcodecs, through it
+    "zarr": {"statistics_codecs", "store"},  # and numcodecs, through it
 }
 """Where each dependency is imported, no more and no less; torch is at home everywhere."""
 

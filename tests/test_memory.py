@@ -251,3 +251,20 @@ def test_on_cuda_the_meter_reads_the_allocator_s_reserved_peak() -> None:
         release_unused(device)
         assert meter.take_peak() == before + 64 * MIB
         assert meter.take_peak() == torch.cuda.memory_reserved(device)
+
+
+@pytest.mark.parametrize(
+    ("slack", "roomy", "block", "kept"),
+    [(191 * MIB, False, 1 * MIB, None), (192 * MIB, False, 8 * MIB, 64 * MIB), (0, True, 32 * MIB, 128 * MIB)],
+)
+def test_a_phase_keeps_blocks_as_its_room_allows(
+    monkeypatch: pytest.MonkeyPatch, slack: int, roomy: bool, block: int, kept: int | None
+) -> None:
+    asked: list[tuple[int, int | None]] = []
+
+    def noted(device: torch.device, large_block_bytes: int = MIB, kept_bytes: int | None = None) -> None:
+        asked.append((large_block_bytes, kept_bytes))
+
+    monkeypatch.setattr(memory, "bound_allocator", noted)
+    memory.reuse_heap(CPU, slack, roomy=roomy)
+    assert asked == [(block, kept)]

@@ -476,6 +476,18 @@ class TestBoundaries:
             plan_for("Llama-2-7B", smallest, host_bytes=3 * self.BOUNDARY, host_is_device=True).peak_bytes <= smallest
         )
 
+    def test_room_for_blocks_to_be_used_again_never_raises_the_peak_of_a_run(self) -> None:
+        roomy = []
+        for budget in (1 * GB, 2 * GB, 4 * GB, 8 * GB):
+            made = plan_for("Llama-2-7B", budget, host_is_device=True)
+            without = plan_for("Llama-2-7B", budget)
+            assert made.peak_bytes == without.peak_bytes
+            assert without.roomy_phases == ()
+            room = {phase: made.peaks[phase] - without.peaks[phase] for phase in made.peaks}
+            assert room == {phase: HEAP_ROOM_BYTES if phase in made.roomy_phases else 0 for phase in room}
+            roomy.append(made.roomy_phases)
+        assert set(roomy) == {(), ("solve",)}
+
     def test_the_smallest_budget_holds_no_more_boundaries_than_there_are(self) -> None:
         """Blocks and one, however much host memory is offered beside them."""
         workload = llama_workload(MODELS["Llama-2-7B"], 1)

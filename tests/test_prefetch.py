@@ -126,8 +126,7 @@ def test_without_room_the_system_is_asked_in_ranges_that_it_reads_whole(
     checkpoint = opened(llama)
     with closing(Prefetcher(checkpoint, Timeline(), in_memory=False)) as ahead:
         ahead.start(BLOCKS[1:])
-        while any(not hint.done() for hint in [ahead._hint] if hint is not None):
-            time.sleep(0.001)
+        ahead._executor.submit(int).result(timeout=10)  # behind the hint
         assert checkpoint.bytes_read == 0
         ahead.take(BLOCKS[1:])
     assert sum(length for _, length in asked) == checkpoint.bytes_read > 0
@@ -136,14 +135,47 @@ def test_without_room_the_system_is_asked_in_ranges_that_it_reads_whole(
     assert threads() == []
 
 
-def test_a_hint_that_fails_is_none(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(*_args: Any) -> None:
+def test_a_file_system_that_takes_no_hints_is_no_error(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def refused(*arguments: int) -> None:
+        asked.append(arguments[1])
         raise OSError("not here")
 
     monkeypatch.setattr("os.posix_fadvise", refused)
-    with closing(Prefetcher(opened(llama), Timeline(), in_memory=False)) as ahead:
-        ahead.start(BLOCKS)
-        ahead.take(BLOCKS)
+    checkpoint = opened(llama)
+    checkpoint.announce(BLOCKS, threading.Event())
+    assert len(asked) > len(BLOCKS)
+
+
+@pytest.mark.parametrize("ends", ["close", "another hint"])
+def test_a_hint_that_nobody_waits_for_any_more_ends(llama: Path, monkeypatch: pytest.MonkeyPatch, ends: str) -> None:
+    begun, go_on, asked = threading.Event(), threading.Event(), []
+
+    def slow(_fd: int, offset: int, _length: int, _advice: int) -> None:
+        asked.append(offset)
+        begun.set()
+        assert go_on.wait(10)
+
+    monkeypatch.setattr("os.posix_fadvise", slow)
+    monkeypatch.setattr("streamda.shards.READAHEAD_BYTES", 100)
+    ahead = Prefetcher(opened(llama), Timeline(), in_memory=False)
+    ahead.start(BLOCKS)
+    assert begun.wait(10)
+    if ends == "another hint":
+        ahead.start(())
+        go_on.set()
+        ahead.close()
+    else:
+        closer = threading.Thread(target=ahead.close)
+        closer.start()
+        while not ahead._hint_dropped.is_set():
+            time.sleep(0.001)
+        go_on.set()
+        closer.join(10)
+    # of each tensor at most its first range: the loop over tensors ends with the next one's
+    assert len(asked) == 1
+    assert threads() == []
 
 
 def test_an_error_of_the_thread_comes_out_where_the_weights_are_wanted(tmp_path: Path) -> None:

@@ -121,6 +121,34 @@ def test_what_is_written_comes_back_whatever_its_shape(d_in: int, d_out: int, co
             assert_holds(Path(folder), [spec], [draw(spec)])
 
 
+@pytest.mark.parametrize("codec", CODECS[:3])
+@pytest.mark.parametrize("d_in", [9, 16, 48, 71])
+def test_bands_are_the_same_in_either_precision_and_whatever_was_done_to_the_last_one(
+    tmp_path: Path, d_in: int, codec: StatisticsCodec
+) -> None:
+    """One tile, several, more than are read at a time, and a part of one."""
+    spec = block(d_in, 40)
+    sums = draw(spec)
+    expected = (sums[spec.groups[0].name]["input_moment"] / NUM_TOKENS).double()
+    with a_run(tmp_path) as run:
+        write(run, spec, sums, codec)
+        reader = BlockStatisticsReader(run.units, spec.index)
+        moment = reader.moment(spec.groups[0], torch.device("cpu"))
+        torch.testing.assert_close(moment.diagonal(), expected.diagonal(), rtol=1e-6, atol=0)
+        for dtype in (torch.float64, torch.float32):
+            for index in range(len(moment)):
+                band = moment.band(index, dtype)
+                rows = slice(16 * index, min(16 * index + 16, d_in))
+                assert band.dtype == dtype
+                torch.testing.assert_close(band.double(), expected[rows, : rows.stop], rtol=1e-6, atol=1e-6)
+                assert torch.equal(band.double(), moment.band(index))
+                band.fill_(7.0)
+        name = spec.linears[0].name
+        bands = list(reader.gradient_bands(name, torch.device("cpu")))
+        torch.testing.assert_close(torch.cat(bands), sums[name]["gradient"] / NUM_SAMPLES, rtol=1e-6, atol=1e-30)
+        assert all(band.data_ptr() % 64 == 0 for band in bands)  # bits may depend on it
+
+
 def test_two_blocks_come_back_at_the_real_size_of_tiles(tmp_path: Path) -> None:
     specs = [block(2100, 3, index) for index in range(2)]
     with a_run(tmp_path, tile=2048) as run:

@@ -63,7 +63,7 @@ class Displacement:
         return -self.precondition(product.T)
 
     def rows(self, dtype: torch.dtype = torch.float64) -> Iterator[tuple[int, torch.Tensor]]:
-        """First row and rows [count, d_in] of each chunk of the gradient.
+        """First row and rows [count, d_in] of each chunk of the gradient, which may be a view of it.
 
         Chunks depend on the shape only: the bits must not depend on the budget.
         """

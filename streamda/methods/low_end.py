@@ -205,7 +205,7 @@ def _along_span(
     vectors = factor.vectors
     probes = _drawn(vectors.shape[0], LEAK_PROBES, generator, vectors.device)
     probes -= vectors @ (vectors.T @ probes)
-    right = torch.cat((vectors, probes), dim=1).float()
+    right = torch.cat((vectors.float(), probes.float()), dim=1)
     along = vectors.new_empty(displacement.d_out, vectors.shape[1])
     leaked = 0.0
     for start, rows in displacement.rows(torch.float32):

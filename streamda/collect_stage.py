@@ -257,7 +257,8 @@ class Collection:
     def _phase(self, name: str) -> Stopwatch:
         """Begins a phase, with what it may keep of the memory that it frees."""
         if name in REUSING_PHASES:
-            slack = self._prepared.budget.device_bytes - self._plan.peaks[name]
+            budget = self._prepared.budget.device_bytes
+            slack = budget - self._plan.peaks.get(name, budget)  # what was only to be collected has no solution planned
             reuse_heap(self._prepared.device, slack, roomy=name in self._plan.roomy_phases)
         else:
             bound_allocator(self._prepared.device)

@@ -34,7 +34,7 @@ def count_flops(
     rows = workload.num_rows
     again = [workload.blocks[index] for index in blocks_again]
     forward = sum(2 * cost.weight_count * rows for cost in (*workload.blocks, *again))
-    replay = statistics = solve = single = 0
+    replay = statistics = solve = solve_float32 = 0
     for cost, replays in zip(workload.blocks, schedule, strict=True):
         for item in replays or (Replay(()),):
             replay += (4 if item.needs_backward else 2) * cost.weight_count * rows
@@ -49,8 +49,9 @@ def count_flops(
         )
         for group in cost.spec.groups if rank else ():
             widths = [cost.spec.linear(name).d_out for name in group.modules]
-            double, float32 = _solve_flops(group.d_in, widths, rank, rows)
-            solve, single = solve + double, single + float32
+            in_float64, in_float32 = _solve_flops(group.d_in, widths, rank, rows)
+            solve += in_float64
+            solve_float32 += in_float32
     head = 4 * workload.num_labels * workload.vocab_size * workload.hidden_size
     return {
         "forward": forward,
@@ -58,7 +59,7 @@ def count_flops(
         "replay": replay,
         "statistics": statistics,
         "solve": solve,
-        "solve_float32": single,
+        "solve_float32": solve_float32,
     }
 
 

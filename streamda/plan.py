@@ -201,9 +201,10 @@ def _plan_at(
     roomy: tuple[str, ...] = ()
     if host_is_device:
         highest = max(peaks.values())
-        # only what ends with each input group: a pass over many micro-batches would stretch the heap with each of them
-        roomy = tuple(phase for phase in ("solve",) if peaks.get(phase, highest) + HEAP_ROOM_BYTES <= highest)
-        peaks |= {phase: peaks[phase] + HEAP_ROOM_BYTES for phase in roomy}
+        # no pass over micro-batches: each of them would stretch the heap, where an input group gives all of it back
+        if peaks.get("solve", highest) + HEAP_ROOM_BYTES <= highest:
+            roomy = ("solve",)
+            peaks["solve"] += HEAP_ROOM_BYTES
         peaks = {phase: peak + in_memory * boundary for phase, peak in peaks.items()}
     scratch = max((layout.spilled_bytes for layout in layouts), default=0)
     work = disk_work(

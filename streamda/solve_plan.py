@@ -86,7 +86,7 @@ def solve_layout(
         # the factor that is made for a gradient off the span, if there is any, goes to a file
         whole, forms = 0, forms[1:]
     choices = [(whole, form) for form in forms]
-    choices += [(count, form) for form in forms[-2:] for count in range(whole - 1, -1, -1)]
+    choices += [(count, form) for form in forms[1:] for count in range(whole - 1, -1, -1)]
     layouts = [_layout(d_in, d_out, rank, sizes, count, form) for count, form in choices]
     fitting = (each for each in layouts if capacity_bytes is None or each.num_bytes <= capacity_bytes)
     return next(fitting, min(layouts, key=lambda each: each.num_bytes))

@@ -49,7 +49,15 @@ app = typer.Typer(
 
 _PANELS = {"": "Run", "data": "Data", "collect": "Statistics", "solve": "Method"}
 _SWITCHES = (
-    *("trust_remote_code", "keep_statistics", "skip_bad_samples", "skip_bad_layers", "profile", "overwrite"),
+    *(
+        "trust_remote_code",
+        "keep_statistics",
+        "spill_statistics",
+        "skip_bad_samples",
+        "skip_bad_layers",
+        "profile",
+        "overwrite",
+    ),
     *("allow_environment_change", "unsafe_filesystem"),
 )
 """Options that are only ever turned on."""
@@ -159,7 +167,7 @@ def plan_command(**options: Any) -> None:
 
 
 @app.command("collect")
-@_with_options(_options(skip=("output_dir", "work_dir", "keep_statistics", "rates", "profile")))
+@_with_options(_options(skip=("output_dir", "work_dir", "keep_statistics", "spill_statistics", "rates", "profile")))
 def collect_command(**options: Any) -> None:
     """Collect the statistics of all layers and keep them, for `solve`."""
     quiet, verbose, as_json = _take_flags(options)

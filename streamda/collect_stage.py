@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
+from typing import Any
 
 import torch
 
 from streamda.batches import MicroBatch, collate, make_micro_batches
+from streamda.block_statistics import BlockStatistics, HeldStatistics, StatisticsSink
 from streamda.boundary import BoundaryStore
 from streamda.checkpoint import Checkpoint
 from streamda.disk_plan import needed_boundaries, solution_bytes
@@ -19,19 +21,16 @@ from streamda.layers import BlockSpec
 from streamda.memory import bound_allocator, release_unused, reuse_heap
 from streamda.nonfinite import BadSamplesError, named_samples, skip_notice
 from streamda.panels import stored_bytes
-from streamda.plan import Plan
+from streamda.plan import REUSING_PHASES, Plan
 from streamda.progress import Progress
 from streamda.report import InitReport
 from streamda.rundir import RunDirectory
-from streamda.session import stride_notices
+from streamda.session import continuation_notice, sample_counts, stride_notices
 from streamda.setup import Prepared
 from streamda.solve_stage import Solver
 from streamda.stopwatch import RunMeter, Stopwatch
-from streamda.store import BlockStatisticsWriter, stats_unit
+from streamda.store import BlockStatisticsReader, BlockStatisticsWriter, stats_unit
 from streamda.sweep import Sweep, acts, grads
-
-REUSING_PHASES = {"forward", "backward", "solve"}
-"""Where the same sizes are needed again and again: block by block, and micro-batch by micro-batch."""
 
 
 class Collection:
@@ -63,7 +62,7 @@ class Collection:
         """Runs both passes from wherever an earlier run stopped.
 
         Args:
-            solver: solves each block once its statistics are committed; None collects only.
+            solver: solves each block once it has its statistics; None collects only.
         """
         self._report.resumed = bool(self._run.units.names())
         bound_allocator(self._prepared.device)
@@ -160,23 +159,17 @@ class Collection:
         left = [calibration.samples[index] for index in chosen]
         before = self._run.settings
         skipped = sorted([*before.get("skipped_samples", ()), *entries], key=lambda entry: int(entry["sample"]))
-        counts = {
-            "num_samples": len(left),
-            "num_tokens": sum(sample.num_tokens for sample in left),
-            "num_rows": sum(batch.num_rows for batch in self._micro_batches(chosen)),
-            "num_label_tokens": sum(sample.num_label_tokens for sample in left),
-        }
+        counts = sample_counts(left, sum(batch.num_rows for batch in self._micro_batches(chosen)))
         self._run.update_settings({"skipped_samples": skipped, "data": before["data"] | counts})
 
     def _collect(self, solver: Solver | None) -> None:
-        report = self._report
         for notice in stride_notices(self._plan):
             self._progress.say(f"note: {notice}")
         top = len(self._specs)
         self._steps = self._missing_steps(solver)
         following = max(self._steps, default=self._lowest - 1)  # the block that comes next on the way down
         if self._run.units.names():
-            self._progress.say(f"note: {self._continuation(following)}")
+            self._progress.say(f"note: {continuation_notice(self._where(following), self._run.was_killed)}")
         if self._steps:
             self._checkpoint.load(self._prepared.stack.small_names)
             self._go_up(following)
@@ -185,47 +178,50 @@ class Collection:
             for index in range(top - 1, self._lowest - 1, -1):
                 bar.working_on(f"block {index}")
                 committed: Future[None] | None = None
+                held: HeldStatistics | None = None
                 if index in self._steps:
                     self._refill(index)
                     with self._phase("backward"):
-                        committed = self._collect_block(self._specs[index], solver)
+                        if solver is None or self._plan.spill_statistics or self._is_collected(index, solver):
+                            committed = self._collect_block(self._specs[index], solver)
+                        else:
+                            held = HeldStatistics(self._specs[index])
+                            self._pass_down(self._specs[index], held)
                 if unsolved is not None:
                     self._solve_block(unsolved, solver)
+                    unsolved = None
                 if committed is not None:
                     with self._meter.timeline.span("wait for the commit"):
                         committed.result()
                     self._note_written(stats_unit(index))
-                unsolved = index
+                if held is not None and solver is not None:
+                    self._solve(solver, held)
+                    held = None  # or they would be there while the next block's are made
+                else:
+                    unsolved = index
                 self._forget(index)
                 if index in self._steps:
                     bar.advance()
             if unsolved is not None:
                 self._solve_block(unsolved, solver)
         self._boundaries.drop(grads(self._lowest))
-        report.bytes = {
+        self._report.bytes = {
             "weights_read": self._checkpoint.bytes_read,
             "checkpoint": self._checkpoint.total_bytes,
             "boundaries_written": self._boundaries.bytes_written,
             "boundaries_read": self._boundaries.bytes_read,
             "statistics_written": self._statistics_written,
         }
-        report.loss = self._run.settings.get("loss")
+        self._report.loss = self._run.settings.get("loss")
 
-    def _continuation(self, following: int) -> str:
-        """Where an interrupted run goes on, and what may have ended it."""
-        missing = self._sweep.missing_boundaries((len(self._specs),))
+    def _where(self, following: int) -> str:
+        """Where an interrupted run goes on."""
         if following < self._lowest:
-            where = "the last solutions"
-        elif {grads(len(self._specs)), grads(following + 1)} & set(self._run.units.names()):
-            where = f"block {following} of the backward pass"
-        else:
-            where = f"block {max(0, missing[0] - 1)} of the forward pass" if missing else "the loss"
-        if not self._run.was_killed:
-            return f"continuing at {where}"
-        return (
-            f"continuing at {where}; the last process here was killed, or the machine stopped: if memory ran out, give "
-            "a smaller --max-gpu-mem or --max-host-mem"
-        )
+            return "the last solutions"
+        if {grads(len(self._specs)), grads(following + 1)} & set(self._run.units.names()):
+            return f"block {following} of the backward pass"
+        missing = self._sweep.missing_boundaries((len(self._specs),))
+        return f"block {max(0, missing[0] - 1)} of the forward pass" if missing else "the loss"
 
     @property
     def _num_tokens(self) -> int:
@@ -256,12 +252,14 @@ class Collection:
 
     def _phase(self, name: str) -> Stopwatch:
         """Begins a phase, with what it may keep of the memory that it frees."""
+        budget, device = self._prepared.budget.device_bytes, self._prepared.device
         if name in REUSING_PHASES:
-            budget = self._prepared.budget.device_bytes
-            slack = budget - self._plan.peaks.get(name, budget)  # what was only to be collected has no solution planned
-            reuse_heap(self._prepared.device, slack, roomy=name in self._plan.roomy_phases)
+            reused = self._plan.reused.get(name, 0)
+            # what was only to be collected has no solution planned
+            slack = budget - self._plan.peaks.get(name, budget) + reused
+            reuse_heap(device, reused, slack, large=name == "solve")
         else:
-            bound_allocator(self._prepared.device)
+            bound_allocator(device)
         return Stopwatch(self._report, name, self._meter)
 
     def _needed(self, following: int) -> tuple[int, ...]:
@@ -294,30 +292,35 @@ class Collection:
         return solved or stats_unit(index) in units
 
     def _collect_block(self, spec: BlockSpec, solver: Solver | None) -> Future[None] | None:
-        """Commits the gradient below a block, if one is to be passed there, and writes the statistics that it lacks.
+        """Passes a block, and writes the statistics that it lacks to disk.
 
         Only once they, too, are committed may go what led to them.
 
         Returns:
             The commit of the statistics, under way; None for a block without any, or that has them.
         """
-        units, push = self._run.units, spec.index - 1 in self._steps
-        replays = self._plan.replays[spec.index]
+        units = self._run.units
         if self._is_collected(spec.index, solver):
-            self._sweep.backward_block(spec, (), lambda _panel, _values: None, push=push)
+            self._sweep.backward_block(spec, (), lambda _panel, _values: None, push=spec.index - 1 in self._steps)
             return None
         name = stats_unit(spec.index)
         require_room(units.folder, stored_bytes(spec), f"the statistics of block {spec.index}")
         with ExitStack() as stack:
             draft = stack.enter_context(self._meter.timeline.at_exit("commit", units.create(name), lane="commit"))
             writer = BlockStatisticsWriter(draft.path, spec, self._prepared.config.collect.statistics_codec)
-            facts = self._sweep.backward_block(spec, replays, writer.write_panel, push=push)
-            for module, values in facts.items():
-                writer.write_facts(module, values)
+            facts = self._pass_down(spec, writer)
             skipped = {module: values["skipped"] for module, values in facts.items() if "skipped" in values}
             draft.metadata |= {"prefix": spec.prefix, "modules": [linear.name for linear in spec.linears]}
             draft.metadata |= {"skipped": skipped} if skipped else {}
             return self._committer.submit(stack.pop_all().close)
+
+    def _pass_down(self, spec: BlockSpec, sink: StatisticsSink) -> dict[str, dict[str, Any]]:
+        """Commits the gradient below a block, if one is to be passed there, and makes the block's statistics."""
+        push = spec.index - 1 in self._steps
+        facts = self._sweep.backward_block(spec, self._plan.replays[spec.index], sink.write_panel, push=push)
+        for module, values in facts.items():
+            sink.write_facts(module, values)
+        return facts
 
     def _note_written(self, name: str) -> None:
         self._statistics_written += sum(record.size for record in self._run.units.metadata(name).files.values())
@@ -327,12 +330,16 @@ class Collection:
         if solver is None or not self._specs[index].linears:
             return
         if not solver.is_solved(units, index):
-            need = solution_bytes(self._specs[index], solver.config.rank) + self._plan.scratch_bytes
-            require_room(units.folder, need, f"the solution of block {index}")
-            with self._phase("solve"):
-                solver.solve(units, index)
+            self._solve(solver, BlockStatisticsReader(units, index))
         if not self._keeps and stats_unit(index) in units:
             units.drop(stats_unit(index))
+
+    def _solve(self, solver: Solver, statistics: BlockStatistics) -> None:
+        units, spec = self._run.units, statistics.spec
+        need = solution_bytes(spec, solver.config.rank) + self._plan.scratch_bytes
+        require_room(units.folder, need, f"the solution of block {spec.index}")
+        with self._phase("solve"):
+            solver.solve(units, statistics)
 
     def _forget(self, index: int) -> None:
         """Drops the boundaries that only a finished block needed."""

@@ -177,6 +177,11 @@ class RunConfig:
     max_host_mem: str | None = option(None, "Host memory for boundary states beside a GPU.")
     max_disk: str | None = option(None, "Disk that the work directory may take.")
     keep_statistics: bool = option(False, "Keep the statistics of all blocks, for `solve`.")
+    spill_statistics: bool = option(
+        False,
+        "Write the statistics of each block to disk before it is solved, even where memory would hold them: a run that "
+        "is stopped then repeats less.",
+    )
     device: str = option("auto", "auto, cpu, cuda or cuda:N.")
     rates: str | None = option(
         None,

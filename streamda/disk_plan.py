@@ -55,7 +55,7 @@ class DiskWork:
     slots: int
     """Boundaries that may be in memory at a time."""
     statistics_bytes: tuple[int, ...]
-    """Per block, on disk."""
+    """Per block, on disk; 0 where they stay in memory."""
     solution_bytes: tuple[int, ...]
     """Per block: lora_A and lora_B of its layers; 0 where nothing is solved."""
     record_bytes: tuple[int, ...]
@@ -64,6 +64,7 @@ class DiskWork:
     """Nameless file of a solution at most, gone before the solution is written."""
     replays: tuple[tuple[Replay, ...], ...]
     keep_statistics: bool
+    spill_statistics: bool
 
     @property
     def num_blocks(self) -> int:
@@ -94,6 +95,7 @@ def disk_work(
     rank: int,
     scratch_bytes: int,
     keep_statistics: bool,
+    spill_statistics: bool,
 ) -> DiskWork:
     """Sizes of what a run writes.
 
@@ -106,8 +108,9 @@ def disk_work(
         rank: of the adapter (0: nothing is solved).
         scratch_bytes: that solving a block puts into a file for a while.
         keep_statistics: whether the statistics of all blocks stay.
+        spill_statistics: whether those of a block lie on disk until it is solved; else no disk sees them.
     """
-    statistics = tuple(stored_bytes(spec) for spec in specs)
+    statistics = tuple(stored_bytes(spec) if spill_statistics else 0 for spec in specs)
     return DiskWork(
         lowest=next((index for index, spec in enumerate(specs) if spec.linears), 0),
         boundary_bytes=boundary_bytes,
@@ -123,6 +126,7 @@ def disk_work(
         scratch_bytes=scratch_bytes,
         replays=tuple(replays),
         keep_statistics=keep_statistics,
+        spill_statistics=spill_statistics,
     )
 
 
@@ -174,18 +178,19 @@ class _Walk:
             if f"acts{index}" not in self._in_memory and f"acts{index}" not in self._on_disk:
                 self._again += self._go_up(self._needed(index))
             self._collect(index)
-            # a block is solved while the next one is committed: the statistics of two are there at a time
-            self._solve(index + 1)
+            # from disk a block is solved while the next one is committed: the statistics of two are there at a time
+            self._solve(index + 1 if work.spill_statistics else index)
             self._drop(f"acts{index}")
             self._drop(f"grads{index + 1}")
-        self._solve(work.lowest)
+        if work.spill_statistics:
+            self._solve(work.lowest)
         boundary = BOUNDARY_RECORD_BYTES + MICRO_BATCH_RECORD_BYTES * work.num_micro_batches
         records = RUN_RECORD_BYTES + sum(work.record_bytes) + (top + 2) * boundary
         return DiskUse(self._stride, self._peak + records, tuple(self._again), self._written, self._read)
 
     def _solve(self, index: int) -> None:
         work = self._work
-        if index == work.num_blocks or not work.statistics_bytes[index]:
+        if index == work.num_blocks or not (work.statistics_bytes[index] or work.solution_bytes[index]):
             return
         self._peak = max(self._peak, self._now + work.scratch_bytes)
         self._write(f"solution{index}", work.solution_bytes[index], "solutions")

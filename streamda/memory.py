@@ -71,11 +71,12 @@ HEAP_BLOCK_BYTES, HEAP_KEPT_BYTES = 8 << 20, 64 << 20
 again on the heap, and what the bug below leaves behind is given back between blocks. A fresh page for each of it took
 a tenth of the time of a 135M model, whose backward pass takes 73 MB more so."""
 HEAP_SLACK_BYTES = 192 << 20
-ROOMY_BLOCK_BYTES, ROOMY_KEPT_BYTES = 32 << 20, 128 << 20
-"""Thresholds of a phase that may take `HEAP_ROOM_BYTES` more and still stays below another phase's peak. The first is
-the highest that glibc takes; tiles of statistics are below it."""
 HEAP_ROOM_BYTES = 192 << 20
-"""Allowed for them: 110 MB were measured in the solution of a 13B block, which they made a sixth faster."""
+"""Most freed memory that a phase keeps from one block to the next, where that leaves it below another phase's peak.
+Giving it back and taking it anew was another tenth of the time of a 135M model."""
+ROOMY_BLOCK_BYTES, ROOMY_KEPT_BYTES = 32 << 20, 128 << 20
+"""Thresholds of the solution where it may keep all of that; they made it a sixth faster for a 13B block. The first is
+the highest that glibc takes; tiles of statistics are below it."""
 SMALL_BLOCK_BYTES = 256 << 10
 """Threshold while a skeleton is built: each weight is allocated, never touched, and dropped, and would stretch the heap
 by the size of the model."""
@@ -116,38 +117,93 @@ def bound_allocator(
         large_block_bytes: blocks from this size on are mapped one by one.
         kept_bytes: free at the end of the heap that are not handed back; the same where none are given.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if device.type == "cpu" and mallopt is not None:
-        mallopt(_M_ARENA_MAX, 1)  # each thread's own heap would keep as much again
-        mallopt(_M_MMAP_THRESHOLD, large_block_bytes)
-        mallopt(_M_TRIM_THRESHOLD, large_block_bytes if kept_bytes is None else kept_bytes)
+    if device.type == "cpu":
+        _heap.set_thresholds(large_block_bytes, large_block_bytes if kept_bytes is None else kept_bytes)
+        _heap.allow(0)
 
 
-def reuse_heap(device: torch.device, slack_bytes: int, *, roomy: bool) -> None:
-    """Lets a phase of a CPU run with room to spare take blocks from the heap again.
+def reuse_heap(device: torch.device, reused_bytes: int, slack_bytes: int, *, large: bool) -> None:
+    """Lets a phase of a CPU run keep memory that it frees, and take it again.
 
     Args:
         device: nothing is done for a CUDA device.
-        slack_bytes: of the budget above the phase's planned peak.
-        roomy: whether the phase may take `HEAP_ROOM_BYTES`.
+        reused_bytes: that it may keep from one block to the next.
+        slack_bytes: of the budget above what the phase needs beside those.
+        large: whether large blocks may be kept as well, if there is `HEAP_ROOM_BYTES` for them. Not in a pass over
+            micro-batches: each of them would stretch the heap, where an input group gives all of it back.
     """
-    if roomy:
-        bound_allocator(device, ROOMY_BLOCK_BYTES, ROOMY_KEPT_BYTES)
+    if device.type != "cpu":
+        return
+    if large and reused_bytes >= HEAP_ROOM_BYTES:
+        _heap.set_thresholds(ROOMY_BLOCK_BYTES, ROOMY_KEPT_BYTES)
     elif slack_bytes >= HEAP_SLACK_BYTES:
-        bound_allocator(device, HEAP_BLOCK_BYTES, HEAP_KEPT_BYTES)
+        _heap.set_thresholds(HEAP_BLOCK_BYTES, HEAP_KEPT_BYTES)
     else:
-        bound_allocator(device)
+        _heap.set_thresholds(LARGE_BLOCK_BYTES, LARGE_BLOCK_BYTES)
+    _heap.allow(reused_bytes)
+
+
+class _MallocInfo(ctypes.Structure):
+    """``struct mallinfo2`` of glibc."""
+
+    _names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in _names.split()]
+
+
+class _Heap:
+    """The C heap of this process. Everything here does nothing where the C library is not glibc."""
+
+    def __init__(self) -> None:
+        libc = ctypes.CDLL(None)
+        self._mallopt, self._trim = getattr(libc, "mallopt", None), getattr(libc, "malloc_trim", None)
+        self._info = getattr(libc, "mallinfo2", None)  # of 2.33 and later
+        if self._info is not None:
+            self._info.restype = _MallocInfo
+        self._allowed = 0
+        self._elsewhere = 0  # anonymous memory that malloc does not account for
+
+    def set_thresholds(self, large_block_bytes: int, kept_bytes: int) -> None:
+        """Block size from which on blocks are mapped one by one, and free bytes that the heap's end may have."""
+        if self._mallopt is not None:
+            self._mallopt(_M_ARENA_MAX, 1)  # each thread's own heap would keep as much again
+            self._mallopt(_M_MMAP_THRESHOLD, large_block_bytes)
+            self._mallopt(_M_TRIM_THRESHOLD, kept_bytes)
+
+    def allow(self, num_bytes: int) -> None:
+        """Sets how much free memory may stay; more of it is given back now."""
+        lowered, self._allowed = num_bytes < self._allowed, num_bytes
+        if lowered:
+            self.release()
+
+    def release(self) -> None:
+        """Gives back what is free, unless all of it may stay."""
+        if self._trim is None:
+            return
+        if self._info is None or not self._allowed:
+            self._trim(0)
+        elif self._unaccounted() - self._elsewhere > self._allowed:
+            self._trim(0)
+            self._elsewhere = self._unaccounted()
+
+    def _unaccounted(self) -> int:
+        """Anonymous memory beside what is in use: free blocks whose pages are there, and all that is not malloc's."""
+        info = self._info()  # type: ignore[misc]  # the caller has looked
+        return anonymous_bytes() - int(info.uordblks) - int(info.hblkhd)
+
+
+_heap = _Heap()
 
 
 def release_unused(device: torch.device) -> None:
-    """Hands memory that is free but still held by an allocator back: CUDA's cache, or the C heap."""
+    """Hands memory that is free but still held by an allocator back: CUDA's cache, or the C heap.
+
+    On the heap what the phase may keep stays.
+    """
     if device.type == "cuda":
         torch.cuda.empty_cache()
-        return
-    # smaller blocks stay on the heap when they are freed; without this they pile up between the phases
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    else:
+        # smaller blocks stay on the heap when they are freed; without this they pile up between the phases
+        _heap.release()
 
 
 class PeakMeter:

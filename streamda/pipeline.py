@@ -2,8 +2,8 @@
 
 skeleton, samples, plan          nothing is read yet, and every refusal happens here
 prologue, blocks up, epilogue    pass 1a: boundary states are spilled
-blocks down                      pass 1b: statistics of a block are committed ...
-solve                          pass 2:  ... and solved, and freed unless they are kept
+blocks down                      pass 1b: statistics of a block stay in memory, or are committed to disk ...
+solve                          pass 2:  ... and it is solved, and they are freed unless they are kept
 adapter, report
 """
 
@@ -211,7 +211,7 @@ def solve(config: RunConfig, *, quiet: bool = False) -> InitReport:
                 stopping.check()
                 bar.working_on(f"block {index}")
                 if not solver.is_solved(run.units, index):
-                    solver.solve(run.units, index)
+                    solver.solve(run.units, BlockStatisticsReader(run.units, index))
                 bar.advance()
         report.output_dir, report.statistics_dir = str(output), config.statistics
         report.model["fingerprint"] = run_digest(run.parts, solver.settings)

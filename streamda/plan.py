@@ -6,6 +6,7 @@ phase; the terms stand beside their names below.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -18,7 +19,7 @@ from streamda.flops import count_flops
 from streamda.layers import BlockSpec
 from streamda.memory import HEAP_ROOM_BYTES, READ_CHUNK_BYTES, MemoryBudget, format_size
 from streamda.panels import FLOAT32_BYTES, Replay, block_panels, pack_replays
-from streamda.solve_plan import SolveLayout, solve_layout
+from streamda.solve_plan import SolveLayout, largest_bytes, layouts_beside_statistics, solve_layouts, spilled_bytes
 
 LOGIT_COPIES = 4
 """Float32 copies of a chunk of logits alive at once: the logits, their softmax, its gradient, and one in passing."""
@@ -32,6 +33,8 @@ the statistics writer. Measured on CPU, see tests/test_memory_bound.py."""
 FRAGMENTATION_BYTES = 80 << 20
 """Activations of many shapes leave holes in an allocator that are as large as themselves, up to about this much: larger
 blocks are mapped one by one. Measured on CPU."""
+REUSING_PHASES = ("forward", "backward", "solve")
+"""Where the same sizes are needed again and again: block by block, and micro-batch by micro-batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,8 @@ class Plan:
     """Whether weights stay in the dtype of their files and are cast for each product."""
     prefetch: bool
     """Whether the next block is read into memory while one is in use; if not, the system is asked to cache it."""
+    spill_statistics: bool
+    """Whether the statistics of a block lie on disk until it is solved; if not, they stay in memory."""
     boundaries_in_memory: int
     solve_capacity: int
     """Bytes of memory for the solution of one input group."""
@@ -56,8 +61,8 @@ class Plan:
     """Of the other boundaries every so many-th is kept on the way up, and the others are made again on the way down."""
     peaks: dict[str, int]
     """Predicted peak in bytes by phase."""
-    roomy_phases: tuple[str, ...]
-    """Those whose peak holds `HEAP_ROOM_BYTES` for blocks that are kept to be used again."""
+    reused: dict[str, int]
+    """Bytes by phase, and in its peak, of freed memory that is kept there to be used again."""
     disk_bytes: int
     """Predicted peak of the work directory."""
     weight_bytes_read: int
@@ -83,8 +88,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON; replays as their number per block."""
-        plain = {key: value for key, value in asdict(self).items() if key != "replays"}
-        return plain | {"peak_bytes": self.peak_bytes, "replays": [len(block) for block in self.replays]}
+        return asdict(self) | {"peak_bytes": self.peak_bytes, "replays": [len(block) for block in self.replays]}
 
 
 def make_plan(
@@ -95,6 +99,7 @@ def make_plan(
     rank: int,
     keep_statistics: bool,
     host_is_device: bool,
+    spill_statistics: bool = False,
     disk_room: int | None = None,
 ) -> Plan:
     """Chooses the micro-batch size with the fewest replays (the largest of them), and cuts everything to the budget.
@@ -109,6 +114,7 @@ def make_plan(
         rank: of the adapter that will be solved (0: nothing is solved in this run).
         keep_statistics: whether the statistics of all blocks stay on disk.
         host_is_device: whether memory for boundary states comes out of the device's budget (no accelerator).
+        spill_statistics: whether a block's statistics go to disk even where memory would hold them.
         disk_room: what the file system has to give (None: enough). Boundaries are thinned out until the run fits; the
             caller looks whether it does.
 
@@ -116,6 +122,15 @@ def make_plan(
         BudgetError: naming need, have, and the smallest budget that would do.
         StorageError: the work directory would outgrow the budget's disk.
     """
+    plan_at = functools.partial(
+        _plan_at,
+        budget,
+        rank=rank,
+        keep_statistics=keep_statistics,
+        spill_statistics=spill_statistics or keep_statistics,
+        host_is_device=host_is_device,
+        disk_room=disk_room,
+    )
     best: Plan | None = None
     smallest = 0
     for keep_stored, tokens in itertools.product((False, True), candidates):
@@ -123,16 +138,13 @@ def make_plan(
         if keep_stored and not workload.shrinks:
             continue
         smallest = minimum_bytes(workload, rank, budget.host_bytes if host_is_device else 0)
-        plan = _plan_at(budget, workload, rank, keep_statistics, host_is_device, disk_room, keep_stored)
+        plan = plan_at(workload, keep_stored)
         if plan is not None and (best is None or plan.num_replays < best.num_replays):
             best = plan
     if best is not None:
-        workload = workload_at(best.micro_batch_tokens)
-        ahead = _plan_at(
-            budget, workload, rank, keep_statistics, host_is_device, disk_room, best.keep_stored, prefetch=True
-        )
+        ahead = plan_at(workload_at(best.micro_batch_tokens), best.keep_stored, prefetch=True)
         if ahead is not None and ahead.num_replays == best.num_replays:
-            best = ahead
+            best = best if ahead.spill_statistics > best.spill_statistics else ahead
     if best is None:
         raise BudgetError(
             f"the budget of {format_size(budget.device_bytes)} is too small: this model and data need "
@@ -154,7 +166,7 @@ def minimum_bytes(workload: Workload, rank: int, host_bytes: int) -> int:
     boundary = _boundary_bytes(workload)
     kept = min(len(workload.blocks) + 1, host_bytes // max(1, boundary)) * boundary
     smallest = []
-    layouts = _solve_layouts([cost.spec for cost in workload.blocks], rank, 0, workload.num_rows)
+    layouts = solve_layouts([cost.spec for cost in workload.blocks], rank, 0, workload.num_rows)
     for keep_stored in (False, True):
         phases = _fixed_peaks(workload, _logit_rows(workload, None, keep_stored), layouts, keep_stored)
         for cost in workload.blocks:
@@ -167,12 +179,13 @@ def minimum_bytes(workload: Workload, rank: int, host_bytes: int) -> int:
 def _plan_at(
     budget: MemoryBudget,
     workload: Workload,
-    rank: int,
-    keep_statistics: bool,
-    host_is_device: bool,
-    disk_room: int | None,
     keep_stored: bool,
     *,
+    rank: int,
+    keep_statistics: bool,
+    spill_statistics: bool,
+    host_is_device: bool,
+    disk_room: int | None,
     prefetch: bool = False,
 ) -> Plan | None:
     boundary = _boundary_bytes(workload)
@@ -181,7 +194,7 @@ def _plan_at(
     logit_rows = _logit_rows(workload, available, keep_stored)
     specs = [cost.spec for cost in workload.blocks]
     capacity = max(0, available - workload.small_bytes - WORKSPACE_BYTES)
-    layouts = _solve_layouts(specs, rank, capacity, workload.num_rows)
+    layouts = solve_layouts(specs, rank, capacity, workload.num_rows)
     peaks = _fixed_peaks(workload, logit_rows, layouts, keep_stored)
     # the next block is there from one block's start to its own, through the solution between them
     ahead = _ahead_bytes(workload, keep_stored) if prefetch else 0
@@ -198,15 +211,21 @@ def _plan_at(
         peaks["backward"] = max(peaks["backward"], fixed + held)
     if max(peaks.values()) > available:
         return None
-    roomy: tuple[str, ...] = ()
+    beside: tuple[int, list[SolveLayout], int] | None = None
+    if layouts and not spill_statistics and max(map(len, schedule)) == 1:
+        beside = layouts_beside_statistics(
+            specs, rank, capacity, workload.num_rows, layouts, available - peaks["solve"]
+        )
+        if beside is not None:
+            capacity, layouts, growth = beside
+            peaks["solve"] += growth
+    reused: dict[str, int] = {}
     if host_is_device:
         highest = max(peaks.values())
-        # no pass over micro-batches: each of them would stretch the heap, where an input group gives all of it back
-        if peaks.get("solve", highest) + HEAP_ROOM_BYTES <= highest:
-            roomy = ("solve",)
-            peaks["solve"] += HEAP_ROOM_BYTES
+        reused = {phase: min(HEAP_ROOM_BYTES, highest - peaks[phase]) for phase in REUSING_PHASES if phase in peaks}
+        peaks |= {phase: peaks[phase] + size for phase, size in reused.items()}
         peaks = {phase: peak + in_memory * boundary for phase, peak in peaks.items()}
-    scratch = max((layout.spilled_bytes for layout in layouts), default=0)
+    scratch = spilled_bytes(layouts)
     work = disk_work(
         specs,
         schedule,
@@ -216,6 +235,7 @@ def _plan_at(
         rank=rank,
         scratch_bytes=scratch,
         keep_statistics=keep_statistics,
+        spill_statistics=beside is None,
     )
     disk = choose_stride(work, budget.disk_bytes, disk_room)
     weight_bytes_read = _weight_bytes_read(workload, work.lowest, disk)
@@ -225,11 +245,12 @@ def _plan_at(
         logit_rows=logit_rows,
         keep_stored=keep_stored,
         prefetch=prefetch,
+        spill_statistics=beside is None,
         boundaries_in_memory=in_memory,
         solve_capacity=capacity,
         scratch_bytes=scratch,
         peaks=peaks,
-        roomy_phases=roomy,
+        reused=reused,
         boundary_stride=disk.stride,
         disk_bytes=disk.disk_bytes,
         weight_bytes_read=weight_bytes_read,
@@ -280,7 +301,7 @@ def _fixed_peaks(
         "epilogue": base + head + LOGIT_COPIES * logit_rows * workload.vocab_size * FLOAT32_BYTES + 3 * hidden,
     }
     if layouts:
-        peaks["solve"] = base + max(layout.num_bytes for layout in layouts)
+        peaks["solve"] = base + largest_bytes(layouts)
     return peaks
 
 
@@ -290,23 +311,13 @@ def solve_capacity(budget_bytes: int, specs: Sequence[BlockSpec], rank: int) -> 
     Raises:
         BudgetError: it is too little, naming the smallest budget that would do.
     """
-    need = max((layout.num_bytes for layout in _solve_layouts(specs, rank, 0)), default=0) + WORKSPACE_BYTES
+    need = largest_bytes(solve_layouts(specs, rank, 0)) + WORKSPACE_BYTES
     if need > budget_bytes:
         raise BudgetError(
             f"the budget of {format_size(budget_bytes)} is too small: these statistics need {format_size(need)} at "
             f"least; use --max-gpu-mem {-(-need // 1_000_000)}MB or more"
         )
     return budget_bytes - WORKSPACE_BYTES
-
-
-def _solve_layouts(
-    specs: Sequence[BlockSpec], rank: int, capacity: int, num_tokens: int | None = None
-) -> list[SolveLayout]:
-    """How each kind of input group is solved; none where the rank is 0 and nothing is."""
-    kinds = {
-        (group.d_in, max(spec.linear(name).d_out for name in group.modules)) for spec in specs for group in spec.groups
-    }
-    return [solve_layout(d_in, d_out, rank, capacity, num_tokens) for d_in, d_out in kinds] if rank else []
 
 
 def _backward_fixed(workload: Workload, cost: BlockCost, keep_stored: bool) -> int:

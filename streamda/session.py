@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from streamda.plan import Plan
 from streamda.report import REPORT_FILE, InitReport, read_report
 from streamda.run_parts import canonical_digest, differences
 from streamda.rundir import RunDirectory
+from streamda.samples import Sample
 from streamda.setup import Prepared, versions
 from streamda.solutions import skipped_layers
 
@@ -116,6 +117,16 @@ def resume_notices(prepared: Prepared, run: RunDirectory, parts: Mapping[str, An
     return notices
 
 
+def continuation_notice(where: str, was_killed: bool) -> str:
+    """Where an interrupted run goes on, and what may have ended it."""
+    if not was_killed:
+        return f"continuing at {where}"
+    return (
+        f"continuing at {where}; the last process here was killed, or the machine stopped: if memory ran out, give "
+        "a smaller --max-gpu-mem or --max-host-mem"
+    )
+
+
 def _without_numerics(parts: Mapping[str, Any]) -> dict[str, Any]:
     return {name: part for name, part in parts.items() if name != "numerics"}
 
@@ -136,10 +147,7 @@ def new_report(prepared: Prepared, made: Plan) -> InitReport:
         data={
             "source": calibration.source,
             "is_shipped": calibration.is_shipped,
-            "num_samples": len(calibration.samples),
-            "num_tokens": sum(prepared.lengths),
-            "num_rows": prepared.num_rows(made.micro_batch_tokens),
-            "num_label_tokens": sum(sample.num_label_tokens for sample in calibration.samples),
+            **sample_counts(calibration.samples, prepared.num_rows(made.micro_batch_tokens)),
             "num_truncated": calibration.num_truncated,
             "num_skipped": calibration.num_skipped,
             "num_bad_lines": calibration.num_bad_lines,
@@ -150,6 +158,16 @@ def new_report(prepared: Prepared, made: Plan) -> InitReport:
         budget_bytes=prepared.budget.device_bytes,
         notices=[*prepared.notices, *stride_notices(made)],
     )
+
+
+def sample_counts(samples: Sequence[Sample], num_rows: int) -> dict[str, int]:
+    """What the report says of the samples that a run is made of, and of the tokens computed for them."""
+    return {
+        "num_samples": len(samples),
+        "num_tokens": sum(sample.num_tokens for sample in samples),
+        "num_rows": num_rows,
+        "num_label_tokens": sum(sample.num_label_tokens for sample in samples),
+    }
 
 
 def stride_notices(made: Plan) -> list[str]:

@@ -107,6 +107,7 @@ class Prepared:
                 self.work.at,
                 rank=self.config.solve.rank if solves else 0,
                 keep_statistics=keep_statistics,
+                spill_statistics=self.config.spill_statistics,
                 host_is_device=self.device.type == "cpu",
                 disk_room=disk_room,
             )

@@ -9,13 +9,15 @@ a bit of the result.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from streamda.cholesky import BLOCK_ROWS
 from streamda.eigen import basis_limit, guard_vectors
+from streamda.layers import BlockSpec
 from streamda.low_rank import extra_vectors
-from streamda.panels import FLOAT32_BYTES, PANEL_ROWS
+from streamda.panels import FLOAT32_BYTES, PANEL_ROWS, statistics_bytes
 
 FLOAT64_BYTES = 8
 THIN_BLOCKS = 4
@@ -90,6 +92,50 @@ def solve_layout(
     layouts = [_layout(d_in, d_out, rank, sizes, count, form) for count, form in choices]
     fitting = (each for each in layouts if capacity_bytes is None or each.num_bytes <= capacity_bytes)
     return next(fitting, min(layouts, key=lambda each: each.num_bytes))
+
+
+def solve_layouts(
+    specs: Sequence[BlockSpec], rank: int, capacity: int, num_tokens: int | None = None
+) -> list[SolveLayout]:
+    """How each kind of input group is solved; none where the rank is 0 and nothing is."""
+    kinds = {
+        (group.d_in, max(spec.linear(name).d_out for name in group.modules)) for spec in specs for group in spec.groups
+    }
+    return [solve_layout(d_in, d_out, rank, capacity, num_tokens) for d_in, d_out in kinds] if rank else []
+
+
+def layouts_beside_statistics(
+    specs: Sequence[BlockSpec], rank: int, capacity: int, num_tokens: int, alone: Sequence[SolveLayout], most: int
+) -> tuple[int, list[SolveLayout], int] | None:
+    """How groups are solved with their block's statistics in memory beside them.
+
+    Args:
+        specs: of all blocks.
+        rank: of the adapter.
+        capacity: memory for the statistics and the solution.
+        num_tokens: that the statistics are summed over, at most.
+        alone: the layouts without statistics beside them.
+        most: bytes that the peak may grow by.
+
+    Returns:
+        The memory for the solution, its layouts, and the bytes that the peak grows by. None where that is too much, or
+        where more of a factor would lie on disk for it: that is read at every step, statistics but once.
+    """
+    held = max(map(statistics_bytes, specs))
+    left = max(0, capacity - held)
+    layouts = solve_layouts(specs, rank, left, num_tokens)
+    growth = held + largest_bytes(layouts) - largest_bytes(alone)
+    return None if growth > most or spilled_bytes(layouts) > spilled_bytes(alone) else (left, layouts, growth)
+
+
+def largest_bytes(layouts: Iterable[SolveLayout]) -> int:
+    """The highest of their peaks."""
+    return max((layout.num_bytes for layout in layouts), default=0)
+
+
+def spilled_bytes(layouts: Iterable[SolveLayout]) -> int:
+    """The most that one of them puts into a file."""
+    return max((layout.spilled_bytes for layout in layouts), default=0)
 
 
 def _layout(d_in: int, d_out: int, rank: int, sizes: list[int], in_memory: int, form: GradientForm) -> SolveLayout:

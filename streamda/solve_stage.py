@@ -1,4 +1,4 @@
-"""Pass 2 for one block: read its statistics back, factorize each input once, solve its layers, commit."""
+"""Pass 2 for one block: factorize each input of its statistics once, solve its layers, commit."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 
 from streamda import stopping
 from streamda.adapter import relative_change
+from streamda.block_statistics import BlockStatistics, MeanMoment
 from streamda.config import SolveConfig
 from streamda.errors import DamagedError, MismatchError, NumericalError
 from streamda.factors import TRIANGLE_ROWS, frobenius_norm, largest_magnitude
@@ -30,7 +31,7 @@ from streamda.run_parts import canonical_digest, differences
 from streamda.scratch import SpilledBands
 from streamda.solutions import is_skipped, read_summaries, solve_unit, write_solutions
 from streamda.solve_plan import GradientForm, solve_layout
-from streamda.store import BlockStatisticsReader, StoredMoment, stats_unit
+from streamda.store import stats_unit
 from streamda.timeline import Timeline
 from streamda.units import UnitStore
 
@@ -42,9 +43,9 @@ MAX_ASYMMETRY = 1e-5
 
 
 class _CheckedMoment:
-    """A `StoredMoment` that is looked at as it is read, and whose reading does not count for what is made of it."""
+    """A `MeanMoment` that is looked at as it is read, and whose reading does not count for what is made of it."""
 
-    def __init__(self, moment: StoredMoment, group: InputGroup, timeline: Timeline) -> None:
+    def __init__(self, moment: MeanMoment, group: InputGroup, timeline: Timeline) -> None:
         self._moment, self._name, self._timeline = moment, group.name, timeline
         self._squares: dict[int, float] = {}  # of the entries of each band that was read, with those above the diagonal
         self._trace = 0.0
@@ -120,12 +121,12 @@ class Solver:
         return canonical_digest(self.settings)
 
     def solve_block(
-        self, reader: BlockStatisticsReader, scratch: Path
+        self, statistics: BlockStatistics, scratch: Path
     ) -> tuple[list[LayerSolution], dict[str, dict[str, Any]]]:
         """Solves all layers of a block but those that are left out.
 
         Args:
-            reader: the block's statistics.
+            statistics: of the block.
             scratch: folder for what does not fit in memory.
 
         Returns:
@@ -137,42 +138,42 @@ class Solver:
             DamagedError: the statistics contradict each other.
             ConfigError: the rank is above a layer's smaller side.
         """
-        require_rank(reader.spec.linears, self.config.rank)
+        require_rank(statistics.spec.linears, self.config.rank)
         solutions: list[LayerSolution] = []
         facts: dict[str, dict[str, Any]] = {}
-        for group in reader.spec.groups:
+        for group in statistics.spec.groups:
             stopping.check()
-            num_tokens = reader.facts(group.name)["num_tokens"]  # of all: they read the same input
+            num_tokens = statistics.facts(group.name)["num_tokens"]  # of all: they read the same input
             wanted: tuple[str, ...] = ()
             for name in group.modules:
-                if (reason := reader.facts(name).get("skipped")) is None:
+                if (reason := statistics.facts(name).get("skipped")) is None:
                     wanted += (name,)
                 else:
-                    facts[name] = self._left_out(reader, name, NumericalError(f"{name}: {reason}"))
+                    facts[name] = self._left_out(statistics, name, NumericalError(f"{name}: {reason}"))
             if not wanted:
                 continue
-            widest = max(reader.spec.linear(name).d_out for name in group.modules)
+            widest = max(statistics.spec.linear(name).d_out for name in group.modules)
             layout = solve_layout(group.d_in, widest, self.config.rank, self.capacity_bytes, num_tokens)
             with SpilledBands(scratch, layout.bands_in_memory, self.device) as bands:
-                moment = _CheckedMoment(reader.moment(group, self.device), group, self.timeline)
+                moment = _CheckedMoment(statistics.moment(group, self.device), group, self.timeline)
                 try:
                     with self.timeline.span("cholesky"):
                         factor = prepare_input_factor(moment, self.config.damping, wanted, bands, num_tokens)
                 except NumericalError as error:
-                    facts |= {name: self._left_out(reader, name, error) for name in wanted}
+                    facts |= {name: self._left_out(statistics, name, error) for name in wanted}
                     continue
                 for name in wanted:
                     stopping.check()
                     try:
-                        solutions.append(self._solve_layer(reader, name, factor, layout.gradient))
+                        solutions.append(self._solve_layer(statistics, name, factor, layout.gradient))
                     except NumericalError as error:
-                        facts[name] = self._left_out(reader, name, error)
+                        facts[name] = self._left_out(statistics, name, error)
                     else:
-                        facts[name] = self._facts(reader, solutions[-1]) | {"effective_rank": moment.effective_rank}
+                        facts[name] = self._facts(statistics, solutions[-1]) | {"effective_rank": moment.effective_rank}
             release_unused(self.device)
         return solutions, facts
 
-    def _left_out(self, reader: BlockStatisticsReader, name: str, error: NumericalError) -> dict[str, Any]:
+    def _left_out(self, statistics: BlockStatistics, name: str, error: NumericalError) -> dict[str, Any]:
         """What is kept of a layer without adapter.
 
         Raises:
@@ -180,7 +181,7 @@ class Solver:
         """
         if not self.skip_bad_layers:
             raise NumericalError(f"{error}; --skip-bad-layers leaves such layers without adapter") from error
-        stored = reader.facts(name)
+        stored = statistics.facts(name)
         return {
             "status": SolveStatus.SKIPPED.value,
             "reason": str(error).removeprefix(f"{name}: "),
@@ -189,9 +190,9 @@ class Solver:
         }
 
     def _solve_layer(
-        self, reader: BlockStatisticsReader, name: str, factor: InputFactor | SpannedFactor | None, form: GradientForm
+        self, statistics: BlockStatistics, name: str, factor: InputFactor | SpannedFactor | None, form: GradientForm
     ) -> LayerSolution:
-        gradient: Sequence[torch.Tensor] = reader.gradient_bands(name, self.device)
+        gradient: Sequence[torch.Tensor] = statistics.gradient_bands(name, self.device)
         if form != "streamed":
             with self.timeline.span("read statistics"):
                 gradient = [band.to(getattr(torch, form)) for band in gradient]
@@ -200,14 +201,14 @@ class Solver:
                 name,
                 factor,
                 gradient,
-                reader.output_moment(name, self.device),
+                statistics.output_moment(name, self.device),
                 self.config,
                 population_size=self.population_size,
                 seed=self.seed,
             )
 
-    def _facts(self, reader: BlockStatisticsReader, solution: LayerSolution) -> dict[str, Any]:
-        stored = reader.facts(solution.name)
+    def _facts(self, statistics: BlockStatistics, solution: LayerSolution) -> dict[str, Any]:
+        stored = statistics.facts(solution.name)
         change = relative_change(solution.lora_a, solution.lora_b, self.config.scaling, stored["weight_norm"])
         return {
             # a zero weight has no relative change, and JSON no infinity
@@ -238,8 +239,8 @@ class Solver:
         units.drop(name)
         return False
 
-    def solve(self, units: UnitStore, index: int) -> None:
-        """Solves a block from its committed statistics and commits the result."""
-        solutions, facts = self.solve_block(BlockStatisticsReader(units, index), units.folder)
+    def solve(self, units: UnitStore, statistics: BlockStatistics) -> None:
+        """Solves a block and commits the result."""
+        solutions, facts = self.solve_block(statistics, units.folder)
         with self.timeline.span("commit"):
-            write_solutions(units, index, self.settings, solutions, facts)
+            write_solutions(units, statistics.spec.index, self.settings, solutions, facts)

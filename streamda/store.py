@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,17 +27,17 @@ import zarr
 from zarr.buffer.cpu import NDBuffer
 
 from streamda import files
+from streamda.block_statistics import TILE, TILES_AT_A_TIME, BlockStatistics
 from streamda.config import StatisticsCodec
 from streamda.errors import DamagedError
 from streamda.factors import mirror_lower_
 from streamda.layers import BlockSpec, InputGroup, LinearSpec
-from streamda.panels import PANEL_ROWS, Panel
+from streamda.panels import Panel
 from streamda.statistics_codecs import zarr_codecs
 from streamda.units import UnitStore
 
-TILE = PANEL_ROWS
 ZARR_FOLDER = "statistics.zarr"
-CHUNK_CONCURRENCY = 2
+CHUNK_CONCURRENCY = TILES_AT_A_TIME
 """Chunks written or read at a time. Zarr holds about two copies of each: 2 x 2 x 16.8 MB at full tiles."""
 
 
@@ -95,12 +95,7 @@ class BlockStatisticsWriter:
         )
 
     def write_panel(self, panel: Panel, values: torch.Tensor) -> None:
-        """Writes one finished panel; the diagonal tile of an input moment is made symmetric on the way.
-
-        Args:
-            panel: whole tile rows of one statistic.
-            values: its sums, [rows, columns] float32 ([rows] for an output moment).
-        """
+        """As `StatisticsSink` says."""
         host = values.to("cpu")
         if panel.statistic == "input_moment":
             mirror_lower_(host[:, panel.start : panel.stop])
@@ -115,7 +110,7 @@ class BlockStatisticsWriter:
             array[panel.start : panel.stop, : panel.columns] = data[:, : panel.columns]
 
     def write_facts(self, module: str, facts: Mapping[str, Any]) -> None:
-        """Writes a module's counts and weight norm."""
+        """As `StatisticsSink` says."""
         linear = self._spec.linear(module)
         group = self._spec.group_of(module)
         with self._writing():
@@ -142,8 +137,8 @@ class BlockStatisticsWriter:
             raise translated from error
 
 
-class BlockStatisticsReader:
-    """Reads the committed statistics of one block."""
+class BlockStatisticsReader(BlockStatistics):
+    """The committed statistics of one block, read from disk as they are asked for."""
 
     def __init__(self, units: UnitStore, index: int) -> None:
         """Opens and checks a unit.
@@ -192,57 +187,12 @@ class BlockStatisticsReader:
                     raise self._damage(f"{name} and {group.name} share an input but not its counts")
 
     def facts(self, module: str) -> dict[str, Any]:
-        """Counts and weight norm of a module."""
+        """As `BlockStatistics` says."""
         return self._facts[module]
 
     def sums(self, module: str, statistic: str, *where: slice) -> torch.Tensor:
-        """A region of the stored sums of a statistic, float32; of an input moment only its lower tiles are there.
-
-        Raises:
-            DamagedError: not what was committed, or not finite.
-        """
+        """As `BlockStatistics` says."""
         return self._read(self._array(module, f"{statistic}_sum"), *where)
-
-    def moment(self, group: InputGroup, device: torch.device) -> StoredMoment:
-        """The mean input moment of a group, to be read band by band."""
-        return StoredMoment(self, group, device)
-
-    def input_moment(self, group: InputGroup, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """The mean input moment [d_in, d_in] of a group; only its lower triangle (and diagonal tiles) are filled."""
-        bands = self.moment(group, device)
-        moment = torch.zeros(group.d_in, group.d_in, dtype=dtype, device=device)
-        for index in range(len(bands)):
-            band = bands.band(index, dtype)
-            moment[index * TILE : index * TILE + band.shape[0], : band.shape[1]] = band
-        return moment
-
-    def moment_tiles(self, group: InputGroup, row: int, columns: slice) -> torch.Tensor:
-        """Tiles side by side in the lower triangle of a mean input moment, float32, on the host."""
-        block = self._read(self._array(group.name, "input_moment_sum"), slice(row, row + TILE), columns)
-        # divided in float32, so that what is solved and what `open_statistics` shows are the same numbers
-        return block.div_(max(1, self._facts[group.name]["num_tokens"]))
-
-    def gradient(self, module: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """The mean gradient [d_out, d_in]."""
-        linear = self.spec.linear(module)
-        gradient = torch.empty(linear.d_out, linear.d_in, dtype=dtype, device=device)
-        for index, band in enumerate(self.gradient_bands(module, device)):
-            gradient[index * TILE : index * TILE + band.shape[0]] = band
-        return gradient
-
-    def gradient_bands(self, module: str, device: torch.device) -> StoredGradient:
-        """The mean gradient as bands of rows, each read when it is asked for."""
-        return StoredGradient(self, module, device)
-
-    def gradient_band(self, module: str, row: int, device: torch.device) -> torch.Tensor:
-        """Rows from `row` on of a mean gradient, [up to a tile's rows, d_in] float32."""
-        band = self._read(self._array(module, "gradient_sum"), slice(row, row + TILE), slice(None))
-        return band.div_(self._facts[module]["num_samples"]).to(device)
-
-    def output_moment(self, module: str, device: torch.device) -> torch.Tensor:
-        """The mean output moment [d_out] float32."""
-        sums = self._read(self._array(module, "output_moment_sum"), slice(None)).to(device)
-        return sums.div_(max(1, self._facts[module]["num_tokens"]))
 
     def _array(self, module: str, name: str) -> zarr.Array[Any]:
         with self._reading():
@@ -280,61 +230,3 @@ class BlockStatisticsReader:
 
     def _damage(self, what: str) -> DamagedError:
         return DamagedError(f"{self._path}: {what}; {self._units.repair(self._unit)}")
-
-
-class StoredMoment:
-    """A mean input moment on disk, by bands of rows; see `streamda.cholesky`."""
-
-    def __init__(self, reader: BlockStatisticsReader, group: InputGroup, device: torch.device) -> None:
-        self._reader, self._group, self._device = reader, group, device
-        self._only_tile: torch.Tensor | None = None  # read for its diagonal, and then wanted whole
-
-    def __len__(self) -> int:
-        return -(-self._group.d_in // TILE)
-
-    def diagonal(self) -> torch.Tensor:
-        """[d_in] float64."""
-        parts: list[torch.Tensor] = []
-        for start in range(0, self._group.d_in, TILE):
-            tile = self._reader.moment_tiles(self._group, start, slice(start, start + TILE))
-            parts.append(tile.diagonal().double())
-        self._only_tile = tile if len(parts) == 1 else None
-        return torch.cat(parts).to(self._device)
-
-    def band(self, index: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-        """Band `index`, [rows, stop]; a new tensor each time."""
-        start = index * TILE
-        stop = min(start + TILE, self._group.d_in)
-        tile, self._only_tile = self._only_tile, None
-        if tile is not None:
-            return tile.to(self._device, dtype)
-        if dtype == torch.float32:
-            return self._reader.moment_tiles(self._group, start, slice(stop)).to(self._device)
-        band = torch.empty(stop - start, stop, dtype=dtype, device=self._device)
-        for column in range(0, stop, TILE * CHUNK_CONCURRENCY):
-            columns = slice(column, min(column + TILE * CHUNK_CONCURRENCY, stop))
-            band[:, columns] = self._reader.moment_tiles(self._group, start, columns).to(self._device)
-        return band
-
-
-class StoredGradient(Sequence[torch.Tensor]):
-    """A mean gradient on disk, by bands of rows, [up to a tile's rows, d_in] float32 each."""
-
-    def __init__(self, reader: BlockStatisticsReader, module: str, device: torch.device) -> None:
-        self._reader, self._module, self._device = reader, module, device
-
-    def __len__(self) -> int:
-        return -(-self._reader.spec.linear(self._module).d_out // TILE)
-
-    @overload
-    def __getitem__(self, index: int) -> torch.Tensor: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[torch.Tensor]: ...
-
-    def __getitem__(self, index: int | slice) -> torch.Tensor | list[torch.Tensor]:
-        if isinstance(index, slice):
-            return [self[each] for each in range(len(self))[index]]
-        if not 0 <= index < len(self):
-            raise IndexError(index)  # what ends an iteration
-        return self._reader.gradient_band(self._module, index * TILE, self._device)

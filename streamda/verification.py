@@ -15,6 +15,7 @@ from typing import Any, Literal
 from streamda import files
 from streamda.adapter import OWN_FILES
 from streamda.adapter_check import WEIGHTS_FILE, verify_adapter
+from streamda.block_statistics import TILE
 from streamda.boundary import require_finite_states
 from streamda.errors import DamagedError
 from streamda.files import shown
@@ -24,7 +25,7 @@ from streamda.model_copy import check_configuration
 from streamda.report import REPORT_FILE, read_report, table
 from streamda.rundir import OWN_NAMES, RunDirectory
 from streamda.solutions import is_skipped, read_factors, read_summaries, solve_unit
-from streamda.store import TILE, BlockStatisticsReader, stats_unit
+from streamda.store import BlockStatisticsReader, stats_unit
 from streamda.units import LEFTOVER_SUFFIXES
 
 _MOST_DAMAGES = 20  # lines for people: beyond that it is the disk, and no list of files

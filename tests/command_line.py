@@ -23,7 +23,8 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 def flags(options: Mapping[str, Any]) -> list[str]:
     """Options of the Python interface as the command line takes them."""
-    return [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    given = {f"--{name.replace('_', '-')}": value for name, value in options.items()}
+    return [part for flag, value in given.items() for part in ((flag,) if value is True else (flag, str(value)))]
 
 
 @contextmanager

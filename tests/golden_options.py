@@ -16,6 +16,8 @@ def golden_options(folder: Path, **options: Any) -> dict[str, Any]:
         "dataset": str(GOLDEN / "calibration.jsonl"),
         "output_dir": str(folder / "adapter"),
         "max_gpu_mem": "400MB",
+        # most tests are about what lies on disk; tests/test_held_statistics.py is about the other way
+        "spill_statistics": True,
     }
     return defaults | options
 

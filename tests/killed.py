@@ -88,7 +88,8 @@ def weights(folder: Path) -> bytes:
 
 def write_tiny(folder: Path) -> dict[str, Any]:
     """A checkpoint and samples of a run that takes less than a second; options but for the output."""
-    return run_options(write_inputs(folder), target_modules="o_proj,down_proj")
+    # with all that a run can have on disk
+    return run_options(write_inputs(folder), target_modules="o_proj,down_proj", spill_statistics=True)
 
 
 def whole_units(work: Path) -> set[str]:

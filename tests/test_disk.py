@@ -44,6 +44,7 @@ class Case:
             "rank": 2,
             "target_modules": "down_proj",  # one layer per block, which is quick
             "micro_batch_tokens": "120",
+            "spill_statistics": True,
         } | options
 
     def plan(self, **options: Any) -> Plan:
@@ -128,9 +129,9 @@ def require_as_planned(report: streamda.InitReport, made: Plan) -> None:
     assert moved["weights_read"] == made.weight_bytes_read
     assert moved["boundaries_written"] == made.bytes_written["boundaries"] + made.bytes_written["gradients"]
     assert moved["boundaries_read"] == made.bytes_read["boundaries"] + made.bytes_read["gradients"]
+    written, planned = moved["statistics_written"], made.bytes_written["statistics"]
     # what describes the arrays is not planned as statistics
-    described = moved["statistics_written"] - made.bytes_written["statistics"]
-    assert 0 < described < NUM_BLOCKS * 8192
+    assert (0 < written - planned < NUM_BLOCKS * 8192) if made.spill_statistics else written == planned == 0
 
 
 class TestStrides:
@@ -181,6 +182,21 @@ class TestStrides:
         assert watched.peak <= made.disk_bytes
         streamda.initialize(**case.options(tmp_path, **options, output_dir=str(tmp_path / "other" / "adapter")))
         assert weights(tmp_path) == weights(tmp_path / "other")
+
+    @pytest.mark.parametrize("stride", [1, 3])
+    def test_without_statistics_on_disk_the_bytes_are_those_that_were_planned(
+        self, case: Case, tmp_path: Path, watch: Callable[[Path], Watched], stride: int
+    ) -> None:
+        need = case.plan(spill_statistics=False).disk_bytes
+        options = {"spill_statistics": False, "max_disk": need - (stride > 1)}
+        made = case.plan(**options)
+        assert not made.spill_statistics
+        assert (made.boundary_stride > 1) == (stride > 1)
+        watched = watch(tmp_path / "adapter.work")
+        report = streamda.initialize(**case.options(tmp_path, **options))
+        assert weights(tmp_path) == case.adapter
+        require_as_planned(report, made)
+        assert made.disk_bytes - 2_000_000 < watched.peak <= made.disk_bytes
 
     @pytest.mark.parametrize("keeps", ["collect", "init"])
     def test_statistics_that_are_kept_are_planned_for(

@@ -28,6 +28,7 @@ def disk_work(
         scratch_bytes=scratch,
         replays=tuple(ONE_REPLAY if each else () for each in adapted),
         keep_statistics=keep,
+        spill_statistics=True,
     )
 
 

@@ -38,7 +38,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def options(inputs: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
     def make(**given: Any) -> dict[str, Any]:
-        return SMALL | run_options(inputs, output_dir=str(tmp_path / "adapter")) | given
+        # on disk, so that a run can be killed between a block's statistics and its solution
+        return SMALL | run_options(inputs, output_dir=str(tmp_path / "adapter"), spill_statistics=True) | given
 
     return make
 

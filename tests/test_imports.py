@@ -24,7 +24,7 @@ LAYERS = (
     # pure: tensors and integers
     {
         "layers", "memory", "batches", "panels", "costs", "disk_plan", "flops", "plan", "bounds", "factors", "cholesky",
-        "eigen", "low_rank", "solve_plan", "stored_weights", "workers", "methods",
+        "block_statistics", "eigen", "low_rank", "solve_plan", "stored_weights", "workers", "methods",
     },
     # edges: files, data sets, the hub
     {
@@ -55,7 +55,8 @@ WITHIN = {
     "stopping": {"errors"},
     "panels": {"layers"},
     "disk_plan": {"layers", "panels"},
-    "solve_plan": {"cholesky", "eigen", "low_rank", "panels"},
+    "block_statistics": {"factors", "layers", "panels"},
+    "solve_plan": {"cholesky", "eigen", "layers", "low_rank", "panels"},
     "costs": {"layers"},
     "flops": {"costs", "eigen", "low_rank", "panels", "solve_plan"},
     "plan": {"costs", "disk_plan", "flops", "layers", "memory", "panels", "solve_plan"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import subprocess
 import sys
 import threading
@@ -254,17 +255,51 @@ def test_on_cuda_the_meter_reads_the_allocator_s_reserved_peak() -> None:
 
 
 @pytest.mark.parametrize(
-    ("slack", "roomy", "block", "kept"),
-    [(191 * MIB, False, 1 * MIB, None), (192 * MIB, False, 8 * MIB, 64 * MIB), (0, True, 32 * MIB, 128 * MIB)],
+    ("reused", "slack", "large", "block", "kept"),
+    [
+        (0, 191 * MIB, True, 1 * MIB, 1 * MIB),
+        (0, 192 * MIB, True, 8 * MIB, 64 * MIB),
+        (191 * MIB, 0, True, 1 * MIB, 1 * MIB),
+        (192 * MIB, 0, False, 1 * MIB, 1 * MIB),
+        (192 * MIB, 0, True, 32 * MIB, 128 * MIB),
+    ],
 )
 def test_a_phase_keeps_blocks_as_its_room_allows(
-    monkeypatch: pytest.MonkeyPatch, slack: int, roomy: bool, block: int, kept: int | None
+    monkeypatch: pytest.MonkeyPatch, reused: int, slack: int, large: bool, block: int, kept: int
 ) -> None:
-    asked: list[tuple[int, int | None]] = []
+    asked: list[tuple[int, int]] = []
+    allowed: list[int] = []
+    monkeypatch.setattr(memory._heap, "set_thresholds", lambda *sizes: asked.append(sizes))
+    monkeypatch.setattr(memory._heap, "allow", allowed.append)
+    memory.reuse_heap(CPU, reused, slack, large=large)
+    assert (asked, allowed) == ([(block, kept)], [reused])
 
-    def noted(device: torch.device, large_block_bytes: int = MIB, kept_bytes: int | None = None) -> None:
-        asked.append((large_block_bytes, kept_bytes))
 
-    monkeypatch.setattr(memory, "bound_allocator", noted)
-    memory.reuse_heap(CPU, slack, roomy=roomy)
-    assert asked == [(block, kept)]
+KEEPING = """
+import sys
+import torch
+from streamda.memory import anonymous_bytes, bound_allocator, release_unused, reuse_heap
+
+cpu, mib = torch.device("cpu"), 1 << 20
+bound_allocator(cpu)
+reuse_heap(cpu, int(sys.argv[1]) * mib, 1 << 40, large=False)
+release_unused(cpu)
+before = anonymous_bytes()
+many = [torch.ones(mib) for _ in range(20)]  # 80 MB, none of them large enough to be mapped
+last = torch.ones(mib)  # above them on the heap, whose end it keeps from being given back
+many.clear()
+release_unused(cpu)
+print((anonymous_bytes() - before) // mib)
+bound_allocator(cpu)
+print((anonymous_bytes() - before) // mib)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="the C library is not glibc 2.33 or later")
+@pytest.mark.parametrize(("allowed", "stays"), [(0, False), (60, False), (120, True)])
+def test_freed_memory_stays_where_a_phase_may_keep_as_much(allowed: int, stays: bool) -> None:
+    command = [sys.executable, "-c", KEEPING, str(allowed)]
+    shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    kept, left = map(int, shown)
+    assert (kept > 75) == stays, kept
+    assert left < 15  # and none of it once it may not

@@ -119,6 +119,7 @@ def plan_for(
         rank=rank,
         keep_statistics=flags.get("keep_statistics", False),
         host_is_device=flags.get("host_is_device", False),
+        spill_statistics=flags.get("spill_statistics", False),
     )
 
 
@@ -330,6 +331,30 @@ class TestPlansOfRealModels:
         assert "solve" not in made.peaks
         assert made.flops["solve"] == 0
 
+    @pytest.mark.parametrize("model", MODELS)
+    def test_statistics_stay_in_memory_where_that_costs_nothing_else(self, model: str) -> None:
+        ways = set()
+        for budget, made in budgets(model):
+            through_disk = plan_for(model, budget, spill_statistics=True)
+            assert through_disk.spill_statistics
+            assert through_disk.bytes_written["statistics"] > 0
+            assert made.num_replays == through_disk.num_replays
+            assert made.scratch_bytes <= through_disk.scratch_bytes
+            assert max(made.peaks.values()) <= budget
+            assert made.prefetch or made.spill_statistics <= through_disk.spill_statistics
+            if not made.spill_statistics:
+                assert made.num_replays == len(made.replays)
+                assert made.bytes_written["statistics"] == made.bytes_read["statistics"] == 0
+                assert made.disk_bytes < through_disk.disk_bytes
+                assert made.peaks["solve"] > statistics_bytes(llama_block(MODELS[model]))
+            ways.add(made.spill_statistics)
+        assert ways == {False, True}
+
+    def test_statistics_go_to_disk_where_they_are_kept_or_not_solved(self) -> None:
+        assert not plan_for("Llama-2-13B", 24 * GB).spill_statistics
+        assert plan_for("Llama-2-13B", 24 * GB, keep_statistics=True).spill_statistics
+        assert plan_for("Llama-2-13B", 24 * GB, rank=0).spill_statistics
+
     def test_a_plan_is_plain_json_with_replays_as_their_number(self) -> None:
         made = plan_for("Llama-2-7B", 24 * GB)
         plain = json.loads(json.dumps(made.to_dict(), allow_nan=False))
@@ -469,24 +494,23 @@ class TestBoundaries:
         shared = plan_for("Llama-2-7B", 64 * GB, host_bytes=3 * self.BOUNDARY, host_is_device=True)
         assert shared.boundaries_in_memory == 3
         for phase in ("prologue", "forward", "solve"):
-            room = HEAP_ROOM_BYTES if phase in shared.roomy_phases else 0
-            assert shared.peaks[phase] - apart.peaks[phase] == 3 * self.BOUNDARY + room
+            assert shared.peaks[phase] - apart.peaks[phase] == 3 * self.BOUNDARY + shared.reused.get(phase, 0)
         smallest = minimum_bytes(llama_workload(MODELS["Llama-2-7B"], 1), 8, 3 * self.BOUNDARY)
         assert (
             plan_for("Llama-2-7B", smallest, host_bytes=3 * self.BOUNDARY, host_is_device=True).peak_bytes <= smallest
         )
 
-    def test_room_for_blocks_to_be_used_again_never_raises_the_peak_of_a_run(self) -> None:
-        roomy = []
+    def test_freed_memory_that_is_kept_never_raises_the_peak_of_a_run(self) -> None:
+        kept = set()
         for budget in (1 * GB, 2 * GB, 4 * GB, 8 * GB):
             made = plan_for("Llama-2-7B", budget, host_is_device=True)
             without = plan_for("Llama-2-7B", budget)
             assert made.peak_bytes == without.peak_bytes
-            assert without.roomy_phases == ()
-            room = {phase: made.peaks[phase] - without.peaks[phase] for phase in made.peaks}
-            assert room == {phase: HEAP_ROOM_BYTES if phase in made.roomy_phases else 0 for phase in room}
-            roomy.append(made.roomy_phases)
-        assert set(roomy) == {(), ("solve",)}
+            assert without.reused == {}
+            assert made.peaks == {phase: peak + made.reused.get(phase, 0) for phase, peak in without.peaks.items()}
+            assert all(0 <= size <= HEAP_ROOM_BYTES for size in made.reused.values())
+            kept |= set(made.reused.values())
+        assert {0, HEAP_ROOM_BYTES} <= kept
 
     def test_the_smallest_budget_holds_no_more_boundaries_than_there_are(self) -> None:
         """Blocks and one, however much host memory is offered beside them."""
@@ -498,12 +522,12 @@ class TestBoundaries:
         """With boundaries in memory. On disk they are larger than the statistics that take their place."""
         block = llama_block(MODELS["Llama-2-7B"])
         memory = 33 * self.BOUNDARY
-        freed = plan_for("Llama-2-7B", 24 * GB, host_bytes=memory)
+        freed = plan_for("Llama-2-7B", 24 * GB, host_bytes=memory, spill_statistics=True)
         kept = plan_for("Llama-2-7B", 24 * GB, host_bytes=memory, keep_statistics=True)
         # beside two gradients: of two blocks, or of all but the first, which needs no gradient below it
         assert 0 <= kept.disk_bytes - freed.disk_bytes - 29 * stored_bytes(block) <= 32 * solution_bytes(block, 8)
         assert (
-            plan_for("Llama-2-7B", 24 * GB).disk_bytes
+            plan_for("Llama-2-7B", 24 * GB, spill_statistics=True).disk_bytes
             == plan_for("Llama-2-7B", 24 * GB, keep_statistics=True).disk_bytes
         )
 

@@ -15,6 +15,7 @@ import streamda
 from streamda.errors import ConfigError, MismatchError
 from streamda.files import read_json
 from streamda.rundir import RunDirectory
+from tests.command_line import flags
 from tests.golden_options import golden_options
 from tests.killed import finish, run_until, weights
 
@@ -83,9 +84,8 @@ def test_a_killed_collection_continues_to_the_same_statistics(tmp_path: Path, un
 
 def test_sigterm_stops_with_75_and_the_same_command_continues(tmp_path: Path, uninterrupted: bytes) -> None:
     options = golden_options(tmp_path)
-    arguments = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     process = subprocess.Popen(
-        [sys.executable, "-m", "streamda", "init", *arguments],
+        [sys.executable, "-m", "streamda", "init", *flags(options)],
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

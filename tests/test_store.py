@@ -16,7 +16,7 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streamda import panels, store
+from streamda import block_statistics, panels, store
 from streamda.collected import open_statistics
 from streamda.config import StatisticsCodec
 from streamda.errors import ConfigError, DamagedError, LockedError
@@ -80,6 +80,7 @@ def a_run(folder: Path, tile: int = 16) -> Iterator[RunDirectory]:
     """An open run directory, with small tiles and panels."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(store, "TILE", tile)
+        patch.setattr(block_statistics, "TILE", tile)
         patch.setattr(panels, "PANEL_ROWS", tile)
         with RunDirectory.open(folder, {"model": {"id": "m"}}, settings={}) as run:
             yield run

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import streamda
-from streamda import panels, plan, store, workload
+from streamda import block_statistics, panels, plan, store, workload
 from streamda.checkpoint import Checkpoint
 from streamda.config import RunConfig
 from streamda.errors import ConfigError, ModelError
@@ -260,8 +260,9 @@ def test_a_small_budget_costs_replays_and_changes_nothing(
     monkeypatch.setattr(plan, "WORKSPACE_BYTES", 0)
     monkeypatch.setattr(workload, "CAST_CHUNK_BYTES", 0)
     monkeypatch.setattr(panels, "PANEL_ROWS", 32)
-    monkeypatch.setattr(store, "TILE", 32)
-    monkeypatch.setattr(plan, "_solve_layouts", lambda *_: [])
+    for module in (store, block_statistics):
+        monkeypatch.setattr(module, "TILE", 32)
+    monkeypatch.setattr(plan, "solve_layouts", lambda *_: [])
     options = llama.options(output_dir=str(llama.folder / "unused"))
     _, facts = plan_run(RunConfig.from_options(options))
     smallest = facts["smallest_budget_bytes"]

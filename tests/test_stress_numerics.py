@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from streamda import panels, store
+from streamda import block_statistics, panels, store
 from streamda.config import SolveConfig
 from streamda.errors import DamagedError, MismatchError, NumericalError, StreamdaError
 from streamda.layers import BlockSpec, InputGroup, LinearSpec
@@ -99,7 +99,7 @@ def solve(
     """Status and facts by layer, and the factors, all of them seen to be finite."""
     with a_run(folder) as run:
         write(run, sums, patch)
-        solver(**options).solve(run.units, 0)
+        solver(**options).solve(run.units, BlockStatisticsReader(run.units, 0))
         factors = read_factors(run.units, 0)
         summaries = read_summaries(run.units, 0)
     for lora_a, lora_b in factors.values():
@@ -232,7 +232,8 @@ def test_the_effective_rank_is_of_the_whole_moment_whatever_its_bands(tmp_path: 
     found = []
     for tile in (2048, 7):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(store, "TILE", tile)
+            for module in (store, block_statistics):
+                patch.setattr(module, "TILE", tile)
             patch.setattr(panels, "PANEL_ROWS", tile)
             found.append(solve(tmp_path / str(tile), sums)[0][Q]["effective_rank"])
     values = torch.linalg.eigvalsh(sums.input_moment.double())
@@ -340,11 +341,11 @@ class TestSkippedLayers:
             write(run, sums)
             lenient, strict = solver(skip_bad_layers=True), solver()
             assert lenient.digest == strict.digest
-            lenient.solve(run.units, 0)
+            lenient.solve(run.units, BlockStatisticsReader(run.units, 0))
             assert lenient.is_solved(run.units, 0)
             assert not strict.is_solved(run.units, 0)  # and so it is solved again, which fails
             assert solve_unit(0) not in run.units
-            lenient.solve(run.units, 0)
+            lenient.solve(run.units, BlockStatisticsReader(run.units, 0))
             run.units.drop(stats_unit(0))
             with pytest.raises(MismatchError, match="--skip-bad-layers"):
                 strict.is_solved(run.units, 0)
@@ -352,7 +353,7 @@ class TestSkippedLayers:
     def test_a_block_without_bad_layers_serves_both(self, tmp_path: Path) -> None:
         with a_run(tmp_path) as run:
             write(run, sums_of(*draw()))
-            solver(skip_bad_layers=True).solve(run.units, 0)
+            solver(skip_bad_layers=True).solve(run.units, BlockStatisticsReader(run.units, 0))
             assert solver().is_solved(run.units, 0)
 
 
@@ -385,7 +386,8 @@ class TestStore:
             array[22, 21] = array[22, 21] + float(sums.input_moment.abs().max())
 
         with pytest.MonkeyPatch.context() as tiles:
-            tiles.setattr(store, "TILE", 7)
+            for module in (store, block_statistics):
+                tiles.setattr(module, "TILE", 7)
             tiles.setattr(panels, "PANEL_ROWS", 7)
             with pytest.raises(DamagedError, match="not symmetric"):
                 solve(tmp_path, sums, patch, skip_bad_layers=True)

@@ -1,0 +1,182 @@
+"""The statistics of one block on their way to its solution: in memory, or (see `streamda.store`) on disk.
+
+Sums and counts are held, never means (see `streamda.factors`); what is asked for here are means. A solution is the same
+to the bit wherever the sums lay: both ways hand out the same regions of them, copied into memory of their own.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, overload
+
+import torch
+
+from streamda.factors import mirror_lower_
+from streamda.layers import BlockSpec, InputGroup
+from streamda.panels import PANEL_ROWS, Panel
+
+TILE = PANEL_ROWS
+TILES_AT_A_TIME = 2
+"""Tiles that are read at a time where a band is not wanted in the float32 it is stored in."""
+
+
+class StatisticsSink(Protocol):
+    """Takes the statistics of one block as they are finished."""
+
+    def write_panel(self, panel: Panel, values: torch.Tensor) -> None:
+        """Takes one finished panel over; the diagonal tile of an input moment becomes symmetric on the way.
+
+        Args:
+            panel: whole tile rows of one statistic.
+            values: its sums, [rows, columns] float32 ([rows] for an output moment).
+        """
+
+    def write_facts(self, module: str, facts: Mapping[str, Any]) -> None:
+        """Takes a module's counts and weight norm."""
+
+
+class BlockStatistics(ABC):
+    """The finished statistics of one block."""
+
+    spec: BlockSpec
+
+    @abstractmethod
+    def facts(self, module: str) -> dict[str, Any]:
+        """Counts and weight norm of a module."""
+
+    @abstractmethod
+    def sums(self, module: str, statistic: str, *where: slice) -> torch.Tensor:
+        """A copy of a region of the sums of a statistic, float32; of an input moment only its lower tiles are there.
+
+        Raises:
+            DamagedError: on disk, it is not what was committed, or not finite.
+        """
+
+    def moment(self, group: InputGroup, device: torch.device) -> MeanMoment:
+        """The mean input moment of a group, to be read band by band."""
+        return MeanMoment(self, group, device)
+
+    def input_moment(self, group: InputGroup, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """The mean input moment [d_in, d_in] of a group; only its lower triangle (and diagonal tiles) are filled."""
+        bands = self.moment(group, device)
+        moment = torch.zeros(group.d_in, group.d_in, dtype=dtype, device=device)
+        for index in range(len(bands)):
+            band = bands.band(index, dtype)
+            moment[index * TILE : index * TILE + band.shape[0], : band.shape[1]] = band
+        return moment
+
+    def moment_tiles(self, group: InputGroup, row: int, columns: slice) -> torch.Tensor:
+        """Tiles side by side in the lower triangle of a mean input moment, float32, where the sums lie."""
+        block = self.sums(group.name, "input_moment", slice(row, row + TILE), columns)
+        # divided in float32, so that what is solved and what `open_statistics` shows are the same numbers
+        return block.div_(max(1, self.facts(group.name)["num_tokens"]))
+
+    def gradient(self, module: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """The mean gradient [d_out, d_in]."""
+        linear = self.spec.linear(module)
+        gradient = torch.empty(linear.d_out, linear.d_in, dtype=dtype, device=device)
+        for index, band in enumerate(self.gradient_bands(module, device)):
+            gradient[index * TILE : index * TILE + band.shape[0]] = band
+        return gradient
+
+    def gradient_bands(self, module: str, device: torch.device) -> MeanGradient:
+        """The mean gradient as bands of rows, each read when it is asked for."""
+        return MeanGradient(self, module, device)
+
+    def gradient_band(self, module: str, row: int, device: torch.device) -> torch.Tensor:
+        """Rows from `row` on of a mean gradient, [up to a tile's rows, d_in] float32."""
+        band = self.sums(module, "gradient", slice(row, row + TILE), slice(None))
+        return band.div_(self.facts(module)["num_samples"]).to(device)
+
+    def output_moment(self, module: str, device: torch.device) -> torch.Tensor:
+        """The mean output moment [d_out] float32."""
+        sums = self.sums(module, "output_moment", slice(None)).to(device)
+        return sums.div_(max(1, self.facts(module)["num_tokens"]))
+
+
+class HeldStatistics(BlockStatistics):
+    """Statistics that stay in memory, on the device that made them, until their block is solved."""
+
+    def __init__(self, spec: BlockSpec) -> None:
+        self.spec = spec
+        self._facts: dict[str, dict[str, Any]] = {}
+        self._panels: dict[tuple[str, str, int], torch.Tensor] = {}
+
+    def write_panel(self, panel: Panel, values: torch.Tensor) -> None:
+        """As `StatisticsSink` says."""
+        if panel.statistic == "input_moment":
+            mirror_lower_(values[:, panel.start : panel.stop])
+        self._panels[panel.module, panel.statistic, panel.start] = values
+
+    def write_facts(self, module: str, facts: Mapping[str, Any]) -> None:
+        """As `StatisticsSink` says."""
+        self._facts[module] = dict(facts)
+
+    def facts(self, module: str) -> dict[str, Any]:
+        """As `BlockStatistics` says."""
+        return self._facts[module]
+
+    def sums(self, module: str, statistic: str, *where: slice) -> torch.Tensor:
+        """As `BlockStatistics` says; rows are those of one panel."""
+        rows, *columns = where
+        panel = self._panels[module, statistic, rows.start or 0]
+        return panel[(slice(None), *columns)].clone(memory_format=torch.contiguous_format)
+
+
+class MeanMoment:
+    """A mean input moment, by bands of rows; see `streamda.cholesky`."""
+
+    def __init__(self, statistics: BlockStatistics, group: InputGroup, device: torch.device) -> None:
+        self._statistics, self._group, self._device = statistics, group, device
+        self._only_tile: torch.Tensor | None = None  # read for its diagonal, and then wanted whole
+
+    def __len__(self) -> int:
+        return -(-self._group.d_in // TILE)
+
+    def diagonal(self) -> torch.Tensor:
+        """[d_in] float64."""
+        parts: list[torch.Tensor] = []
+        for start in range(0, self._group.d_in, TILE):
+            tile = self._statistics.moment_tiles(self._group, start, slice(start, start + TILE))
+            parts.append(tile.diagonal().double())
+        self._only_tile = tile if len(parts) == 1 else None
+        return torch.cat(parts).to(self._device)
+
+    def band(self, index: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+        """Band `index`, [rows, stop]; a new tensor each time."""
+        start = index * TILE
+        stop = min(start + TILE, self._group.d_in)
+        tile, self._only_tile = self._only_tile, None
+        if tile is not None:
+            return tile.to(self._device, dtype)
+        if dtype == torch.float32:
+            return self._statistics.moment_tiles(self._group, start, slice(stop)).to(self._device)
+        band = torch.empty(stop - start, stop, dtype=dtype, device=self._device)
+        for column in range(0, stop, TILE * TILES_AT_A_TIME):
+            columns = slice(column, min(column + TILE * TILES_AT_A_TIME, stop))
+            band[:, columns] = self._statistics.moment_tiles(self._group, start, columns).to(self._device)
+        return band
+
+
+class MeanGradient(Sequence[torch.Tensor]):
+    """A mean gradient, by bands of rows, [up to a tile's rows, d_in] float32 each."""
+
+    def __init__(self, statistics: BlockStatistics, module: str, device: torch.device) -> None:
+        self._statistics, self._module, self._device = statistics, module, device
+
+    def __len__(self) -> int:
+        return -(-self._statistics.spec.linear(self._module).d_out // TILE)
+
+    @overload
+    def __getitem__(self, index: int) -> torch.Tensor: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[torch.Tensor]: ...
+
+    def __getitem__(self, index: int | slice) -> torch.Tensor | list[torch.Tensor]:
+        if isinstance(index, slice):
+            return [self[each] for each in range(len(self))[index]]
+        if not 0 <= index < len(self):
+            raise IndexError(index)  # what ends an iteration
+        return self._statistics.gradient_band(self._module, index * TILE, self._device)

@@ -1,0 +1,117 @@
+"""Statistics that stay in memory until their block is solved: the same bits as through the disk, without it."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import streamda
+from streamda.block_statistics import HeldStatistics
+from streamda.panels import block_panels
+from streamda.store import BlockStatisticsReader
+from streamda.units import UnitStore
+from tests.golden_options import golden_options
+from tests.killed import recorded_points, run_until, weights
+from tests.test_store import CPU, a_run, block, draw, facts, write
+
+
+def held_options(folder: Path, **options: Any) -> dict[str, Any]:
+    return golden_options(folder, spill_statistics=False, **options)
+
+
+@pytest.fixture(scope="module")
+def spilled(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The adapter of a run whose statistics went through the disk."""
+    folder = tmp_path_factory.mktemp("spilled")
+    report = streamda.initialize(**golden_options(folder))
+    assert report.bytes["statistics_written"] > 0
+    assert report.plan["spill_statistics"]
+    return weights(folder)
+
+
+@pytest.mark.parametrize("size", [5, 16, 37])
+def test_held_and_stored_statistics_hand_out_the_same_numbers(tmp_path: Path, size: int) -> None:
+    spec = block(size, size + 6)
+    sums = draw(spec)
+    with a_run(tmp_path / "run") as run:
+        write(run, spec, sums)
+        stored, held = BlockStatisticsReader(run.units, 0), HeldStatistics(spec)
+        for panel in block_panels(spec):
+            values = sums[panel.module][panel.statistic][panel.start : panel.stop]
+            if panel.statistic == "input_moment":
+                # above the diagonal a panel holds whatever is left there
+                rubbish = torch.full((panel.stop - panel.start, panel.columns), 1e9)
+                values = values[:, : panel.columns].tril(panel.start) + rubbish.triu(panel.start + 1)
+            held.write_panel(panel, values.clone())
+        for linear in spec.linears:
+            held.write_facts(linear.name, facts(linear.name))
+        for _ in range(2):  # whoever asks may change what it is given
+            for group in spec.groups:
+                ours, theirs = held.moment(group, CPU), stored.moment(group, CPU)
+                assert torch.equal(ours.diagonal(), theirs.diagonal())
+                for index in range(len(theirs)):
+                    for dtype in (torch.float64, torch.float32):
+                        band = ours.band(index, dtype)
+                        assert torch.equal(band, theirs.band(index, dtype))
+                        band.fill_(7)
+            for linear in spec.linears:
+                assert torch.equal(held.output_moment(linear.name, CPU), stored.output_moment(linear.name, CPU))
+                bands = list(held.gradient_bands(linear.name, CPU))
+                assert [band.is_contiguous() for band in bands] == [True] * len(bands)
+                assert torch.equal(torch.cat(bands), stored.gradient(linear.name, torch.float32, CPU))
+                for band in bands:
+                    band.fill_(7)
+
+
+def test_a_run_without_them_on_disk_gives_the_same_bits(
+    tmp_path: Path, spilled: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+    create = UnitStore.create
+
+    def noted(units: UnitStore, name: str, **record: Any) -> Any:
+        made.append(name)
+        return create(units, name, **record)
+
+    monkeypatch.setattr(UnitStore, "create", noted)
+    report = streamda.initialize(**held_options(tmp_path))
+    assert weights(tmp_path) == spilled
+    assert not report.plan["spill_statistics"]
+    assert report.bytes["statistics_written"] == 0
+    assert not [name for name in made if name.startswith("stats")]
+    assert len([name for name in made if name.startswith("solve-")]) == 3
+
+
+def test_a_run_killed_anywhere_continues_to_the_same_bits(tmp_path: Path, spilled: bytes) -> None:
+    """At every third point, in turn with statistics on disk and without: what one begins the other ends."""
+    points = recorded_points(held_options(tmp_path / "whole"), tmp_path / "points.json")
+    assert len(points) > 30
+    for number, point in enumerate(points[::3]):
+        folder = tmp_path / str(number)
+        begun, ended = held_options(folder), golden_options(folder) if number % 2 else held_options(folder)
+        assert run_until(point, begun) == -signal.SIGKILL, point
+        streamda.initialize(**ended)
+        assert weights(folder) == spilled, point
+
+
+def test_statistics_that_a_killed_run_left_on_disk_are_solved_from_there(tmp_path: Path, spilled: bytes) -> None:
+    options = golden_options(tmp_path)
+    run = tmp_path / "adapter.work" / "units"
+    for number in range(1, 40):
+        assert run_until(f"unit-committed:{number}", options) == -signal.SIGKILL
+        if list(run.glob("stats-*/COMMIT.json")):
+            break
+    report = streamda.initialize(**held_options(tmp_path))
+    assert report.resumed
+    assert weights(tmp_path) == spilled
+
+
+def test_what_is_to_be_kept_goes_to_disk(tmp_path: Path, spilled: bytes) -> None:
+    report = streamda.initialize(**held_options(tmp_path, keep_statistics=True))
+    assert report.plan["spill_statistics"]
+    assert report.bytes["statistics_written"] > 0
+    assert weights(tmp_path) == spilled

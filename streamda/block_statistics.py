@@ -70,7 +70,7 @@ class BlockStatistics(ABC):
         """Tiles side by side in the lower triangle of a mean input moment, float32, where the sums lie."""
         block = self.sums(group.name, "input_moment", slice(row, row + TILE), columns)
         # divided in float32, so that what is solved and what `open_statistics` shows are the same numbers
-        return block.div_(max(1, self.facts(group.name)["num_tokens"]))
+        return _mean_(block, self.facts(group.name)["num_tokens"])
 
     def gradient(self, module: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """The mean gradient [d_out, d_in]."""
@@ -87,12 +87,17 @@ class BlockStatistics(ABC):
     def gradient_band(self, module: str, row: int, device: torch.device) -> torch.Tensor:
         """Rows from `row` on of a mean gradient, [up to a tile's rows, d_in] float32."""
         band = self.sums(module, "gradient", slice(row, row + TILE), slice(None))
-        return band.div_(self.facts(module)["num_samples"]).to(device)
+        return _mean_(band, self.facts(module)["num_samples"]).to(device)
 
     def output_moment(self, module: str, device: torch.device) -> torch.Tensor:
         """The mean output moment [d_out] float32."""
-        sums = self.sums(module, "output_moment", slice(None)).to(device)
-        return sums.div_(max(1, self.facts(module)["num_tokens"]))
+        sums = self.sums(module, "output_moment", slice(None))
+        return _mean_(sums, self.facts(module)["num_tokens"]).to(device)
+
+
+def _mean_(sums: torch.Tensor, count: int) -> torch.Tensor:
+    """Divides in place; on every device alike, for by a number of Python's CUDA multiplies with its reciprocal."""
+    return sums.div_(torch.tensor(max(1, count), dtype=sums.dtype, device=sums.device))
 
 
 class HeldStatistics(BlockStatistics):

@@ -185,6 +185,7 @@ class Collection:
                         if solver is None or self._plan.spill_statistics or self._is_collected(index, solver):
                             committed = self._collect_block(self._specs[index], solver)
                         else:
+                            self._require_solution_room(self._specs[index], solver)
                             held = HeldStatistics(self._specs[index])
                             self._pass_down(self._specs[index], held)
                 if unsolved is not None:
@@ -256,7 +257,7 @@ class Collection:
         if name in REUSING_PHASES:
             reused = self._plan.reused.get(name, 0)
             # what was only to be collected has no solution planned
-            slack = budget - self._plan.peaks.get(name, budget) + reused
+            slack = budget - self._plan.peaks.get(name, budget)
             reuse_heap(device, reused, slack, large=name == "solve")
         else:
             bound_allocator(device)
@@ -335,11 +336,13 @@ class Collection:
             units.drop(stats_unit(index))
 
     def _solve(self, solver: Solver, statistics: BlockStatistics) -> None:
-        units, spec = self._run.units, statistics.spec
-        need = solution_bytes(spec, solver.config.rank) + self._plan.scratch_bytes
-        require_room(units.folder, need, f"the solution of block {spec.index}")
+        self._require_solution_room(statistics.spec, solver)
         with self._phase("solve"):
-            solver.solve(units, statistics)
+            solver.solve(self._run.units, statistics)
+
+    def _require_solution_room(self, spec: BlockSpec, solver: Solver) -> None:
+        need = solution_bytes(spec, solver.config.rank) + self._plan.scratch_bytes
+        require_room(self._run.units.folder, need, f"the solution of block {spec.index}")
 
     def _forget(self, index: int) -> None:
         """Drops the boundaries that only a finished block needed."""

@@ -180,7 +180,7 @@ class RunConfig:
     spill_statistics: bool = option(
         False,
         "Write the statistics of each block to disk before it is solved, even where memory would hold them: a run that "
-        "is stopped then repeats less.",
+        "is stopped then repeats less. The bits are the same.",
     )
     device: str = option("auto", "auto, cpu, cuda or cuda:N.")
     rates: str | None = option(

@@ -128,19 +128,21 @@ def reuse_heap(device: torch.device, reused_bytes: int, slack_bytes: int, *, lar
     Args:
         device: nothing is done for a CUDA device.
         reused_bytes: that it may keep from one block to the next.
-        slack_bytes: of the budget above what the phase needs beside those.
+        slack_bytes: of the budget above the phase's planned peak, which holds those.
         large: whether large blocks may be kept as well, if there is `HEAP_ROOM_BYTES` for them. Not in a pass over
             micro-batches: each of them would stretch the heap, where an input group gives all of it back.
     """
     if device.type != "cpu":
         return
     if large and reused_bytes >= HEAP_ROOM_BYTES:
-        _heap.set_thresholds(ROOMY_BLOCK_BYTES, ROOMY_KEPT_BYTES)
-    elif slack_bytes >= HEAP_SLACK_BYTES:
-        _heap.set_thresholds(HEAP_BLOCK_BYTES, HEAP_KEPT_BYTES)
+        block, kept = ROOMY_BLOCK_BYTES, ROOMY_KEPT_BYTES
+    elif reused_bytes + slack_bytes >= HEAP_SLACK_BYTES:
+        block, kept = HEAP_BLOCK_BYTES, HEAP_KEPT_BYTES
     else:
-        _heap.set_thresholds(LARGE_BLOCK_BYTES, LARGE_BLOCK_BYTES)
-    _heap.allow(reused_bytes)
+        block = kept = LARGE_BLOCK_BYTES
+    _heap.set_thresholds(block, kept)
+    # what gathers within a block comes on top of what is kept between them
+    _heap.allow(min(reused_bytes, max(0, reused_bytes + slack_bytes - kept)))
 
 
 class _MallocInfo(ctypes.Structure):
@@ -151,7 +153,7 @@ class _MallocInfo(ctypes.Structure):
 
 
 class _Heap:
-    """The C heap of this process. Everything here does nothing where the C library is not glibc."""
+    """The C heap, of which a process has one. Everything here does nothing where the C library is not glibc."""
 
     def __init__(self) -> None:
         libc = ctypes.CDLL(None)
@@ -171,9 +173,11 @@ class _Heap:
 
     def allow(self, num_bytes: int) -> None:
         """Sets how much free memory may stay; more of it is given back now."""
-        lowered, self._allowed = num_bytes < self._allowed, num_bytes
-        if lowered:
+        before, self._allowed = self._allowed, num_bytes
+        if num_bytes < before:
             self.release()
+        elif num_bytes and not before:
+            self._give_back()
 
     def release(self) -> None:
         """Gives back what is free, unless all of it may stay."""
@@ -182,11 +186,18 @@ class _Heap:
         if self._info is None or not self._allowed:
             self._trim(0)
         elif self._unaccounted() - self._elsewhere > self._allowed:
+            self._give_back()
+
+    def _give_back(self) -> None:
+        if self._trim is not None and self._info is not None:
             self._trim(0)
             self._elsewhere = self._unaccounted()
 
     def _unaccounted(self) -> int:
-        """Anonymous memory beside what is in use: free blocks whose pages are there, and all that is not malloc's."""
+        """Anonymous memory beside what is in use: free blocks whose pages are there, and all that is not malloc's.
+
+        Too little by what is in use and was never touched, as of a tensor that is being read: the plan allows for it.
+        """
         info = self._info()  # type: ignore[misc]  # the caller has looked
         return anonymous_bytes() - int(info.uordblks) - int(info.hblkhd)
 

@@ -32,7 +32,7 @@ from streamda.memory import bound_allocator, enforce_device_limit, parse_budget
 from streamda.model_copy import check_configuration
 from streamda.nonfinite import skip_notice
 from streamda.places import output_dir, require_output, require_places, work_dir
-from streamda.plan import Plan, solve_capacity
+from streamda.plan import Plan
 from streamda.progress import Progress
 from streamda.rates import measure_rates
 from streamda.report import InitReport
@@ -41,6 +41,7 @@ from streamda.session import finished_report, new_report, open_run, remove_lefto
 from streamda.setup import Prepared, choose_device, fingerprint_parts, prepare, versions
 from streamda.skeleton import build_skeleton, load_config
 from streamda.solutions import SolvedFactors, read_summaries, skipped_layers
+from streamda.solve_plan import solve_capacity
 from streamda.solve_stage import Solver
 from streamda.stopwatch import RunMeter, Stopwatch
 from streamda.store import BlockStatisticsReader, stats_unit

@@ -16,10 +16,17 @@ from streamda.costs import BlockCost, Workload
 from streamda.disk_plan import DiskUse, choose_stride, disk_work, stride_text
 from streamda.errors import BudgetError, StorageError
 from streamda.flops import count_flops
-from streamda.layers import BlockSpec
 from streamda.memory import HEAP_ROOM_BYTES, READ_CHUNK_BYTES, MemoryBudget, format_size
 from streamda.panels import FLOAT32_BYTES, Replay, block_panels, pack_replays
-from streamda.solve_plan import SolveLayout, largest_bytes, layouts_beside_statistics, solve_layouts, spilled_bytes
+from streamda.solve_plan import (
+    WORKSPACE_BYTES,
+    BesideStatistics,
+    SolveLayout,
+    largest_bytes,
+    layouts_beside_statistics,
+    solve_layouts,
+    spilled_bytes,
+)
 
 LOGIT_COPIES = 4
 """Float32 copies of a chunk of logits alive at once: the logits, their softmax, its gradient, and one in passing."""
@@ -27,9 +34,6 @@ MAX_LOGIT_ROWS = 1024
 """Label positions pass the epilogue as one sequence, and some models make a mask of its length squared."""
 MAX_LOGIT_BYTES = 64 << 20
 """Float32 bytes of one copy of a chunk of logits. More saves products with thin operands, less saves memory."""
-WORKSPACE_BYTES = 64 << 20
-"""What a run takes beside its tensors: interpreter objects, buffers of the matrix library, of the tensor reader and of
-the statistics writer. Measured on CPU, see tests/test_memory_bound.py."""
 FRAGMENTATION_BYTES = 80 << 20
 """Activations of many shapes leave holes in an allocator that are as large as themselves, up to about this much: larger
 blocks are mapped one by one. Measured on CPU."""
@@ -60,7 +64,7 @@ class Plan:
     boundary_stride: int
     """Of the other boundaries every so many-th is kept on the way up, and the others are made again on the way down."""
     peaks: dict[str, int]
-    """Predicted peak in bytes by phase."""
+    """Predicted peak in bytes by phase, with what it may keep of the memory that it frees."""
     reused: dict[str, int]
     """Bytes by phase, and in its peak, of freed memory that is kept there to be used again."""
     disk_bytes: int
@@ -105,7 +109,8 @@ def make_plan(
     """Chooses the micro-batch size with the fewest replays (the largest of them), and cuts everything to the budget.
 
     Weights stay in their stored dtype only where that saves replays or is the only way to fit: casting them for each
-    product takes time. The next block is read ahead only where that costs nothing of all this.
+    product takes time. A block's statistics stay in memory where its solution fits beside them, and the next block is
+    read ahead, only where that costs nothing of what was said before.
 
     Args:
         budget: what may be used.
@@ -144,7 +149,7 @@ def make_plan(
     if best is not None:
         ahead = plan_at(workload_at(best.micro_batch_tokens), best.keep_stored, prefetch=True)
         if ahead is not None and ahead.num_replays == best.num_replays:
-            best = best if ahead.spill_statistics > best.spill_statistics else ahead
+            best = best if ahead.spill_statistics and not best.spill_statistics else ahead
     if best is None:
         raise BudgetError(
             f"the budget of {format_size(budget.device_bytes)} is too small: this model and data need "
@@ -211,18 +216,23 @@ def _plan_at(
         peaks["backward"] = max(peaks["backward"], fixed + held)
     if max(peaks.values()) > available:
         return None
-    beside: tuple[int, list[SolveLayout], int] | None = None
+    beside: BesideStatistics | None = None
     if layouts and not spill_statistics and max(map(len, schedule)) == 1:
-        beside = layouts_beside_statistics(
-            specs, rank, capacity, workload.num_rows, layouts, available - peaks["solve"]
-        )
+        most = available - peaks["solve"]
+        beside = layouts_beside_statistics(specs, rank, capacity - ahead, workload.num_rows, layouts, most)
         if beside is not None:
-            capacity, layouts, growth = beside
-            peaks["solve"] += growth
+            capacity, layouts = beside.capacity, beside.layouts
+            peaks["solve"] += beside.growth
     reused: dict[str, int] = {}
     if host_is_device:
         highest = max(peaks.values())
-        reused = {phase: min(HEAP_ROOM_BYTES, highest - peaks[phase]) for phase in REUSING_PHASES if phase in peaks}
+        # of a tensor that is read ahead nobody knows how much is there already
+        unknown = max(cost.largest_module_bytes for cost in workload.blocks) if prefetch else 0
+        reused = {
+            phase: min(HEAP_ROOM_BYTES, max(0, highest - peaks[phase] - unknown))
+            for phase in REUSING_PHASES
+            if phase in peaks
+        }
         peaks |= {phase: peaks[phase] + size for phase, size in reused.items()}
         peaks = {phase: peak + in_memory * boundary for phase, peak in peaks.items()}
     scratch = spilled_bytes(layouts)
@@ -303,21 +313,6 @@ def _fixed_peaks(
     if layouts:
         peaks["solve"] = base + largest_bytes(layouts)
     return peaks
-
-
-def solve_capacity(budget_bytes: int, specs: Sequence[BlockSpec], rank: int) -> int:
-    """Memory for the solution of one input group where there is no model beside it.
-
-    Raises:
-        BudgetError: it is too little, naming the smallest budget that would do.
-    """
-    need = largest_bytes(solve_layouts(specs, rank, 0)) + WORKSPACE_BYTES
-    if need > budget_bytes:
-        raise BudgetError(
-            f"the budget of {format_size(budget_bytes)} is too small: these statistics need {format_size(need)} at "
-            f"least; use --max-gpu-mem {-(-need // 1_000_000)}MB or more"
-        )
-    return budget_bytes - WORKSPACE_BYTES
 
 
 def _backward_fixed(workload: Workload, cost: BlockCost, keep_stored: bool) -> int:

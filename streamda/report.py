@@ -209,6 +209,7 @@ def plan_table(plan: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
         for phase, count in plan["flops"].items()
         if count
     ]
+    statistics = "go to disk" if plan["spill_statistics"] else "stay in memory until their block is solved"
     lines = [
         f"plan for {printable(facts['model'])}  ({facts['num_blocks']} blocks, {facts['num_layers']} adapted layers, "
         f"{facts['dtype']})",
@@ -218,6 +219,7 @@ def plan_table(plan: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
         f"{facts['num_rows']} with padding",
         f"  micro-batch        {plan['micro_batch_tokens']} tokens",
         f"  replays per block  {spread}",
+        f"  statistics         {statistics}",
         f"  boundaries in RAM  {plan['boundaries_in_memory']}",
         f"  disk               {format_size(plan['disk_bytes'])}",
         f"  boundaries kept    {stride_text(plan['boundary_stride'])}; weights are read {plan['weight_passes']:.1f} "

@@ -107,7 +107,8 @@ class Prepared:
                 self.work.at,
                 rank=self.config.solve.rank if solves else 0,
                 keep_statistics=keep_statistics,
-                spill_statistics=self.config.spill_statistics,
+                # what a codec rounds is solved as it was rounded, under every budget
+                spill_statistics=self.config.spill_statistics or self.config.collect.statistics_codec == "bitround",
                 host_is_device=self.device.type == "cpu",
                 disk_room=disk_room,
             )

@@ -15,10 +15,15 @@ from typing import Literal
 
 from streamda.cholesky import BLOCK_ROWS
 from streamda.eigen import basis_limit, guard_vectors
+from streamda.errors import BudgetError
 from streamda.layers import BlockSpec
 from streamda.low_rank import extra_vectors
+from streamda.memory import format_size
 from streamda.panels import FLOAT32_BYTES, PANEL_ROWS, statistics_bytes
 
+WORKSPACE_BYTES = 64 << 20
+"""What a run takes beside its tensors: interpreter objects, buffers of the matrix library, of the tensor reader and of
+the statistics writer. Measured on CPU, see tests/test_memory_bound.py."""
 FLOAT64_BYTES = 8
 THIN_BLOCKS = 4
 """Blocks of vectors that an application of the operator holds beside the basis and the images of that."""
@@ -51,6 +56,32 @@ class SolveLayout:
     """Peak in memory."""
     spilled_bytes: int
     """Of the factor, in a file."""
+
+
+def solve_capacity(budget_bytes: int, specs: Sequence[BlockSpec], rank: int) -> int:
+    """Memory for the solution of one input group where there is no model beside it.
+
+    Raises:
+        BudgetError: it is too little, naming the smallest budget that would do.
+    """
+    need = largest_bytes(solve_layouts(specs, rank, 0)) + WORKSPACE_BYTES
+    if need > budget_bytes:
+        raise BudgetError(
+            f"the budget of {format_size(budget_bytes)} is too small: these statistics need {format_size(need)} at "
+            f"least; use --max-gpu-mem {-(-need // 1_000_000)}MB or more"
+        )
+    return budget_bytes - WORKSPACE_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class BesideStatistics:
+    """A solution with its block's statistics in memory beside it."""
+
+    capacity: int
+    """Memory for the solution."""
+    layouts: list[SolveLayout]
+    growth: int
+    """Bytes that its peak is higher for it."""
 
 
 def few_tokens(d_in: int) -> int:
@@ -106,7 +137,7 @@ def solve_layouts(
 
 def layouts_beside_statistics(
     specs: Sequence[BlockSpec], rank: int, capacity: int, num_tokens: int, alone: Sequence[SolveLayout], most: int
-) -> tuple[int, list[SolveLayout], int] | None:
+) -> BesideStatistics | None:
     """How groups are solved with their block's statistics in memory beside them.
 
     Args:
@@ -118,14 +149,15 @@ def layouts_beside_statistics(
         most: bytes that the peak may grow by.
 
     Returns:
-        The memory for the solution, its layouts, and the bytes that the peak grows by. None where that is too much, or
-        where more of a factor would lie on disk for it: that is read at every step, statistics but once.
+        None where they do not fit, or where more of a factor would lie on disk for it: that is read at every step,
+        statistics but once.
     """
     held = max(map(statistics_bytes, specs))
     left = max(0, capacity - held)
     layouts = solve_layouts(specs, rank, left, num_tokens)
     growth = held + largest_bytes(layouts) - largest_bytes(alone)
-    return None if growth > most or spilled_bytes(layouts) > spilled_bytes(alone) else (left, layouts, growth)
+    fits = growth <= most and spilled_bytes(layouts) <= spilled_bytes(alone)
+    return BesideStatistics(left, layouts, growth) if fits else None
 
 
 def largest_bytes(layouts: Iterable[SolveLayout]) -> int:

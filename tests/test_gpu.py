@@ -63,6 +63,19 @@ def test_solutions_are_those_of_the_cpu(tmp_path: Path) -> None:
     assert worst_error(found, expected) < 1e-4
 
 
+def test_statistics_that_stay_on_the_device_give_the_bits_of_those_on_disk(tmp_path: Path) -> None:
+    """With counts that are no powers of two, so that a mean is rounded."""
+    adapters = []
+    for spill in (True, False):
+        output = tmp_path / f"spilled-{spill}"
+        report = streamda.initialize(
+            **RUN, device="cuda", max_gpu_mem="600MB", num_samples=13, spill_statistics=spill, output_dir=str(output)
+        )
+        assert report.plan["spill_statistics"] == spill
+        adapters.append((output / "adapter_model.safetensors").read_bytes())
+    assert adapters[0] == adapters[1]
+
+
 def test_a_whole_run_gives_the_dense_float64_solution(tmp_path: Path) -> None:
     cases = json.loads((GOLDEN / "cases.json").read_text())
     streamda.initialize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import torch
 
 import streamda
 from streamda.block_statistics import HeldStatistics
-from streamda.panels import block_panels
-from streamda.store import BlockStatisticsReader
+from streamda.layers import BlockSpec
+from streamda.panels import Replay, block_panels
+from streamda.store import BlockStatisticsReader, stats_unit
+from streamda.sweep import Sweep
 from streamda.units import UnitStore
 from tests.golden_options import golden_options
 from tests.killed import recorded_points, run_until, weights
@@ -86,28 +89,49 @@ def test_a_run_without_them_on_disk_gives_the_same_bits(
     assert len([name for name in made if name.startswith("solve-")]) == 3
 
 
-def test_a_run_killed_anywhere_continues_to_the_same_bits(tmp_path: Path, spilled: bytes) -> None:
-    """At every third point, in turn with statistics on disk and without: what one begins the other ends."""
-    points = recorded_points(held_options(tmp_path / "whole"), tmp_path / "points.json")
+@pytest.mark.parametrize("begins_on_disk", [False, True])
+def test_a_run_killed_anywhere_continues_to_the_same_bits(tmp_path: Path, spilled: bytes, begins_on_disk: bool) -> None:
+    """At every fourth point; what one way begins it ends itself, or the other way does, in turn."""
+    begun, other = (golden_options, held_options) if begins_on_disk else (held_options, golden_options)
+    points = recorded_points(begun(tmp_path / "whole"), tmp_path / "points.json")
     assert len(points) > 30
-    for number, point in enumerate(points[::3]):
+    for number, point in enumerate(points[::4]):
         folder = tmp_path / str(number)
-        begun, ended = held_options(folder), golden_options(folder) if number % 2 else held_options(folder)
-        assert run_until(point, begun) == -signal.SIGKILL, point
-        streamda.initialize(**ended)
+        assert run_until(point, begun(folder)) == -signal.SIGKILL, point
+        streamda.initialize(**(other if number % 2 else begun)(folder))
         assert weights(folder) == spilled, point
 
 
-def test_statistics_that_a_killed_run_left_on_disk_are_solved_from_there(tmp_path: Path, spilled: bytes) -> None:
+def test_statistics_that_a_killed_run_left_on_disk_are_solved_from_there(
+    tmp_path: Path, spilled: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options = golden_options(tmp_path)
-    run = tmp_path / "adapter.work" / "units"
+    units = tmp_path / "adapter.work" / "units"
     for number in range(1, 40):
         assert run_until(f"unit-committed:{number}", options) == -signal.SIGKILL
-        if list(run.glob("stats-*/COMMIT.json")):
+        if left := [path.parent.name for path in units.glob("stats-*/COMMIT.json")]:
             break
+    collected: list[str] = []
+    passed = Sweep.backward_block
+
+    def noted(sweep: Sweep, spec: BlockSpec, replays: Sequence[Replay], *args: Any, **kwargs: Any) -> Any:
+        if replays:
+            collected.append(stats_unit(spec.index))
+        return passed(sweep, spec, replays, *args, **kwargs)
+
+    monkeypatch.setattr(Sweep, "backward_block", noted)
     report = streamda.initialize(**held_options(tmp_path))
     assert report.resumed
+    assert sorted([*collected, *left]) == ["stats-0000", "stats-0001", "stats-0002"]
     assert weights(tmp_path) == spilled
+
+
+@pytest.mark.parametrize("options", [{}, {"spill_statistics": True}, {"keep_statistics": True}])
+def test_a_codec_that_rounds_rounds_whatever_way_they_take(tmp_path: Path, options: dict[str, Any]) -> None:
+    """What is rounded on disk is solved as it was rounded, under every budget."""
+    given = held_options(tmp_path) | {"statistics_codec": "bitround"} | options
+    report = streamda.initialize(**given)
+    assert report.plan["spill_statistics"]
 
 
 def test_what_is_to_be_kept_goes_to_disk(tmp_path: Path, spilled: bytes) -> None:

@@ -56,7 +56,7 @@ WITHIN = {
     "panels": {"layers"},
     "disk_plan": {"layers", "panels"},
     "block_statistics": {"factors", "layers", "panels"},
-    "solve_plan": {"cholesky", "eigen", "layers", "low_rank", "panels"},
+    "solve_plan": {"cholesky", "eigen", "layers", "low_rank", "memory", "panels"},
     "costs": {"layers"},
     "flops": {"costs", "eigen", "low_rank", "panels", "solve_plan"},
     "plan": {"costs", "disk_plan", "flops", "layers", "memory", "panels", "solve_plan"},

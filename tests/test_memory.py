@@ -255,24 +255,25 @@ def test_on_cuda_the_meter_reads_the_allocator_s_reserved_peak() -> None:
 
 
 @pytest.mark.parametrize(
-    ("reused", "slack", "large", "block", "kept"),
+    ("reused", "slack", "large", "block", "kept", "stays"),
     [
-        (0, 191 * MIB, True, 1 * MIB, 1 * MIB),
-        (0, 192 * MIB, True, 8 * MIB, 64 * MIB),
-        (191 * MIB, 0, True, 1 * MIB, 1 * MIB),
-        (192 * MIB, 0, False, 1 * MIB, 1 * MIB),
-        (192 * MIB, 0, True, 32 * MIB, 128 * MIB),
+        (0, 191 * MIB, True, 1 * MIB, 1 * MIB, 0),
+        (0, 192 * MIB, True, 8 * MIB, 64 * MIB, 0),
+        (191 * MIB, 0, True, 1 * MIB, 1 * MIB, 190 * MIB),
+        (100 * MIB, 92 * MIB, True, 8 * MIB, 64 * MIB, 100 * MIB),
+        (192 * MIB, 0, False, 8 * MIB, 64 * MIB, 128 * MIB),
+        (192 * MIB, 0, True, 32 * MIB, 128 * MIB, 64 * MIB),
     ],
 )
 def test_a_phase_keeps_blocks_as_its_room_allows(
-    monkeypatch: pytest.MonkeyPatch, reused: int, slack: int, large: bool, block: int, kept: int
+    monkeypatch: pytest.MonkeyPatch, reused: int, slack: int, large: bool, block: int, kept: int, stays: int
 ) -> None:
     asked: list[tuple[int, int]] = []
     allowed: list[int] = []
     monkeypatch.setattr(memory._heap, "set_thresholds", lambda *sizes: asked.append(sizes))
     monkeypatch.setattr(memory._heap, "allow", allowed.append)
     memory.reuse_heap(CPU, reused, slack, large=large)
-    assert (asked, allowed) == ([(block, kept)], [reused])
+    assert (asked, allowed) == ([(block, kept)], [stays])
 
 
 KEEPING = """

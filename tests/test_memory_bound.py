@@ -38,7 +38,8 @@ def run_limited(options: dict[str, object], limit_bytes: int) -> subprocess.Comp
 
 
 @pytest.mark.slow
-def test_512_megabytes_hold_on_a_real_model_with_256_samples(smollm2: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("spill", [False, True], ids=["held", "spilled"])
+def test_512_megabytes_hold_on_a_real_model_with_256_samples(smollm2: Path, tmp_path: Path, spill: bool) -> None:
     options = {
         "model": str(smollm2),
         "output_dir": str(tmp_path / "adapter"),
@@ -49,6 +50,7 @@ def test_512_megabytes_hold_on_a_real_model_with_256_samples(smollm2: Path, tmp_
         # a third of the blocks, for the suite's time: that the peak does not grow with blocks is the next test's matter
         "target_modules": r"model\.layers\.2\d\..*",
         "max_gpu_mem": "512MB",
+        "spill_statistics": spill,
     }
     run = run_limited(options, 512_000_000)
     assert run.returncode == 0, run.stderr[-2000:]

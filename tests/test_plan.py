@@ -341,7 +341,7 @@ class TestPlansOfRealModels:
             assert made.num_replays == through_disk.num_replays
             assert made.scratch_bytes <= through_disk.scratch_bytes
             assert max(made.peaks.values()) <= budget
-            assert made.prefetch or made.spill_statistics <= through_disk.spill_statistics
+            assert made.prefetch == through_disk.prefetch or not made.spill_statistics  # that alone may go for it
             if not made.spill_statistics:
                 assert made.num_replays == len(made.replays)
                 assert made.bytes_written["statistics"] == made.bytes_read["statistics"] == 0

@@ -119,6 +119,7 @@ def test_what_is_written_comes_back_whatever_its_shape(d_in: int, d_out: int, co
             write(run, spec, draw(spec), codec)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(store, "TILE", 16)
+            patch.setattr(block_statistics, "TILE", 16)
             assert_holds(Path(folder), [spec], [draw(spec)])
 
 

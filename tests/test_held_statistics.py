@@ -13,13 +13,13 @@ import torch
 import streamda
 from streamda.block_statistics import HeldStatistics
 from streamda.layers import BlockSpec
-from streamda.panels import Replay, block_panels
+from streamda.panels import Replay
 from streamda.store import BlockStatisticsReader, stats_unit
 from streamda.sweep import Sweep
 from streamda.units import UnitStore
 from tests.golden_options import golden_options
 from tests.killed import recorded_points, run_until, weights
-from tests.test_store import CPU, a_run, block, draw, facts, write
+from tests.test_store import CPU, a_run, block, draw, fill, write
 
 
 def held_options(folder: Path, **options: Any) -> dict[str, Any]:
@@ -43,15 +43,7 @@ def test_held_and_stored_statistics_hand_out_the_same_numbers(tmp_path: Path, si
     with a_run(tmp_path / "run") as run:
         write(run, spec, sums)
         stored, held = BlockStatisticsReader(run.units, 0), HeldStatistics(spec)
-        for panel in block_panels(spec):
-            values = sums[panel.module][panel.statistic][panel.start : panel.stop]
-            if panel.statistic == "input_moment":
-                # above the diagonal a panel holds whatever is left there
-                rubbish = torch.full((panel.stop - panel.start, panel.columns), 1e9)
-                values = values[:, : panel.columns].tril(panel.start) + rubbish.triu(panel.start + 1)
-            held.write_panel(panel, values.clone())
-        for linear in spec.linears:
-            held.write_facts(linear.name, facts(linear.name))
+        fill(held, spec, sums)
         for _ in range(2):  # whoever asks may change what it is given
             for group in spec.groups:
                 ours, theirs = held.moment(group, CPU), stored.moment(group, CPU)

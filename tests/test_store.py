@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamda import block_statistics, panels, store
+from streamda.block_statistics import StatisticsSink
 from streamda.collected import open_statistics
 from streamda.config import StatisticsCodec
 from streamda.errors import ConfigError, DamagedError, LockedError
@@ -58,20 +59,24 @@ def facts(module: str) -> dict[str, Any]:
     return {"num_tokens": NUM_TOKENS, "num_samples": NUM_SAMPLES, "weight_norm": 1.5 + len(module)}
 
 
+def fill(sink: StatisticsSink, spec: BlockSpec, sums: dict[str, dict[str, torch.Tensor]]) -> None:
+    """As the first pass does it: panel by panel, above the diagonal whatever is left there."""
+    for panel in block_panels(spec):
+        values = sums[panel.module][panel.statistic][panel.start : panel.stop]
+        if panel.statistic == "input_moment":
+            rubbish = torch.full((panel.stop - panel.start, panel.columns), 1e9)
+            values = values[:, : panel.columns].tril(panel.start) + rubbish.triu(panel.start + 1)
+        sink.write_panel(panel, values.clone())
+    for linear in spec.linears:
+        sink.write_facts(linear.name, facts(linear.name))
+
+
 def write(
     run: RunDirectory, spec: BlockSpec, sums: dict[str, dict[str, torch.Tensor]], codec: StatisticsCodec = "none"
 ) -> None:
-    """As the first pass does it: panel by panel, above the diagonal whatever is left there."""
+    """Commits the statistics of a block."""
     with run.units.create(stats_unit(spec.index)) as draft:
-        writer = BlockStatisticsWriter(draft.path, spec, codec)
-        for panel in block_panels(spec):
-            values = sums[panel.module][panel.statistic][panel.start : panel.stop]
-            if panel.statistic == "input_moment":
-                rubbish = torch.full((panel.stop - panel.start, panel.columns), 1e9)
-                values = values[:, : panel.columns].tril(panel.start) + rubbish.triu(panel.start + 1)
-            writer.write_panel(panel, values.clone())
-        for linear in spec.linears:
-            writer.write_facts(linear.name, facts(linear.name))
+        fill(BlockStatisticsWriter(draft.path, spec, codec), spec, sums)
         draft.metadata |= {"prefix": spec.prefix, "modules": [linear.name for linear in spec.linears]}
 
 

@@ -466,7 +466,7 @@ class TestLimits:
     def test_too_few_descriptors_are_named_with_their_limit(
         self, options: Callable[..., dict[str, Any]], number: int
     ) -> None:
-        found = outcome(options(), limits={resource.RLIMIT_NOFILE: number})
+        found = outcome(options(spill_statistics=True), limits={resource.RLIMIT_NOFILE: number})
         assert found.code == 7, found
         assert "ulimit -n" in found.message
         assert len(found.message.splitlines()) == 1

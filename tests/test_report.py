@@ -247,6 +247,7 @@ def test_a_plan_is_shown_with_all_its_phases() -> None:
         "replays": [2, 3, 0, 2],
         "boundaries_in_memory": 5,
         "boundary_stride": 3,
+        "spill_statistics": True,
         "weight_passes": 2.875,
         "disk_bytes": 13_000_000_000,
         "weight_bytes_read": 26_000_000_000,

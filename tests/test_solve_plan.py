@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from streamda import plan, solve_plan
+from streamda import solve_plan
 from streamda.config import SolveConfig
 from streamda.errors import BudgetError
 from streamda.memory import parse_size
@@ -96,11 +96,11 @@ def test_every_layout_solves_to_the_same_bits(few: bool, tmp_path: Path, monkeyp
 
 class TestABudgetForSolvingAlone:
     def test_it_is_what_is_left_beside_the_process(self) -> None:
-        assert plan.solve_capacity(6 * GB, [block(28672, 8192)], 8) == 6 * GB - plan.WORKSPACE_BYTES
+        assert solve_plan.solve_capacity(6 * GB, [block(28672, 8192)], 8) == 6 * GB - solve_plan.WORKSPACE_BYTES
 
     def test_one_that_cannot_do_is_refused_with_the_one_that_can(self) -> None:
         spec = block(28672, 8192)
         with pytest.raises(BudgetError, match=r"budget of 1.00 GB is too small: these statistics need") as refusal:
-            plan.solve_capacity(GB, [spec], 8)
+            solve_plan.solve_capacity(GB, [spec], 8)
         smallest = parse_size(str(refusal.value).split("--max-gpu-mem ")[1].split(" ")[0])
-        assert solve_layout(28672, 8192, 8, plan.solve_capacity(smallest, [spec], 8)).num_bytes <= smallest
+        assert solve_layout(28672, 8192, 8, solve_plan.solve_capacity(smallest, [spec], 8)).num_bytes <= smallest

@@ -267,6 +267,7 @@ def test_a_plan_is_shown_with_all_its_phases() -> None:
         "bounds": Bounds(Rates(10**11, 10**9, 10**9, None), plan["flops"], 5 * 10**9, 10**9).to_dict(),
     }
     text = plan_table(plan, facts)
+    assert "statistics         stay in memory" in plan_table(plan | {"spill_statistics": False}, facts)
     for fact in (
         "tiny",
         "21 adapted layers",
@@ -276,6 +277,7 @@ def test_a_plan_is_shown_with_all_its_phases() -> None:
         "52000",
         "1024 tokens",
         "13.00 GB",
+        "statistics         go to disk",
         "boundaries kept    every 3rd; weights are read 2.9 times (26.00 GB)",
         "time               at least unknown",
         "compute          40 s at 100 GFLOP/s, 1 GFLOP/s in float64",

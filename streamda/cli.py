@@ -49,16 +49,15 @@ app = typer.Typer(
 
 _PANELS = {"": "Run", "data": "Data", "collect": "Statistics", "solve": "Method"}
 _SWITCHES = (
-    *(
-        "trust_remote_code",
-        "keep_statistics",
-        "spill_statistics",
-        "skip_bad_samples",
-        "skip_bad_layers",
-        "profile",
-        "overwrite",
-    ),
-    *("allow_environment_change", "unsafe_filesystem"),
+    "trust_remote_code",
+    "keep_statistics",
+    "spill_statistics",
+    "skip_bad_samples",
+    "skip_bad_layers",
+    "profile",
+    "overwrite",
+    "allow_environment_change",
+    "unsafe_filesystem",
 )
 """Options that are only ever turned on."""
 _FLAGS = {"quiet": "No progress and no notices.", "verbose": "Show one sample with its mask; tracebacks with errors."}

@@ -80,13 +80,18 @@ def write(
         draft.metadata |= {"prefix": spec.prefix, "modules": [linear.name for linear in spec.linears]}
 
 
+def set_tile(patch: pytest.MonkeyPatch, tile: int) -> None:
+    """Cuts panels and tiles smaller, wherever their size is known."""
+    for module in (store, block_statistics):
+        patch.setattr(module, "TILE", tile)
+    patch.setattr(panels, "PANEL_ROWS", tile)
+
+
 @contextmanager
 def a_run(folder: Path, tile: int = 16) -> Iterator[RunDirectory]:
     """An open run directory, with small tiles and panels."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store, "TILE", tile)
-        patch.setattr(block_statistics, "TILE", tile)
-        patch.setattr(panels, "PANEL_ROWS", tile)
+        set_tile(patch, tile)
         with RunDirectory.open(folder, {"model": {"id": "m"}}, settings={}) as run:
             yield run
 
@@ -123,8 +128,7 @@ def test_what_is_written_comes_back_whatever_its_shape(d_in: int, d_out: int, co
         with a_run(Path(folder)) as run:
             write(run, spec, draw(spec), codec)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(store, "TILE", 16)
-            patch.setattr(block_statistics, "TILE", 16)
+            set_tile(patch, 16)
             assert_holds(Path(folder), [spec], [draw(spec)])
 
 

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import streamda
-from streamda import block_statistics, panels, plan, store, workload
+from streamda import plan, workload
 from streamda.checkpoint import Checkpoint
 from streamda.config import RunConfig
 from streamda.errors import ConfigError, ModelError
 from streamda.pipeline import plan as plan_run
 from tests.autograd_oracle import OracleStatistics, load_model, oracle_statistics
 from tests.models import FAMILIES, LENGTHS, REFUSED, SIMILAR, TARGETS, make_samples, write_checkpoint, write_samples
+from tests.test_store import set_tile
 
 TOLERANCE = 1e-4
 MANY_LENGTHS = (17, 5, 16, 2, 9, 20, 20, 19, 13, 12, 7, 20, 18, 11, 8, 15)
@@ -259,9 +260,7 @@ def test_a_small_budget_costs_replays_and_changes_nothing(
     # what a run takes beside its tensors hides the tensors of so tiny a model; nothing here measures memory
     monkeypatch.setattr(plan, "WORKSPACE_BYTES", 0)
     monkeypatch.setattr(workload, "CAST_CHUNK_BYTES", 0)
-    monkeypatch.setattr(panels, "PANEL_ROWS", 32)
-    for module in (store, block_statistics):
-        monkeypatch.setattr(module, "TILE", 32)
+    set_tile(monkeypatch, 32)
     monkeypatch.setattr(plan, "solve_layouts", lambda *_: [])
     options = llama.options(output_dir=str(llama.folder / "unused"))
     _, facts = plan_run(RunConfig.from_options(options))

@@ -17,7 +17,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from streamda import block_statistics, panels, store
 from streamda.config import SolveConfig
 from streamda.errors import DamagedError, MismatchError, NumericalError, StreamdaError
 from streamda.layers import BlockSpec, InputGroup, LinearSpec
@@ -26,6 +25,7 @@ from streamda.rundir import RunDirectory
 from streamda.solutions import read_factors, read_summaries, solve_unit
 from streamda.solve_stage import Solver
 from streamda.store import BlockStatisticsReader, BlockStatisticsWriter, stats_unit
+from tests.test_store import set_tile
 
 CPU = torch.device("cpu")
 D_IN, D_OUT, RANK, NUM_SAMPLES = 24, 20, 4, 8
@@ -232,9 +232,7 @@ def test_the_effective_rank_is_of_the_whole_moment_whatever_its_bands(tmp_path: 
     found = []
     for tile in (2048, 7):
         with pytest.MonkeyPatch.context() as patch:
-            for module in (store, block_statistics):
-                patch.setattr(module, "TILE", tile)
-            patch.setattr(panels, "PANEL_ROWS", tile)
+            set_tile(patch, tile)
             found.append(solve(tmp_path / str(tile), sums)[0][Q]["effective_rank"])
     values = torch.linalg.eigvalsh(sums.input_moment.double())
     expected = float(values.sum() ** 2 / values.square().sum())
@@ -386,9 +384,7 @@ class TestStore:
             array[22, 21] = array[22, 21] + float(sums.input_moment.abs().max())
 
         with pytest.MonkeyPatch.context() as tiles:
-            for module in (store, block_statistics):
-                tiles.setattr(module, "TILE", 7)
-            tiles.setattr(panels, "PANEL_ROWS", 7)
+            set_tile(tiles, 7)
             with pytest.raises(DamagedError, match="not symmetric"):
                 solve(tmp_path, sums, patch, skip_bad_layers=True)
 

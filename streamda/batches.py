@@ -87,22 +87,61 @@ def _best_cuts(lengths: Sequence[int], max_tokens: int, batch_cost: int) -> list
 
 
 @dataclass(frozen=True, slots=True)
+class Targets:
+    """What a micro-batch is to predict."""
+
+    rows: torch.Tensor
+    """[labels] rows whose next token is a label."""
+    ids: torch.Tensor
+    """[labels] that next token."""
+    weights: torch.Tensor
+    """[labels] float32: one over the number of labels of the row's sample, so that losses are per-sample means."""
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
-    """The tensors of one micro-batch. Rows are positions of the flattened [batch, tokens] grid."""
+    """One micro-batch. Rows are positions of the flattened [batch, tokens] grid.
+
+    What only one end of the model needs (token ids, targets) is made there and then from the samples' own tensors, so
+    that hardly anything is kept per token for the whole run.
+    """
 
     samples: tuple[int, ...]
     """Indices into the calibration set."""
-    input_ids: torch.Tensor
-    """[batch, tokens] int64, padded with 0."""
+    shape: tuple[int, int]
+    """[batch, tokens], padding included."""
     moment_rows: torch.Tensor | None
     """Rows that enter the second moments; None for all of them."""
-    is_padded: bool
-    label_rows: torch.Tensor
-    """[labels] rows whose next token is a label."""
-    label_ids: torch.Tensor
-    """[labels] that next token."""
-    label_weights: torch.Tensor
-    """[labels] float32: one over the number of labels of the row's sample, so that losses are per-sample means."""
+    ids: tuple[torch.Tensor, ...]
+    """Per sample, [tokens] int64, on the host."""
+    labels: tuple[torch.Tensor, ...]
+    """Per sample, [tokens] int64, not shifted, on the host."""
+    device: torch.device
+    """Where tensors of the batch are to be."""
+
+    @property
+    def num_rows(self) -> int:
+        """Tokens computed, padding included."""
+        return self.shape[0] * self.shape[1]
+
+    def input_ids(self) -> torch.Tensor:
+        """[batch, tokens] int64, padded with 0."""
+        padded = torch.zeros(self.shape, dtype=torch.long)
+        for row, sample in enumerate(self.ids):
+            padded[row, : sample.numel()] = sample
+        return padded.to(self.device)
+
+    def targets(self) -> Targets:
+        """The labels, each at the row that predicts it."""
+        following = _following(self.labels, self.shape)
+        predicts = following != IGNORED_LABEL
+        counts = predicts.sum(dim=1, keepdim=True).clamp_min(1)
+        weights = (1.0 / counts).expand(self.shape)
+        return Targets(
+            rows=predicts.flatten().nonzero()[:, 0].to(self.device),
+            ids=following[predicts].to(self.device),
+            weights=weights[predicts].float().to(self.device),
+        )
 
 
 def collate(
@@ -112,33 +151,33 @@ def collate(
     device: torch.device,
     samples: Sequence[int] | None = None,
 ) -> Batch:
-    """Pads samples on the right and finds their rows.
+    """Puts samples into one micro-batch, padded on the right.
 
     Args:
         ids: per sample, [tokens] int64.
         labels: per sample, [tokens] int64, not shifted; -100 where there is no loss.
         token_mask: which tokens enter the second moments.
-        device: where the result goes.
+        device: where its tensors are to be.
         samples: their indices in the calibration set; from 0 on where none are given.
     """
-    length = max(sample.numel() for sample in ids)
-    input_ids = torch.zeros(len(ids), length, dtype=torch.long)
-    real = torch.zeros(len(ids), length, dtype=torch.bool)
-    following = torch.full((len(ids), length), IGNORED_LABEL)  # the label that each position predicts
-    for row, (sample, sample_labels) in enumerate(zip(ids, labels, strict=True)):
-        input_ids[row, : sample.numel()] = sample
-        real[row, : sample.numel()] = True
-        following[row, : sample.numel() - 1] = sample_labels[1:]
-    predicts = following != IGNORED_LABEL
-    counts = predicts.sum(dim=1, keepdim=True).clamp_min(1)
-    weights = (1.0 / counts).expand(-1, length)
-    chosen = real if token_mask == "attention" else predicts
+    shape = (len(ids), max(sample.numel() for sample in ids))
+    if token_mask == "attention":
+        chosen = torch.arange(shape[1]) < torch.tensor([sample.numel() for sample in ids])[:, None]
+    else:
+        chosen = _following(labels, shape) != IGNORED_LABEL
     return Batch(
         samples=tuple(range(len(ids)) if samples is None else samples),
-        input_ids=input_ids.to(device),
+        shape=shape,
         moment_rows=None if bool(chosen.all()) else chosen.flatten().nonzero()[:, 0].to(device),
-        is_padded=not bool(real.all()),
-        label_rows=predicts.flatten().nonzero()[:, 0].to(device),
-        label_ids=following[predicts].to(device),
-        label_weights=weights[predicts].float().to(device),
+        ids=tuple(ids),
+        labels=tuple(labels),
+        device=device,
     )
+
+
+def _following(labels: Sequence[torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
+    """The label that each position predicts, [batch, tokens]."""
+    following = torch.full(shape, IGNORED_LABEL)
+    for row, sample in enumerate(labels):
+        following[row, : sample.numel() - 1] = sample[1:]
+    return following

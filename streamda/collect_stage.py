@@ -100,7 +100,7 @@ class Collection:
             )
             for indices in chosen
         ]
-        shapes = [(*batch.input_ids.shape, prepared.stack.hidden_size) for batch in self._batches]
+        shapes = [(*batch.shape, prepared.stack.hidden_size) for batch in self._batches]
         self._boundaries = BoundaryStore(self._run.units, shapes, prepared.dtype, self._plan.boundaries_in_memory)
         self._sweep = Sweep(
             prepared.stack,

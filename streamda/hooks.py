@@ -118,12 +118,12 @@ class PanelCollector:
         """Rows of a layer's input that enter the moments; None for all."""
         batch = self._batch
         assert batch is not None
-        if num_rows == batch.input_ids.numel():
+        if num_rows == batch.num_rows:
             return batch.moment_rows
         # a layer that sees routed tokens; which of them are padding or labels cannot be told
         if batch.moment_rows is not None:
             raise ModelError(
-                f"{name} sees {num_rows} of {batch.input_ids.numel()} tokens, so its tokens cannot be masked; use "
+                f"{name} sees {num_rows} of {batch.num_rows} tokens, so its tokens cannot be masked; use "
                 "--micro-batch-tokens 1 and --token-mask attention, or leave it out of --target-modules"
             )
         return None

@@ -27,19 +27,20 @@ def loss_gradient(
     gradient = torch.zeros_like(flat)
     sums = torch.zeros(hidden.shape[0], 1, dtype=torch.float64)
     parts = []
-    for start in range(0, batch.label_rows.numel(), logit_rows):
+    targets = batch.targets()
+    for start in range(0, targets.rows.numel(), logit_rows):
         chunk = slice(start, start + logit_rows)
-        rows = batch.label_rows[chunk]
+        rows = targets.rows[chunk]
         states = flat[rows].requires_grad_(True)
         with torch.enable_grad():
             logits = stack.logits(states)
-            losses = F.cross_entropy(logits.float(), batch.label_ids[chunk], reduction="none")
-            weighted = losses * batch.label_weights[chunk]
+            losses = F.cross_entropy(logits.float(), targets.ids[chunk], reduction="none")
+            weighted = losses * targets.weights[chunk]
         torch.autograd.backward(weighted.sum())
         assert states.grad is not None
         gradient[rows] = states.grad
         parts.append(weighted.detach())
     if parts:  # on the host, where sums have one order; brought there at once, since the device is waited for
-        samples = (batch.label_rows // hidden.shape[1]).cpu()
+        samples = (targets.rows // hidden.shape[1]).cpu()
         sums.index_add_(0, samples, torch.cat(parts).cpu().double()[:, None])
     return sums, gradient.reshape(hidden.shape)

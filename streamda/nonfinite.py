@@ -105,7 +105,7 @@ class Examiner:
         """
         found = {}
         for batch, hidden, above in passes:
-            call = self._stack.calls(*batch.input_ids.shape)[index]
+            call = self._stack.calls(*batch.shape)[index]
             prefix, block = self._stack.prefixes[index], self._stack.blocks[index]
             if examine(block, prefix, call, hidden, above, moments_of=modules) is None:
                 continue

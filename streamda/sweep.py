@@ -128,7 +128,7 @@ class Sweep:
         with self._writing(acts(0)) as writer:
             for batch in self._batches:
                 stopping.check()
-                writer.append(self._stack.embed(batch.input_ids))
+                writer.append(self._stack.embed(batch.input_ids()))
         self._checkpoint.release(names)
         release_unused(self._device)
 
@@ -303,7 +303,7 @@ class Sweep:
             self._announce_block(after)
         with self._writing(acts(index + 1)) as writer, noting_bad_samples() as faults, torch.no_grad():
             for batch, hidden in self._over(acts(index)):
-                output = self._stack.calls(*batch.input_ids.shape)[index].run(block, hidden)
+                output = self._stack.calls(*batch.shape)[index].run(block, hidden)
                 faults |= self._examiner.reasons(index, batch, bad_samples(output), hidden)
                 writer.append(output)
         self._checkpoint.release([prefix])
@@ -313,7 +313,7 @@ class Sweep:
         with torch.no_grad():
             for batch, hidden in self._over(acts(index)):
                 collector.begin(batch)
-                self._stack.calls(*batch.input_ids.shape)[index].run(block, hidden)
+                self._stack.calls(*batch.shape)[index].run(block, hidden)
 
     def _replay_backward(self, index: int, collector: PanelCollector, *, push: bool) -> None:
         if not push:
@@ -339,7 +339,7 @@ class Sweep:
             # in memory is the same tensor in every replay and would gather their gradients
             hidden = hidden.detach().requires_grad_(True)
             with torch.enable_grad():
-                output = self._stack.calls(*batch.input_ids.shape)[index].run(block, hidden)
+                output = self._stack.calls(*batch.shape)[index].run(block, hidden)
             torch.autograd.backward(output, gradient)
             assert hidden.grad is not None
             yield batch, hidden, gradient, hidden.grad

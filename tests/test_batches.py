@@ -90,52 +90,55 @@ def draw_samples(seed: int, count: int) -> tuple[list[torch.Tensor], list[torch.
 def test_rows_and_weights_are_those_of_a_naive_loop(token_mask: TokenMask, seed: int, count: int) -> None:
     ids, labels = draw_samples(seed, count)
     batch = collate(ids, labels, token_mask, CPU)
+    input_ids, targets = batch.input_ids(), batch.targets()
     length = max(len(sample) for sample in ids)
     moment_rows, label_rows, label_ids, weights = [], [], [], []
     for sample, (tokens, shown) in enumerate(zip(ids, labels, strict=True)):
         predicting = [place for place in range(len(tokens) - 1) if int(shown[place + 1]) != -100]
         for place in range(len(tokens)):
             row = sample * length + place
-            assert batch.input_ids.flatten()[row] == tokens[place]
+            assert input_ids.flatten()[row] == tokens[place]
             if token_mask == "attention" or place in predicting:
                 moment_rows.append(row)
             if place in predicting:
                 label_rows.append(row)
                 label_ids.append(int(shown[place + 1]))
                 weights.append(1 / len(predicting))
-    assert batch.input_ids.shape == (count, length)
-    assert batch.is_padded == any(len(sample) < length for sample in ids)
+    assert input_ids.shape == batch.shape == (count, length)
+    assert batch.num_rows == count * length
     if batch.moment_rows is None:
         assert moment_rows == list(range(count * length))
     else:
         assert batch.moment_rows.tolist() == moment_rows
         assert len(moment_rows) < count * length  # None is how "all rows" is said: it saves a copy per layer
-    assert batch.label_rows.tolist() == label_rows
-    assert batch.label_ids.tolist() == label_ids
-    torch.testing.assert_close(batch.label_weights, torch.tensor(weights, dtype=torch.float32), rtol=1e-7, atol=0)
+    assert targets.rows.tolist() == label_rows
+    assert targets.ids.tolist() == label_ids
+    torch.testing.assert_close(targets.weights, torch.tensor(weights, dtype=torch.float32), rtol=1e-7, atol=0)
 
 
 def test_the_weighted_losses_of_a_batch_are_the_mean_losses_of_its_samples() -> None:
     """Against torch's own cross entropy, sample by sample."""
     ids, labels = draw_samples(seed=3, count=5)
     batch = collate(ids, labels, "attention", CPU)
-    logits = torch.randn(*batch.input_ids.shape, 97, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    rows = logits.flatten(0, 1)[batch.label_rows]
-    losses = torch.nn.functional.cross_entropy(rows, batch.label_ids, reduction="none")
+    targets = batch.targets()
+    logits = torch.randn(*batch.shape, 97, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rows = logits.flatten(0, 1)[targets.rows]
+    losses = torch.nn.functional.cross_entropy(rows, targets.ids, reduction="none")
     expected = 0.0
     for sample, shown in enumerate(labels):
         if bool((shown[1:] != -100).any()):
             expected += float(torch.nn.functional.cross_entropy(logits[sample, : len(shown) - 1], shown[1:]))
     assert expected > 10
-    assert float((losses * batch.label_weights).sum()) == pytest.approx(expected, rel=1e-6)
+    assert float((losses * targets.weights).sum()) == pytest.approx(expected, rel=1e-6)
 
 
 def test_padding_is_token_zero_and_no_row_of_any_kind() -> None:
     ids, labels = [torch.tensor([5, 6, 7]), torch.tensor([8])], [torch.tensor([5, 6, 7]), torch.tensor([8])]
     batch = collate(ids, labels, "attention", CPU)
-    assert batch.input_ids.tolist() == [[5, 6, 7], [8, 0, 0]]
+    targets = batch.targets()
+    assert batch.input_ids().tolist() == [[5, 6, 7], [8, 0, 0]]
     assert batch.moment_rows is not None
     assert batch.moment_rows.tolist() == [0, 1, 2, 3]
-    assert batch.label_rows.tolist() == [0, 1]
-    assert batch.label_ids.tolist() == [6, 7]
-    assert batch.label_weights.tolist() == [0.5, 0.5]
+    assert targets.rows.tolist() == [0, 1]
+    assert targets.ids.tolist() == [6, 7]
+    assert targets.weights.tolist() == [0.5, 0.5]

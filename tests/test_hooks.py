@@ -69,7 +69,7 @@ def make_batch(lengths: tuple[int, ...] = (5, 5), token_mask: str = "attention")
 def make_states(batch: Batch, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Hidden states, and the gradient from above: zero where there is padding, as a causal decoder has it."""
     generator = torch.Generator().manual_seed(seed)
-    hidden, gradient = (torch.randn(*batch.input_ids.shape, SIZE, generator=generator) for _ in range(2))
+    hidden, gradient = (torch.randn(*batch.shape, SIZE, generator=generator) for _ in range(2))
     return hidden, gradient
 
 

@@ -8,9 +8,10 @@ print(report.to_table())
 # later, anywhere: PeftModel.from_pretrained(base, "adapter", is_trainable=True)
 """
 
-from streamda import stopping
+from streamda import huge_pages, stopping
 
 stopping.guard_start()  # the imports below take seconds
+huge_pages.request()  # they also make tensors
 
 from streamda.api import collect, initialize, repair, solve, verify
 from streamda.collected import Statistics, open_statistics

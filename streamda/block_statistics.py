@@ -7,22 +7,34 @@ to the bit wherever the sums lay: both ways hand out the same regions of them, c
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, overload
 
 import torch
 
 from streamda.factors import mirror_lower_
 from streamda.layers import BlockSpec, InputGroup
-from streamda.panels import PANEL_ROWS, Panel
+from streamda.panels import PANEL_ROWS, Panel, block_panels
 
 TILE = PANEL_ROWS
 TILES_AT_A_TIME = 2
 """Tiles that are read at a time where a band is not wanted in the float32 it is stored in."""
 
+PanelMaker = Callable[[Panel, torch.device], torch.Tensor]
+"""Makes the sums of a panel, zero, float32."""
+
+
+def zero_panel(panel: Panel, device: torch.device) -> torch.Tensor:
+    """The sums of a panel before anything is added, in memory of their own."""
+    return torch.zeros(panel.shape, device=device)
+
 
 class StatisticsSink(Protocol):
     """Takes the statistics of one block as they are finished."""
+
+    def new_panel(self, panel: Panel, device: torch.device) -> torch.Tensor:
+        """As `zero_panel`."""
 
     def write_panel(self, panel: Panel, values: torch.Tensor) -> None:
         """Takes one finished panel over; the diagonal tile of an input moment becomes symmetric on the way.
@@ -103,10 +115,31 @@ def _mean_(sums: torch.Tensor, count: int) -> torch.Tensor:
 class HeldStatistics(BlockStatistics):
     """Statistics that stay in memory, on the device that made them, until their block is solved."""
 
-    def __init__(self, spec: BlockSpec) -> None:
+    def __init__(self, spec: BlockSpec, solved: HeldStatistics | None = None) -> None:
+        """Makes what takes the statistics of a block.
+
+        Args:
+            spec: of the block.
+            solved: statistics that are needed no more. Memory of theirs that fits is used again, which spares the
+                system making gigabytes of fresh pages for each block; the rest is freed now.
+        """
         self.spec = spec
         self._facts: dict[str, dict[str, Any]] = {}
         self._panels: dict[tuple[str, str, int], torch.Tensor] = {}
+        self._spare: defaultdict[tuple[int, ...], list[torch.Tensor]] = defaultdict(list)
+        if solved is not None:
+            left = list(solved._panels.values())
+            solved._panels.clear()
+            for panel in block_panels(spec):
+                for number, values in enumerate(left):
+                    if values.shape == panel.shape:
+                        self._spare[panel.shape].append(left.pop(number))
+                        break
+
+    def new_panel(self, panel: Panel, device: torch.device) -> torch.Tensor:
+        """As `StatisticsSink` says."""
+        spare = self._spare[panel.shape]
+        return spare.pop().zero_() if spare else zero_panel(panel, device)
 
     def write_panel(self, panel: Panel, values: torch.Tensor) -> None:
         """As `StatisticsSink` says."""

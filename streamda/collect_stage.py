@@ -89,17 +89,12 @@ class Collection:
         samples = prepared.calibration.samples
         skipped = {entry["sample"] for entry in self._run.settings.get("skipped_samples", ())}
         self._chosen = [index for index in range(len(samples)) if index not in skipped]
-        chosen = [[self._chosen[place] for place in batch.samples] for batch in self._micro_batches(self._chosen)]
-        self._batches = [
-            collate(
-                [samples[index].input_ids for index in indices],
-                [samples[index].labels for index in indices],
-                prepared.config.collect.token_mask,
-                prepared.device,
-                indices,
-            )
-            for indices in chosen
-        ]
+        self._batches = []
+        for batch in self._micro_batches(self._chosen):
+            indices = [self._chosen[place] for place in batch.samples]
+            ids, labels = zip(*((samples[index].input_ids, samples[index].labels) for index in indices), strict=True)
+            mask = prepared.config.collect.token_mask
+            self._batches.append(collate(ids, labels, mask, prepared.device, indices))
         shapes = [(*batch.shape, prepared.stack.hidden_size) for batch in self._batches]
         self._boundaries = BoundaryStore(self._run.units, shapes, prepared.dtype, self._plan.boundaries_in_memory)
         self._sweep = Sweep(
@@ -173,6 +168,7 @@ class Collection:
         if self._steps:
             self._checkpoint.load(self._prepared.stack.small_names)
             self._go_up(following)
+        solved: HeldStatistics | None = None  # statistics whose memory the next block's take
         unsolved: int | None = None  # what is committed while it waits is solved while the next one is committed
         with self._progress.pass_over("backward", len(self._steps), self._num_tokens) as bar:
             for index in range(top - 1, self._lowest - 1, -1):
@@ -180,13 +176,15 @@ class Collection:
                 committed: Future[None] | None = None
                 held: HeldStatistics | None = None
                 if index in self._steps:
-                    self._refill(index)
+                    if acts(index) not in self._boundaries:
+                        solved = None  # there is no room for it beside the passes that make them
+                        self._refill(index)
                     with self._phase("backward"):
                         if solver is None or self._plan.spill_statistics or self._is_collected(index, solver):
                             committed = self._collect_block(self._specs[index], solver)
                         else:
                             self._require_solution_room(self._specs[index], solver)
-                            held = HeldStatistics(self._specs[index])
+                            held = HeldStatistics(self._specs[index], solved)
                             self._pass_down(self._specs[index], held)
                 if unsolved is not None:
                     self._solve_block(unsolved, solver)
@@ -197,7 +195,7 @@ class Collection:
                     self._note_written(stats_unit(index))
                 if held is not None and solver is not None:
                     self._solve(solver, held)
-                    held = None  # or they would be there while the next block's are made
+                    solved = held
                 else:
                     unsolved = index
                 self._forget(index)
@@ -268,9 +266,8 @@ class Collection:
 
     def _refill(self, index: int) -> None:
         """Where not all boundaries are kept: makes those of a segment again before the way down enters it."""
-        if acts(index) not in self._boundaries:
-            with self._phase("forward"):
-                self._sweep.forward(self._needed(index))
+        with self._phase("forward"):
+            self._sweep.forward(self._needed(index))
 
     def _missing_steps(self, solver: Solver | None) -> set[int]:
         """The blocks to pass on the way down: whose statistics are missing, and whose gradient another of them needs.
@@ -302,7 +299,7 @@ class Collection:
         """
         units = self._run.units
         if self._is_collected(spec.index, solver):
-            self._sweep.backward_block(spec, (), lambda _panel, _values: None, push=spec.index - 1 in self._steps)
+            self._sweep.backward_block(spec, (), None, push=spec.index - 1 in self._steps)
             return None
         name = stats_unit(spec.index)
         require_room(units.folder, stored_bytes(spec), f"the statistics of block {spec.index}")
@@ -318,7 +315,7 @@ class Collection:
     def _pass_down(self, spec: BlockSpec, sink: StatisticsSink) -> dict[str, dict[str, Any]]:
         """Commits the gradient below a block, if one is to be passed there, and makes the block's statistics."""
         push = spec.index - 1 in self._steps
-        facts = self._sweep.backward_block(spec, self._plan.replays[spec.index], sink.write_panel, push=push)
+        facts = self._sweep.backward_block(spec, self._plan.replays[spec.index], sink, push=push)
         for module, values in facts.items():
             sink.write_facts(module, values)
         return facts

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from streamda.batches import Batch
+from streamda.block_statistics import PanelMaker, zero_panel
 from streamda.errors import ModelError, NumericalError
 from streamda.factors import add_gradient_, add_input_moment_, add_output_moment_
 from streamda.layers import BlockSpec
@@ -24,13 +25,20 @@ from streamda.panels import Panel
 class PanelCollector:
     """Accumulates the panels of one replay while micro-batches pass through the block."""
 
-    def __init__(self, block: nn.Module, spec: BlockSpec, panels: Sequence[Panel], device: torch.device) -> None:
+    def __init__(
+        self,
+        block: nn.Module,
+        spec: BlockSpec,
+        panels: Sequence[Panel],
+        device: torch.device,
+        new_panel: PanelMaker = zero_panel,
+    ) -> None:
         self._block = block
         self._spec = spec
         self._handles: list[RemovableHandle] = []
         self._batch: Batch | None = None
         self._group_inputs: dict[str, list[torch.Tensor]] = {}
-        self.totals = {panel: _zeros(panel, device) for panel in panels}
+        self.totals = {panel: new_panel(panel, device) for panel in panels}
         self.num_tokens = {linear.name: 0 for linear in spec.linears}
         """Rows that entered the second moments of each layer."""
         self._forward = {group.name: self._of("input_moment", group.name) for group in spec.groups}
@@ -150,9 +158,3 @@ class PanelCollector:
             add_gradient_(self.totals[panel], flat_x, flat_g[:, panel.start : panel.stop])
         for panel in outputs:
             add_output_moment_(self.totals[panel], flat_g if rows is None else flat_g[rows])
-
-
-def _zeros(panel: Panel, device: torch.device) -> torch.Tensor:
-    rows = panel.stop - panel.start
-    shape = (rows,) if panel.statistic == "output_moment" else (rows, panel.columns)
-    return torch.zeros(shape, device=device)

@@ -32,6 +32,12 @@ class Panel:
     """1 for an output moment; `stop` for an input moment, whose upper triangle is not kept."""
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Of its sums."""
+        rows = self.stop - self.start
+        return (rows,) if self.statistic == "output_moment" else (rows, self.columns)
+
+    @property
     def num_bytes(self) -> int:
         """Float32 bytes."""
         return (self.stop - self.start) * self.columns * FLOAT32_BYTES

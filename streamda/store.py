@@ -27,7 +27,7 @@ import zarr
 from zarr.buffer.cpu import NDBuffer
 
 from streamda import files
-from streamda.block_statistics import TILE, TILES_AT_A_TIME, BlockStatistics
+from streamda.block_statistics import TILE, TILES_AT_A_TIME, BlockStatistics, zero_panel
 from streamda.config import StatisticsCodec
 from streamda.errors import DamagedError
 from streamda.factors import mirror_lower_
@@ -67,6 +67,8 @@ def _slugs(spec: BlockSpec) -> dict[str, str]:
 
 class BlockStatisticsWriter:
     """Writes the statistics of one block, panel by panel, into the folder of a unit that is being built."""
+
+    new_panel = staticmethod(zero_panel)
 
     def __init__(self, folder: Path, spec: BlockSpec, codec: StatisticsCodec) -> None:
         self._folder = folder / ZARR_FOLDER

@@ -8,7 +8,7 @@ what is already committed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 
 from streamda import stopping
 from streamda.batches import Batch
+from streamda.block_statistics import StatisticsSink, zero_panel
 from streamda.blocks import DecoderStack
 from streamda.boundary import BoundaryStore, BoundaryWriter
 from streamda.checkpoint import Checkpoint
@@ -25,12 +26,10 @@ from streamda.layers import BlockSpec
 from streamda.loss import loss_gradient
 from streamda.memory import release_unused
 from streamda.nonfinite import BadSamplesError, Examiner, bad_samples, noting_bad_samples
-from streamda.panels import Panel, Replay
+from streamda.panels import Replay
 from streamda.prefetch import Prefetcher
 from streamda.progress import PassBar
 from streamda.timeline import Timeline
-
-PanelSink = Callable[[Panel, torch.Tensor], None]
 
 
 def acts(index: int) -> str:
@@ -182,14 +181,14 @@ class Sweep:
         return float(self._boundaries.facts(name)["loss"])
 
     def backward_block(
-        self, spec: BlockSpec, replays: Sequence[Replay], sink: PanelSink, *, push: bool
+        self, spec: BlockSpec, replays: Sequence[Replay], sink: StatisticsSink | None, *, push: bool
     ) -> dict[str, dict[str, Any]]:
         """Replays a block with gradients, accumulates its statistics, and pushes the boundary gradient below it.
 
         Args:
             spec: the block's adapted layers.
             replays: passes over all samples and what each accumulates; with none, only the gradient is pushed.
-            sink: takes each finished panel.
+            sink: makes each panel, and takes it when it is finished; may be None where there are no replays.
             push: whether blocks below need the gradient (``grads(index)``).
 
         Returns:
@@ -207,8 +206,9 @@ class Sweep:
             self._announce_block(index - 1)
         facts = {linear.name: self._first_facts(linear.name) for linear in spec.linears}
         wants_push = push and grads(index) not in self._boundaries
+        new_panel = zero_panel if sink is None else sink.new_panel
         for number, replay in enumerate(replays or (Replay(()),)):
-            with PanelCollector(block, spec, replay.panels, self._device) as collector:
+            with PanelCollector(block, spec, replay.panels, self._device, new_panel) as collector:
                 if replay.needs_backward or (wants_push and number == 0):
                     self._replay_backward(index, collector, push=wants_push and number == 0)
                 else:
@@ -223,9 +223,9 @@ class Sweep:
             while collector.totals:
                 stopping.check()
                 panel, values = collector.totals.popitem()
-                if not bad or collector.is_finite(values):
+                if sink is not None and (not bad or collector.is_finite(values)):
                     with self._timeline.span("write statistics"):
-                        sink(panel, values)
+                        sink.write_panel(panel, values)
                 del values
         self._checkpoint.release([spec.prefix])
         release_unused(self._device)

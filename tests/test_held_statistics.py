@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ import torch
 
 import streamda
 from streamda.block_statistics import HeldStatistics
-from streamda.layers import BlockSpec
-from streamda.panels import Replay
+from streamda.layers import BlockSpec, InputGroup, LinearSpec
+from streamda.panels import Replay, block_panels
+from streamda.solve_stage import Solver
 from streamda.store import BlockStatisticsReader, stats_unit
 from streamda.sweep import Sweep
 from streamda.units import UnitStore
@@ -133,3 +135,36 @@ def test_what_is_to_be_kept_goes_to_disk(tmp_path: Path, spilled: bytes) -> None
     assert report.plan["spill_statistics"]
     assert report.bytes["statistics_written"] > 0
     assert weights(tmp_path) == spilled
+
+
+def test_the_next_block_takes_the_memory_of_the_one_that_is_solved(
+    tmp_path: Path, spilled: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    panels: list[list[torch.Tensor]] = []
+    solve = Solver.solve
+
+    def noted(solver: Solver, units: UnitStore, statistics: Any) -> None:
+        panels.append(list(statistics._panels.values()))
+        solve(solver, units, statistics)
+
+    monkeypatch.setattr(Solver, "solve", noted)
+    streamda.initialize(**held_options(tmp_path))
+    assert len(panels) == 3
+    first, *others = ({id(values) for values in each} for each in panels)  # all of them live here
+    assert others == [first, first]
+    assert weights(tmp_path) == spilled
+
+
+def test_memory_that_does_not_fit_the_next_block_is_given_up() -> None:
+    wide, narrow = (BlockSpec(0, "h", (LinearSpec("h.w", 6, d_out),), (InputGroup(("h.w",), 6),)) for d_out in (5, 4))
+    solved = HeldStatistics(wide)
+    freed: dict[str, weakref.ref[torch.Tensor]] = {}
+    for panel in block_panels(wide):
+        values = solved.new_panel(panel, CPU)
+        freed[panel.statistic] = weakref.ref(values.fill_(7))
+        solved.write_panel(panel, values)
+        del values
+    following = HeldStatistics(narrow, solved)
+    assert [statistic for statistic, values in freed.items() if values() is not None] == ["input_moment"]
+    for panel in block_panels(narrow):
+        assert not following.new_panel(panel, CPU).any(), panel

@@ -19,7 +19,7 @@ MAX_LINES = 350
 LAYERS = (
     {
         "errors", "quoting", "requirements", "files", "sealed_json", "units", "folder_lock", "filesystem", "run_parts",
-        "rundir", "config", "timeline", "stopping",
+        "rundir", "config", "timeline", "stopping", "huge_pages",
     },
     # pure: tensors and integers
     {

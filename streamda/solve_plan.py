@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from streamda.cholesky import BLOCK_ROWS
+from streamda.cholesky import MAX_BLOCK_ROWS
 from streamda.eigen import basis_limit, guard_vectors
 from streamda.errors import BudgetError
 from streamda.layers import BlockSpec
@@ -174,7 +174,7 @@ def _layout(d_in: int, d_out: int, rank: int, sizes: list[int], in_memory: int, 
     held, spilled = sum(sizes[:in_memory]), sorted(sizes[in_memory:])  # the last band may be a part of one
     tiles = TILE_COPIES * min(d_in, PANEL_ROWS) ** 2 * FLOAT32_BYTES
     # a block column of a band and what it becomes, twice over
-    columns = 4 * min(d_in, PANEL_ROWS) * min(d_in, BLOCK_ROWS) * FLOAT64_BYTES
+    columns = 4 * min(d_in, PANEL_ROWS) * min(d_in, MAX_BLOCK_ROWS) * FLOAT64_BYTES
     factorizing = held + sum(spilled[-2:]) + tiles + columns
     gradient_band = min(PANEL_ROWS, d_out) * d_in * FLOAT32_BYTES
     chunk = _chunk_rows(d_in, d_out) * d_in * FLOAT64_BYTES

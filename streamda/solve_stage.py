@@ -35,7 +35,7 @@ from streamda.store import stats_unit
 from streamda.timeline import Timeline
 from streamda.units import UnitStore
 
-SOLVER_VERSION = 2
+SOLVER_VERSION = 3
 """Raised with every change that gives a layer another solution from the same statistics and settings: no adapter is to
 mix the two."""
 MAX_ASYMMETRY = 1e-5

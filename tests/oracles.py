@@ -115,8 +115,7 @@ def lower_factor(bands: cholesky.Bands) -> torch.Tensor:
         band = bands[index]
         first = band.shape[1] - band.shape[0]
         factor[first : band.shape[1], : band.shape[1]] = band
-        for start in range(first, band.shape[1], cholesky.BLOCK_ROWS):
-            block = slice(start, min(start + cholesky.BLOCK_ROWS, band.shape[1]))
+        for _, block in cholesky.diagonal_blocks(band):
             factor[block, block.stop :] = 0
             factor[block, block] = torch.linalg.inv(factor[block, block])
     return factor.tril()

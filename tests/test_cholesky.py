@@ -101,13 +101,21 @@ def test_the_scale_of_the_matrix_does_not_matter(scale: float) -> None:
     torch.testing.assert_close(factor / scale**0.5, torch.linalg.cholesky(spd(40)), rtol=1e-8, atol=1e-11)
 
 
-@pytest.mark.parametrize("row", [0, 15, 16, 40, 49])
-def test_a_negative_eigenvalue_is_refused_with_the_row_of_its_block(row: int) -> None:
+@pytest.mark.parametrize(("row", "block"), [(0, 0), (15, 0), (16, 16), (40, 32), (49, 32)])
+def test_a_negative_eigenvalue_is_refused_with_the_row_of_its_block(row: int, block: int) -> None:
     matrix = torch.eye(50, dtype=torch.float64)
     matrix[row, row] = -1e-3
     with pytest.raises(NotPositiveDefiniteError) as caught:
         factor_of(matrix)
-    assert caught.value.row == row // 16 * 16
+    assert caught.value.row == block
+
+
+def test_bands_are_cut_evenly() -> None:
+    for rows in range(1, 200):
+        widths = [where.stop - where.start for where, _ in cholesky.diagonal_blocks(torch.empty(rows, rows))]
+        assert sum(widths) == rows
+        assert max(widths) <= 24
+        assert max(widths) - min(widths) < len(widths)
 
 
 def test_an_indefinite_matrix_with_a_positive_diagonal_is_refused() -> None:

@@ -128,13 +128,13 @@ class HeldStatistics(BlockStatistics):
         self._panels: dict[tuple[str, str, int], torch.Tensor] = {}
         self._spare: defaultdict[tuple[int, ...], list[torch.Tensor]] = defaultdict(list)
         if solved is not None:
-            left = list(solved._panels.values())
+            left: defaultdict[tuple[int, ...], list[torch.Tensor]] = defaultdict(list)
+            for values in solved._panels.values():
+                left[tuple(values.shape)].append(values)
             solved._panels.clear()
             for panel in block_panels(spec):
-                for number, values in enumerate(left):
-                    if values.shape == panel.shape:
-                        self._spare[panel.shape].append(left.pop(number))
-                        break
+                if left[panel.shape]:
+                    self._spare[panel.shape].append(left[panel.shape].pop())
 
     def new_panel(self, panel: Panel, device: torch.device) -> torch.Tensor:
         """As `StatisticsSink` says."""

@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import google_crc32c
 import torch
 
-from streamda import files
+from streamda import files, read_ahead
 from streamda.disk_space import require_room
 from streamda.errors import DamagedError
 from streamda.units import UnitDraft, UnitStore
 
 STATES_FILE = "states.bin"
+ANNOUNCED_BYTES = 64 << 20
 _PIECE_BYTES = 8 << 20  # a multiple of every dtype's size; smaller only costs calls
 
 
@@ -129,6 +130,13 @@ class BoundaryStore:
                 offset += size
                 self.bytes_read += size
                 yield buffer.view(self._dtype).reshape(shape).to(device)
+
+    def announce(self, name: str) -> None:
+        """Asks the system to read the beginning of a boundary into its page cache; nothing where it is not on disk."""
+        if name in self._held or name not in self._units:
+            return
+        with suppress(OSError), (self._units.path(name) / STATES_FILE).open("rb") as stream:
+            read_ahead.ask(stream.fileno(), 0, min(ANNOUNCED_BYTES, sum(self._sizes)))
 
     def drop(self, name: str) -> None:
         """Forgets a boundary; one that is not there is no error."""

@@ -25,7 +25,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
-from streamda import stopping
+from streamda import read_ahead, stopping
 from streamda.errors import MismatchError, ModelError
 from streamda.files import shown
 from streamda.memory import CopyMark, DeviceCopier, hand_over
@@ -34,7 +34,6 @@ from streamda.shards import (
     MAX_JSON_BYTES,
     NonFiniteWeightError,
     StoredTensor,
-    announce,
     first_line,
     opened,
     read_tensor,
@@ -150,7 +149,7 @@ class Checkpoint:
             with opened(shard) as descriptor:
                 for tensor in tensors:
                     if tensor.file == shard:
-                        announce(descriptor, tensor, dropped)
+                        read_ahead.ask(descriptor, tensor.offset, tensor.num_bytes, dropped)
 
     def release(self, names: Iterable[str]) -> None:
         """Puts parameters back on meta and so frees them; names as in `load`."""

@@ -181,6 +181,7 @@ class Collection:
                         self._refill(index)
                     with self._phase("backward"):
                         if solver is None or self._plan.spill_statistics or self._is_collected(index, solver):
+                            solved = None  # such a block may be larger than those whose statistics are held
                             committed = self._collect_block(self._specs[index], solver)
                         else:
                             self._require_solution_room(self._specs[index], solver)

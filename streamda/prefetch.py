@@ -6,7 +6,7 @@ Into memory where there is room, else into the system's page cache.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 from streamda.checkpoint import Checkpoint, ReadWeights
@@ -38,9 +38,16 @@ class Prefetcher:
         self._future: Future[ReadWeights] | None = None
         self._hint_dropped = threading.Event()
 
-    def start(self, names: Sequence[str], *, keep_stored: bool = False) -> None:
-        """Announces what `take` will want next; names as in `Checkpoint.load`."""
+    def start(
+        self, names: Sequence[str], *, keep_stored: bool = False, before: Callable[[], None] | None = None
+    ) -> None:
+        """Announces what `take` will want next; names as in `Checkpoint.load`.
+
+        Before it reads, the thread calls what is given as such.
+        """
         self._forget()
+        if before is not None:
+            self._executor.submit(before)
         if not self._in_memory:
             self._hint_dropped = threading.Event()
             self._executor.submit(self._checkpoint.announce, tuple(names), self._hint_dropped)

@@ -12,7 +12,6 @@ import json
 import os
 import re
 import stat
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -30,8 +29,6 @@ from streamda.quoting import NUM_NAMED, one_line, quoted
 
 STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 MAX_JSON_BYTES = 100_000_000
-READAHEAD_BYTES = 128 << 10
-"""Asked for at a time: of a longer range Linux reads one readahead window (this by default) and forgets the rest."""
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
@@ -220,22 +217,6 @@ def read_tensor(
         if not in_place:
             copier.copy_(target, part)
     return value, checksum
-
-
-def announce(descriptor: int, tensor: StoredTensor, dropped: threading.Event) -> None:
-    """Asks the system to read a tensor into its page cache; waits only where the disk's queue is full.
-
-    Args:
-        descriptor: of the shard.
-        tensor: which.
-        dropped: once it is set, the rest is not asked for.
-    """
-    with suppress(OSError):  # a hint, which some file systems do not take
-        end = tensor.offset + tensor.num_bytes
-        for start in range(tensor.offset, end, READAHEAD_BYTES):
-            if dropped.is_set():
-                return
-            os.posix_fadvise(descriptor, start, min(READAHEAD_BYTES, end - start), os.POSIX_FADV_WILLNEED)
 
 
 def first_line(error: BaseException) -> str:

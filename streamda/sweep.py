@@ -206,6 +206,7 @@ class Sweep:
             self._announce_block(index - 1)
         facts = {linear.name: self._first_facts(linear.name) for linear in spec.linears}
         wants_push = push and grads(index) not in self._boundaries
+        assert sink is not None or not replays
         new_panel = zero_panel if sink is None else sink.new_panel
         for number, replay in enumerate(replays or (Replay(()),)):
             with PanelCollector(block, spec, replay.panels, self._device, new_panel) as collector:
@@ -271,8 +272,10 @@ class Sweep:
         release_unused(self._device)
 
     def _announce_block(self, index: int) -> None:
-        """Says which block `_load_block` is asked for next."""
-        self._blocks_ahead.start([self._stack.prefixes[index]], keep_stored=self._keep_stored)
+        """Says which block `_load_block` is asked for next; on the way down its boundary is on disk already."""
+        names, keep_stored = [self._stack.prefixes[index]], self._keep_stored
+        # behind a block of weights the disk would let its first micro-batch wait
+        self._blocks_ahead.start(names, keep_stored=keep_stored, before=lambda: self._boundaries.announce(acts(index)))
 
     def _over(self, name: str) -> Any:
         """Micro-batches together with their states at a boundary."""

@@ -210,3 +210,25 @@ class TestDamage:
         self.file(units).unlink()
         with pytest.raises(DamagedError):
             list(store.read("acts-0", CPU))
+
+
+def test_what_lies_on_disk_is_announced_from_its_beginning_and_only_that(
+    units: UnitStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr("os.posix_fadvise", lambda _fd, offset, length, _advice: asked.append((offset, length)))
+    monkeypatch.setattr("streamda.read_ahead.WINDOW_BYTES", 100)
+    store = BoundaryStore(units, SHAPES, torch.float32, 1)
+    write(store, "held", states(torch.float32))
+    write(store, "acts-0001", states(torch.float32))
+    store.announce("held")
+    store.announce("acts-0002")
+    assert asked == []
+    store.announce("acts-0001")
+    size = (units.path("acts-0001") / "states.bin").stat().st_size
+    assert [offset for offset, _ in asked] == list(range(0, size, 100))
+    assert sum(length for _, length in asked) == size
+    asked.clear()
+    monkeypatch.setattr("streamda.boundary.ANNOUNCED_BYTES", 150)
+    store.announce("acts-0001")
+    assert asked == [(0, 100), (100, 50)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import streamda
 from streamda import files, units
@@ -19,6 +21,9 @@ from streamda.disk_space import START_RESERVE_BYTES, UNIT_RESERVE_BYTES
 from streamda.errors import StorageError
 from streamda.pipeline import plan as plan_run
 from streamda.plan import Plan
+from streamda.solve_stage import Solver
+from streamda.sweep import Sweep
+from streamda.units import UnitStore
 from tests.killed import run_until, weights
 from tests.models import make_samples, write_checkpoint, write_samples
 
@@ -197,6 +202,31 @@ class TestStrides:
         assert weights(tmp_path) == case.adapter
         require_as_planned(report, made)
         assert made.disk_bytes - 2_000_000 < watched.peak <= made.disk_bytes
+
+    def test_no_solved_statistics_are_in_memory_while_boundaries_are_made_again(
+        self, case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """No plan has room for them there."""
+        solved: list[weakref.ref[torch.Tensor]] = []
+        alive: list[int] = []
+        solve, forward = Solver.solve, Sweep.forward
+
+        def noted(solver: Solver, units: UnitStore, statistics: Any) -> None:
+            solved.extend(weakref.ref(values) for values in statistics._panels.values())
+            solve(solver, units, statistics)
+
+        def watched(sweep: Sweep, *args: Any) -> None:
+            alive.append(sum(values() is not None for values in solved))
+            forward(sweep, *args)
+
+        monkeypatch.setattr(Solver, "solve", noted)
+        monkeypatch.setattr(Sweep, "forward", watched)
+        need = case.plan(spill_statistics=False).disk_bytes
+        report = streamda.initialize(**case.options(tmp_path, spill_statistics=False, max_disk=need - 1))
+        assert report.plan["boundary_stride"] > 1
+        assert len(alive) > 2
+        assert not any(alive)
+        assert solved
 
     @pytest.mark.parametrize("keeps", ["collect", "init"])
     def test_statistics_that_are_kept_are_planned_for(

@@ -163,7 +163,7 @@ def test_settings_of_the_solver_never_force_a_new_collection(
 
 
 def test_a_solved_block_without_its_statistics_names_the_settings_that_differ(
-    tmp_path: Path, options: Callable[..., dict[str, Any]]
+    tmp_path: Path, options: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert run_until("unit-committed:11", options()) == -signal.SIGKILL
     units = tmp_path / "adapter.work" / "units"
@@ -172,6 +172,11 @@ def test_a_solved_block_without_its_statistics_names_the_settings_that_differ(
     with pytest.raises(MismatchError, match=r"damping was 1e-06 and is now 0\.01, rank was 2 and is now 3") as caught:
         streamda.initialize(**options(rank=3, damping=0.01))
     assert "the options of the interrupted run" in str(caught.value)
+    with monkeypatch.context() as patch:
+        patch.setattr(solve_stage, "SOLVER_VERSION", solve_stage.SOLVER_VERSION + 1)
+        with pytest.raises(MismatchError, match="by another version of streamda") as caught:
+            streamda.initialize(**options())
+    assert "the options of" not in str(caught.value)
     assert streamda.initialize(**options()).resumed
 
 

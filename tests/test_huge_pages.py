@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from streamda.huge_pages import SWITCH
+from streamda import huge_pages
+from streamda.huge_pages import SETTING, SWITCH
 
 PROGRAM = """
 import streamda, torch
 values = torch.zeros(1 << 24)  # 64 MiB
 print(next(line.split()[1] for line in open("/proc/self/smaps_rollup") if line.startswith("AnonHugePages")))
 """
-SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def huge_bytes(**environment: str) -> int:
@@ -35,3 +35,15 @@ def huge_bytes(**environment: str) -> int:
 def test_large_tensors_lie_on_huge_pages_unless_the_user_does_not_want_it() -> None:
     assert huge_bytes() >= 32 << 20
     assert huge_bytes(**{SWITCH: "0"}) == 0
+
+
+@pytest.mark.parametrize("setting", ["always madvise [never]", "[always] madvise never", None])
+def test_no_one_is_asked_who_would_not_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str | None
+) -> None:
+    monkeypatch.delenv(SWITCH, raising=False)
+    monkeypatch.setattr(huge_pages, "SETTING", tmp_path / "enabled")
+    if setting is not None:
+        (tmp_path / "enabled").write_text(setting, encoding="ascii")
+    huge_pages.request()
+    assert SWITCH not in os.environ

@@ -20,6 +20,7 @@ LAYERS = (
     {
         "errors", "quoting", "requirements", "files", "sealed_json", "units", "folder_lock", "filesystem", "run_parts",
         "rundir", "config", "timeline", "stopping", "huge_pages",
+        "read_ahead",
     },
     # pure: tensors and integers
     {

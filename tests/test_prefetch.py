@@ -122,7 +122,7 @@ def test_without_room_the_system_is_asked_in_ranges_that_it_reads_whole(
 ) -> None:
     asked: list[tuple[int, int]] = []
     monkeypatch.setattr("os.posix_fadvise", lambda _fd, offset, length, _advice: asked.append((offset, length)))
-    monkeypatch.setattr("streamda.shards.READAHEAD_BYTES", 1000)
+    monkeypatch.setattr("streamda.read_ahead.WINDOW_BYTES", 1000)
     checkpoint = opened(llama)
     with closing(Prefetcher(checkpoint, Timeline(), in_memory=False)) as ahead:
         ahead.start(BLOCKS[1:])
@@ -158,7 +158,7 @@ def test_a_hint_that_nobody_waits_for_any_more_ends(llama: Path, monkeypatch: py
         assert go_on.wait(10)
 
     monkeypatch.setattr("os.posix_fadvise", slow)
-    monkeypatch.setattr("streamda.shards.READAHEAD_BYTES", 100)
+    monkeypatch.setattr("streamda.read_ahead.WINDOW_BYTES", 100)
     ahead = Prefetcher(opened(llama), Timeline(), in_memory=False)
     ahead.start(BLOCKS)
     assert begun.wait(10)

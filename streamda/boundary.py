@@ -23,6 +23,7 @@ from streamda.units import UnitDraft, UnitStore
 
 STATES_FILE = "states.bin"
 ANNOUNCED_BYTES = 64 << 20
+"""Of a boundary, ahead of a block's weights: enough to begin with, and little for the page cache to hold meanwhile."""
 _PIECE_BYTES = 8 << 20  # a multiple of every dtype's size; smaller only costs calls
 
 

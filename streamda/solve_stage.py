@@ -231,13 +231,13 @@ class Solver:
             return True
         if stats_unit(index) not in units:
             before = units.metadata(name).get("settings", {})
-            found = ", ".join(differences(before, self.settings))
             if before.get("version") != SOLVER_VERSION:
                 raise MismatchError(
                     f"{shown(units.folder.parent)}: block {index} is solved by another version of streamda, whose "
                     "numbers are others, and its statistics are freed; give another --work-dir, or --overwrite to "
                     "start over"
                 )
+            found = ", ".join(differences(before, self.settings))
             raise MismatchError(
                 f"{shown(units.folder.parent)}: block {index} is already solved with other settings of the method "
                 f"({found or 'with --skip-bad-layers'}) and its statistics are freed; give the options of the "

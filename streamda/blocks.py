@@ -28,6 +28,7 @@ from transformers.cache_utils import Cache
 
 from streamda.errors import ModelError
 from streamda.layers import is_linear
+from streamda.products import in_model
 
 CACHED_SHAPES = 8
 """Batch shapes whose block arguments are kept. Micro-batches are ordered by length, so a few are enough; remaking
@@ -45,10 +46,11 @@ class BlockCall:
 
     def run(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states [batch, tokens, hidden] in and out, whether the block returns a tensor or a tuple."""
-        if self.hidden_is_positional:
-            output = block(hidden, *self.args, **self.kwargs)
-        else:
-            output = block(*self.args, hidden_states=hidden, **self.kwargs)
+        with in_model(hidden.device):
+            if self.hidden_is_positional:
+                output = block(hidden, *self.args, **self.kwargs)
+            else:
+                output = block(*self.args, hidden_states=hidden, **self.kwargs)
         result = output[0] if isinstance(output, (tuple, list)) else output
         if not isinstance(result, torch.Tensor) or result.shape != hidden.shape:
             raise ModelError(f"a {type(block).__name__} does not map hidden states to hidden states of the same shape")
@@ -219,7 +221,8 @@ class DecoderStack:
         def others(*args: Any, **kwargs: Any) -> Any:
             return form(args[0] if args else kwargs["hidden_states"])
 
-        with self._zero_embeddings(), self._replaced([others] * (len(self.blocks) - 1) + [last]):
+        stand_ins = self._replaced([others] * (len(self.blocks) - 1) + [last])
+        with self._zero_embeddings(), stand_ins, in_model(hidden.device):
             logits = self.model(input_ids=ids, use_cache=False).logits
         if logits.shape[:2] != (1, hidden.shape[0]):
             raise ModelError(f"{type(self.model).__name__} returns logits of shape {list(logits.shape)}")

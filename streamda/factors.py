@@ -29,9 +29,8 @@ from dataclasses import dataclass
 
 import torch
 
-TRIANGLE_ROWS = 256
-"""Rows per product inside an input-moment panel. Smaller skips more of the upper triangle (of 576 columns 256 skips a
-third), larger keeps the matrix products big enough to run at full rate."""
+from streamda.products import add_product_, add_triangle_, triangle_rows
+
 NORM_ROWS = 1024
 """Rows of a weight whose norm is taken at a time: a float64 copy of the whole would be larger than the block."""
 SMALLEST_NORM = 1e-12
@@ -57,13 +56,9 @@ class LayerStatistics:
     """Frobenius norm of the base weight."""
 
 
-def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """``left^T right`` in float32 for [tokens, m] and [tokens, n] operands of any float dtype."""
-    if left.dtype == torch.float32:
-        return left.T @ right
-    if left.device.type == "cuda":
-        return torch.mm(left.T, right, out_dtype=torch.float32)
-    return left.float().T @ right.float()
+def _is_mixed(total: torch.Tensor, x: torch.Tensor) -> bool:
+    """Whether the device multiplies narrow operands into wide sums; on others they are cast first."""
+    return x.device.type == "cuda" and x.dtype != total.dtype
 
 
 def add_gradient_(total: torch.Tensor, x: torch.Tensor, g: torch.Tensor) -> None:
@@ -74,10 +69,10 @@ def add_gradient_(total: torch.Tensor, x: torch.Tensor, g: torch.Tensor) -> None
         x: [tokens, d_in].
         g: [tokens, rows], the output gradients of just the panel's rows.
     """
-    if total.dtype == x.dtype == g.dtype:
-        total.addmm_(g.T, x)
+    if _is_mixed(total, x):
+        total.add_(torch.mm(g.T, x, out_dtype=total.dtype))
     else:
-        total.add_(_product(g, x))
+        add_product_(total, g.to(total.dtype), x.to(total.dtype))
 
 
 def add_input_moment_(total: torch.Tensor, x: torch.Tensor, start: int) -> None:
@@ -88,14 +83,12 @@ def add_input_moment_(total: torch.Tensor, x: torch.Tensor, start: int) -> None:
         x: [tokens, d_in].
         start: first row of the panel.
     """
-    stop = start + total.shape[0]
-    for row in range(start, stop, TRIANGLE_ROWS):
-        end = min(row + TRIANGLE_ROWS, stop)
+    if not _is_mixed(total, x):
+        add_triangle_(total, x.to(total.dtype), start)
+        return
+    for row, end in triangle_rows(start, start + total.shape[0]):
         block = total[row - start : end - start, :end]
-        if total.dtype == x.dtype:
-            block.addmm_(x[:, row:end].T, x[:, :end])
-        else:
-            block.add_(_product(x[:, row:end], x[:, :end]))
+        block.add_(torch.mm(x[:, row:end].T, x[:, :end], out_dtype=total.dtype))
 
 
 def add_output_moment_(total: torch.Tensor, g: torch.Tensor) -> None:

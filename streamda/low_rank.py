@@ -18,6 +18,8 @@ from collections.abc import Callable
 
 import torch
 
+from streamda.products import add_product_
+
 OVERSAMPLING = 32
 """Random vectors beyond the rank: with none, the smallest direction would be as badly seen as a square random matrix
 is conditioned."""
@@ -57,7 +59,7 @@ def low_rank_factor(
     generator = torch.Generator().manual_seed(size)  # the draw decides rounding only
 
     def draw(count: int) -> torch.Tensor:
-        return torch.randn(size, count, generator=generator, dtype=torch.float64).to(diagonal.device)
+        return torch.randn(size, count, generator=generator).double().to(diagonal.device)
 
     width = max_rank + extra_vectors(size, max_rank) - PROBES
     found = times(draw(width), torch.float32)
@@ -100,13 +102,9 @@ def _product(read: Callable[[int], torch.Tensor], num_bands: int, block: torch.T
         band = read(index)
         rows, stop = band.shape
         start = stop - rows
-        here = product[start:stop]
-        if start:
-            here.addmm_(band[:, :start], block[:start])
-            product[:start].addmm_(band[:, :start].T, block[start:stop])
         square = band[:, start:].tril_()
-        here.addmm_(square, block[start:stop])
+        add_product_(product[start:stop], band.T, block[:stop])
         square.diagonal().zero_()
-        here.addmm_(square.T, block[start:stop])
+        add_product_(product[:stop], band, block[start:stop])
         del band, square  # before the next one is read
     return product

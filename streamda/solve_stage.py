@@ -15,7 +15,7 @@ from streamda.adapter import relative_change
 from streamda.block_statistics import BlockStatistics, MeanMoment
 from streamda.config import SolveConfig
 from streamda.errors import DamagedError, MismatchError, NumericalError
-from streamda.factors import TRIANGLE_ROWS, frobenius_norm, largest_magnitude
+from streamda.factors import frobenius_norm, largest_magnitude
 from streamda.files import shown
 from streamda.layers import InputGroup, require_rank
 from streamda.memory import release_unused
@@ -27,6 +27,7 @@ from streamda.methods import (
     prepare_input_factor,
     solve_layer,
 )
+from streamda.products import TRIANGLE_ROWS
 from streamda.run_parts import canonical_digest, differences
 from streamda.scratch import SpilledBands
 from streamda.solutions import is_skipped, read_summaries, solve_unit, write_solutions
@@ -35,7 +36,7 @@ from streamda.store import stats_unit
 from streamda.timeline import Timeline
 from streamda.units import UnitStore
 
-SOLVER_VERSION = 3
+SOLVER_VERSION = 4
 """Raised with every change that gives a layer another solution from the same statistics and settings: no adapter is to
 mix the two."""
 MAX_ASYMMETRY = 1e-5

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._pytree import tree_map
 
+from streamda.products import linear
+
 VIEWS = {"T", "mT", "__getitem__", "data", "detach", "narrow", "reshape", "select", "squeeze", "t", "transpose"}
 VIEWS |= {"chunk", "split", "unbind", "unsqueeze", "view"}
 """What selects from a weight without reading it: of experts in one tensor only those that are used are cast."""
@@ -113,6 +115,7 @@ def _on_casts(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
         return _Recast(found[0], found[1].dtype, saved.shape, saved.stride(), int(saved.storage_offset()))
 
     args, kwargs = tree_map(cast, (args, kwargs))
+    func = linear if func is F.linear else func
     if torch.is_grad_enabled():
         try:
             with torch.autograd.graph.saved_tensors_hooks(pack, _unpack):

@@ -10,11 +10,11 @@ from torch import nn
 from streamda.batches import MicroBatch, make_micro_batches
 from streamda.blocks import BlockCall, DecoderStack
 from streamda.costs import BlockCost, Workload
-from streamda.factors import TRIANGLE_ROWS
 from streamda.layers import BlockSpec, Targets
 from streamda.memory import READ_CHUNK_BYTES
 from streamda.panels import FLOAT32_BYTES, PANEL_ROWS
 from streamda.probe import BlockProbe, input_groups, probe_block
+from streamda.products import TRIANGLE_ROWS, work_bytes
 from streamda.stored_weights import BAND_BYTES, LARGE_BYTES
 
 CAST_CHUNK_BYTES = READ_CHUNK_BYTES
@@ -114,23 +114,22 @@ class WorkloadModel:
         return tuple(costs)
 
     def _product_bytes(self, spec: BlockSpec, rows: int) -> int:
-        """Float32 copies of one product of a panel's operands, and the product; see `streamda.factors`."""
-        if self._dtype.itemsize >= FLOAT32_BYTES:
-            return 0  # added to the panel where it is
-        copies = 0 if self._stack.device.type == "cuda" else rows  # there the product reads the operands as they are
-        return max(
-            (
-                FLOAT32_BYTES
-                * max(
-                    copies * (linear.d_in + min(linear.d_out, PANEL_ROWS))
-                    + min(linear.d_out, PANEL_ROWS) * linear.d_in,
-                    copies * (linear.d_in + TRIANGLE_ROWS) + TRIANGLE_ROWS * linear.d_in,
-                    3 * rows * linear.d_out,  # an output moment casts on every device
-                )
-                for linear in spec.linears
-            ),
-            default=0,
-        )
+        """What a product into a panel needs beside its operands and the panel; see `streamda.factors`."""
+        device = self._stack.device
+        sizes = [0]
+        for linear in spec.linears:
+            work = work_bytes(device, rows, max(linear.d_in, linear.d_out))
+            if self._dtype.itemsize >= FLOAT32_BYTES:  # added to the panel where it is
+                sizes.append(work)
+                continue
+            panel_rows = min(linear.d_out, PANEL_ROWS)
+            if device.type == "cuda":  # narrow operands, and a product to add
+                product = max(panel_rows, TRIANGLE_ROWS) * linear.d_in
+            else:
+                product = rows * (linear.d_in + panel_rows)
+            # an output moment casts on every device
+            sizes.append(work + FLOAT32_BYTES * max(product, 3 * rows * linear.d_out))
+        return max(sizes)
 
     def _probe(self, block: nn.Module, call: BlockCall, batch: MicroBatch) -> BlockProbe:
         shape = (len(batch.samples), batch.length, self._stack.hidden_size)

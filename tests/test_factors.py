@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streamda import factors
+from streamda import products
 from streamda.factors import add_gradient_, add_input_moment_, add_output_moment_, mirror_lower_
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -37,7 +37,7 @@ def test_panels_of_an_input_moment_hold_the_lower_triangle_of_the_dense_product(
     x = rows(seed, tokens, width)
     dense = x.double().T @ x.double()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(factors, "TRIANGLE_ROWS", 16)  # several blocks, and a last one that is not full
+        patch.setattr(products, "TRIANGLE_ROWS", 16)  # several blocks, and a last one that is not full
         for start, stop in cuts(width, panels):
             total = torch.zeros(stop - start, stop)
             for first, last in cuts(tokens, batches):
@@ -107,7 +107,7 @@ def test_sums_of_two_runs_add_up_to_the_sum_of_both() -> None:
 
 def test_rows_beyond_the_triangle_are_skipped() -> None:
     """Above the diagonal only what is left of the last partial block is computed: that is half of the work saved."""
-    x = rows(0, 8, 8 * factors.TRIANGLE_ROWS)
+    x = rows(0, 8, 8 * products.TRIANGLE_ROWS)
     total = torch.zeros(x.shape[1], x.shape[1])
     add_input_moment_(total, x, 0)
     computed = int((total != 0).sum())

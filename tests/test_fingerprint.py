@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import streamda
-from streamda import rundir, setup, solve_stage
+from streamda import products, rundir, setup, solve_stage
 from streamda.errors import ConfigError, MismatchError
 from tests.killed import run_until, weights
 from tests.models import SMALL, make_samples, run_options, write_inputs, write_samples
@@ -109,6 +109,11 @@ def test_the_environment_is_refused_unless_its_change_is_accepted(
     ) as caught:
         streamda.initialize(**interrupted())
     assert "peft" not in str(caught.value)  # it decides no number
+    with monkeypatch.context() as patch:
+        other = not products.prefers_onednn()
+        patch.setattr(products, "prefers_onednn", lambda: other)
+        with pytest.raises(MismatchError, match=r"numerics\.products was "):
+            streamda.initialize(**interrupted())
     with pytest.raises(MismatchError, match=r"method\.token_mask") as caught:
         streamda.initialize(**interrupted(allow_environment_change=True, token_mask="labels"))
     assert "torch" not in str(caught.value)
@@ -126,8 +131,10 @@ def test_the_environment_names_what_decides_the_last_bits(
 ) -> None:
     parts = json.loads(record(tmp_path))["parts"]
     assert set(parts) == {"model", "data", "method", "numerics"}
-    assert set(parts["numerics"]) == {"torch", "transformers", "numpy", "zarr", "numcodecs", "device", "threads"}
+    libraries = {"torch", "transformers", "numpy", "zarr", "numcodecs"}
+    assert set(parts["numerics"]) == libraries | {"device", "threads", "products"}
     assert parts["numerics"]["threads"] == torch.get_num_threads()
+    assert parts["numerics"]["products"] == products.library(torch.device("cpu"))
     # all else in the method would force a new collection for nothing
     assert set(parts["method"]) == {"version", "modules", "token_mask", "dtype", "statistics_codec"}
 

@@ -24,8 +24,8 @@ LAYERS = (
     },
     # pure: tensors and integers
     {
-        "layers", "memory", "batches", "panels", "costs", "disk_plan", "flops", "plan", "bounds", "factors", "cholesky",
-        "block_statistics", "eigen", "low_rank", "solve_plan", "stored_weights", "workers", "methods",
+        "layers", "memory", "batches", "panels", "costs", "disk_plan", "flops", "plan", "bounds", "products", "factors",
+        "cholesky", "block_statistics", "eigen", "low_rank", "solve_plan", "stored_weights", "workers", "methods",
     },
     # edges: files, data sets, the hub
     {
@@ -56,13 +56,16 @@ WITHIN = {
     "stopping": {"errors"},
     "panels": {"layers"},
     "disk_plan": {"layers", "panels"},
+    "factors": {"products"},
+    "low_rank": {"products"},
+    "stored_weights": {"products"},
     "block_statistics": {"factors", "layers", "panels"},
     "solve_plan": {"cholesky", "eigen", "layers", "low_rank", "memory", "panels"},
     "costs": {"layers"},
     "flops": {"costs", "eigen", "low_rank", "panels", "solve_plan"},
     "plan": {"costs", "disk_plan", "flops", "layers", "memory", "panels", "solve_plan"},
     "eigen": {"cholesky"},
-    "methods": {"cholesky", "eigen", "factors", "low_rank", "solve_plan"},
+    "methods": {"cholesky", "eigen", "factors", "low_rank", "products", "solve_plan"},
     # the families of a noun
     "json_rows": {"bad_rows"},
     "rows": {"bad_rows", "json_rows"},

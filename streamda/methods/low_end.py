@@ -32,6 +32,7 @@ from streamda.errors import NumericalError
 from streamda.factors import largest_magnitude
 from streamda.methods.displacement import Displacement
 from streamda.methods.input_factor import InputFactor, SpannedFactor
+from streamda.products import add_product_
 
 MAX_LEAK = 1e-3
 """Share of the gradient that may lie outside the span of the inputs: gradients of tokens that the input moment does not
@@ -209,9 +210,10 @@ def _along_span(
     along = vectors.new_empty(displacement.d_out, vectors.shape[1])
     leaked = 0.0
     for start, rows in displacement.rows(torch.float32):
-        product = rows @ right
+        product = along.new_zeros(rows.shape[0], right.shape[1])
+        add_product_(product, rows.T, right)
         along[start : start + rows.shape[0]] = product[:, :-LEAK_PROBES]
-        leaked += float(product[:, -LEAK_PROBES:].double().square().sum())
+        leaked += float(product[:, -LEAK_PROBES:].square().sum())
         del rows
     inside = float(along.norm())
     leak = math.sqrt(leaked / LEAK_PROBES) / inside if inside else math.inf

@@ -1,0 +1,251 @@
+"""Float32 matrix products on CPUs whose widest vectors PyTorch's BLAS leaves unused.
+
+PyTorch multiplies float32 matrices with MKL, and MKL takes AVX-512 kernels on Intel's processors only: elsewhere it
+reaches half the rate or less of what the processor does. oneDNN, which PyTorch carries too, asks what the processor can
+do and not who made it. Where that differs, what is called here goes to oneDNN, through the operator that
+`torch.compile` uses for linear layers; everywhere else (GPUs, other dtypes, other processors) it is the plain product.
+
+oneDNN makes a kernel of about half a megabyte for every shape that it meets, and keeps it. Micro-batches come in many
+lengths, so products are cut into pieces of a few sizes, at which it is as fast as on the whole.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+CPU_FACTS = Path("/proc/cpuinfo")
+ONEDNN, MKL_VENDOR = "oneDNN", "GenuineIntel"
+"""The library, and whose processors MKL gives all their instructions."""
+PIECES = (256, 64)
+"""Rows of a product at a time. What is left over is part of a last piece that overlaps the one before it; products
+with fewer rows take the plain way."""
+TERMS = (1024, 256, 64)
+"""Of sums at a time, too: for each piece of it the result is read and written once more."""
+WIDE_TERMS = TERMS[1:]
+"""Where pieces are added up in a wider dtype: within one, the rounding grows with its length."""
+PIECE_BYTES = 32 << 20
+"""Of an operand that is copied for a piece of the sums, or of a piece of the result, at most."""
+TRIANGLE_ROWS = 256
+"""Rows per product inside a triangle. Smaller skips more of what is above the diagonal (of 576 columns 256 skips a
+third), larger keeps the matrix products big enough to run at full rate."""
+TILE_ROWS, TILE_COLUMNS = 256, 2048
+"""Of a result at a time: 2 MB stay in a cache until they are added."""
+
+
+@functools.cache
+def prefers_onednn() -> bool:
+    """Whether oneDNN multiplies float32 matrices on this machine's CPU; it depends on nothing but the machine."""
+    return (
+        torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]  # torch has no types for it
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and _vendor() not in (None, MKL_VENDOR)
+    )
+
+
+def library(device: torch.device) -> str:
+    """What multiplies float32 matrices on a device, as a run's record names it; it decides last bits."""
+    return ONEDNN if device.type == "cpu" and prefers_onednn() else "default"
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """As `torch.nn.functional.linear`, for a weight and a bias that need no gradient on the fast path.
+
+    Args:
+        x: [..., d_in].
+        weight: [d_out, d_in].
+        bias: [d_out] or None.
+    """
+    # oneDNN has no kernels for weights with gaps
+    is_dense = weight.ndim == 2 and (weight.is_contiguous() or weight.T.is_contiguous())
+    count = x.numel() // max(1, x.shape[-1])
+    if not is_dense or not _is_fast(count, x, weight) or _needs_gradient(weight, bias):
+        return F.linear(x, weight, bias)
+    result: torch.Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]  # torch has no types for it
+    return result
+
+
+def work_bytes(device: torch.device, terms: int, width: int) -> int:
+    """Bytes that the products below take beside operands and result, at most.
+
+    Args:
+        device: that multiplies.
+        terms: of the longest sum.
+        width: of the widest operand or result.
+    """
+    if library(device) != ONEDNN:
+        return 0
+    piece = min(terms, _narrowed(TERMS, width)[0])
+    return 4 * (piece * width + TILE_ROWS * max(width, TILE_COLUMNS))
+
+
+def in_model(device: torch.device) -> AbstractContextManager[object]:
+    """A context in which modules' linear layers take `linear`."""
+    return _LinearMode() if library(device) == ONEDNN else nullcontext()
+
+
+def add_product_(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """``total += left^T right``.
+
+    Args:
+        total: [m, n], of the dtype of the operands or a wider one, changed in place. Long sums of float32 products lose
+            less where what each piece of them adds up to is added in float64.
+        left: [terms, m].
+        right: [terms, n], best row-major.
+    """
+    if not _is_fast(left.shape[0], left, right):
+        if total.dtype == left.dtype:
+            total.addmm_(left.T, right)
+            return
+        for start in range(0, left.shape[0], WIDE_TERMS[0]):
+            terms = slice(start, start + WIDE_TERMS[0])
+            total.add_(left[terms].T @ right[terms])
+        return
+    sizes = _narrowed(TERMS if total.dtype == left.dtype else WIDE_TERMS, right.shape[1])
+    for terms, seen in _cut(left.shape[0], sizes):
+        factor = _without(seen, left[terms])
+        operand = right[terms].contiguous().T  # without gaps, as in `linear`
+        for start in range(0, total.shape[0], TILE_ROWS):
+            rows = slice(start, start + TILE_ROWS)
+            total[rows].add_(_onednn(factor[:, rows].T, operand))
+
+
+def add_triangle_(total: torch.Tensor, x: torch.Tensor, start: int) -> None:
+    """Adds what is on and below the diagonal of rows ``[start, stop)`` of ``x^T x``, by blocks of `TRIANGLE_ROWS` rows.
+
+    Args:
+        total: [stop - start, stop], changed in place; above the diagonal of a block it holds nothing meaningful.
+        x: [terms, at least stop], of the dtype of `total`.
+        start: first row.
+    """
+    stop = start + total.shape[0]
+    if not _is_fast(x.shape[0], x):
+        for row, end in triangle_rows(start, stop):
+            total[row - start : end - start, :end].addmm_(x[:, row:end].T, x[:, :end])
+        return
+    for terms, seen in _cut(x.shape[0], _narrowed(TERMS, stop)):
+        operand = x[terms, :stop].T.contiguous()  # both factors are bands of it
+        for row, end in triangle_rows(start, stop):
+            factor = _without(seen, operand[row:end].T).T
+            for left in range(0, end, TILE_COLUMNS):
+                columns = slice(left, min(left + TILE_COLUMNS, end))
+                total[row - start : end - start, columns].add_(_onednn(factor, operand[columns]))
+
+
+def triangle_rows(start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Cuts rows ``[start, stop)`` of a triangle into those of one product each, by their first and last bound."""
+    for row in range(start, stop, TRIANGLE_ROWS):
+        yield row, min(row + TRIANGLE_ROWS, stop)
+
+
+class _Linear(torch.autograd.Function):
+    """A linear layer of which only the input's gradient is asked for."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(weight)
+        return _times(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        return _times(gradients[0], weight.T, None), None, None
+
+
+class _LinearMode(TorchFunctionMode):
+    """Sends `torch.nn.functional.linear` to `linear`."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        _types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        return (linear if func is F.linear else func)(*args, **(kwargs or {}))
+
+
+def _is_fast(count: int, *operands: torch.Tensor) -> bool:
+    """Whether a product with so many rows, or terms to a sum, is cut into pieces for oneDNN."""
+    return (
+        prefers_onednn()
+        and count >= PIECES[-1]
+        and all(
+            type(each) in (torch.Tensor, torch.nn.Parameter)
+            and each.dtype == torch.float32
+            and each.device.type == "cpu"
+            and each.numel() > 0
+            for each in operands
+        )
+    )
+
+
+def _needs_gradient(*parameters: torch.Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in parameters)
+
+
+def _times(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """``x weight^T + bias`` by pieces of rows."""
+    rows = x.reshape(-1, x.shape[-1])
+    result = rows.new_empty(rows.shape[0], weight.shape[0])
+    # where the terms of a sum lie far apart, as in a transposed weight, oneDNN slows down with their number
+    step = weight.shape[1] if weight.is_contiguous() else TERMS[0]
+    for piece, _ in _cut(rows.shape[0], _narrowed(PIECES, weight.shape[0])):
+        result[piece] = _onednn(rows[piece, :step], weight[:, :step], bias)
+        for start in range(step, weight.shape[1], step):
+            terms = slice(start, start + step)
+            result[piece].add_(_onednn(rows[piece, terms], weight[:, terms]))
+    return result.view(*x.shape[:-1], weight.shape[0])
+
+
+def _onednn(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """``rows weight^T + bias``, [m, n]."""
+    result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+    return result
+
+
+def _narrowed(sizes: tuple[int, ...], width: int) -> tuple[int, ...]:
+    """Which pieces of rows of `width` float32 numbers are small enough to lie beside all else."""
+    return tuple(size for size in sizes if size * width * 4 <= PIECE_BYTES) or sizes[-1:]
+
+
+def _cut(count: int, sizes: Sequence[int]) -> Iterator[tuple[slice, int]]:
+    """Cuts a range, no shorter than the last size, into pieces of the sizes given, descending.
+
+    Yields:
+        Each piece, and how many of its first numbers were in an earlier one: the last piece ends with the range.
+    """
+    start = 0
+    for size in sizes:
+        for _ in range((count - start) // size):
+            yield slice(start, start + size), 0
+            start += size
+    if start < count:
+        first = count - sizes[-1]
+        yield slice(first, count), start - first
+
+
+def _without(seen: int, factor: torch.Tensor) -> torch.Tensor:
+    """One of two factors [terms, ...] of a sum, with zeros for its first terms where they were summed already."""
+    if seen:
+        factor = factor.clone()
+        factor[:seen] = 0
+    return factor
+
+
+def _vendor() -> str | None:
+    """Of the processor, as it names itself; None where the system does not tell."""
+    try:
+        text = CPU_FACTS.read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return None
+    found = (line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("vendor_id"))
+    return next(found, None)

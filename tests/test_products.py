@@ -1,0 +1,260 @@
+"""Products by pieces through oneDNN are the plain ones, wherever they are taken."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import streamda
+from streamda import products
+from streamda.products import add_product_, add_triangle_, in_model, library, linear, prefers_onednn
+from streamda.stored_weights import StoredWeight
+from tests.conftest import GOLDEN
+from tests.golden_options import products as update_of
+from tests.golden_options import read_adapter, worst_error
+
+CPU = torch.device("cpu")
+LENGTHS = [1, 63, 64, 65, 200, 256, 300, 321, 575]
+
+
+@pytest.fixture(params=[True, False], ids=["oneDNN", "plain"])
+def by_onednn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Both ways on every machine: oneDNN has kernels for each of them."""
+    if request.param and not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        pytest.skip("this PyTorch has no oneDNN")
+    monkeypatch.setattr(products, "prefers_onednn", lambda: request.param)
+    return bool(request.param)
+
+
+@pytest.fixture
+def shapes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
+    """Of all products that oneDNN is asked for."""
+    seen: list[tuple[int, ...]] = []
+    plain = products._onednn
+
+    def watched(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        seen.append((*rows.shape, *weight.shape))
+        return plain(rows, weight, bias)
+
+    monkeypatch.setattr(products, "_onednn", watched)
+    return seen
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+def assert_is(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """As good as float32 sums of some hundred terms are."""
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=2e-6 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_a_linear_layer_and_its_gradient(length: int, with_bias: bool, by_onednn: bool, shapes: list[object]) -> None:
+    weight, bias = draw(70, 33), draw(70) if with_bias else None
+    x = draw(length, 33).requires_grad_(True)
+    exact = x.detach().double().requires_grad_(True)
+    output = linear(x, weight, bias)
+    expected = F.linear(exact, weight.double(), None if bias is None else bias.double())
+    assert_is(output.detach(), expected.detach())
+    above = draw(length, 70, seed=1)
+    output.backward(above)
+    expected.backward(above.double())
+    assert x.grad is not None
+    assert exact.grad is not None
+    assert_is(x.grad, exact.grad)
+    assert bool(shapes) == (by_onednn and length >= 64)
+
+
+@pytest.mark.parametrize("shape", [(2, 150, 40), (300, 40), (3, 2, 50, 40)])
+def test_every_form_of_input_and_of_gradient(shape: tuple[int, ...], by_onednn: bool) -> None:
+    weight = draw(30, 40)
+    x = draw(*shape[:-2], shape[-1], shape[-2]).mT.requires_grad_(True)  # not row-major
+    assert not x.is_contiguous()
+    output = linear(x, weight)
+    assert output.shape == (*shape[:-1], 30)
+    assert_is(output.detach(), F.linear(x.detach().double(), weight.double()))
+    output.sum().backward()  # a gradient of one number everywhere
+    assert x.grad is not None
+    assert_is(x.grad, weight.double().sum(0).expand(shape))
+
+
+def test_terms_of_a_gradient_are_summed_by_pieces(by_onednn: bool) -> None:
+    """More outputs than terms are multiplied at a time, of a weight that the backward pass reads transposed."""
+    num_outputs = products.TERMS[0] + 100
+    weight, x = draw(num_outputs, 20), draw(130, 20).requires_grad_(True)
+    above = draw(130, num_outputs)
+    linear(x, weight).backward(above)
+    assert x.grad is not None
+    assert_is(x.grad, above.double() @ weight.double())
+
+
+def test_a_weight_with_gaps_takes_the_plain_way(by_onednn: bool, shapes: list[object]) -> None:
+    """oneDNN multiplies it, a hundred times slower than the plain product."""
+    x, weight = draw(100, 40), draw(30, 90)[:, 50:]
+    assert torch.equal(linear(x, weight), F.linear(x, weight))
+    assert not shapes
+    assert_is(linear(x, draw(40, 30).T), x.double() @ draw(40, 30).double())
+    assert bool(shapes) == by_onednn
+
+
+def test_a_weight_that_asks_for_a_gradient_gets_it(by_onednn: bool) -> None:
+    weight, x = draw(30, 40).requires_grad_(True), draw(100, 40)
+    linear(x, weight).sum().backward()
+    assert weight.grad is not None
+    assert_is(weight.grad, x.double().sum(0).expand(30, 40))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes_take_the_plain_way(dtype: torch.dtype, by_onednn: bool, shapes: list[object]) -> None:
+    x, weight = draw(100, 40).to(dtype), draw(30, 40).to(dtype)
+    assert torch.equal(linear(x, weight), F.linear(x, weight))
+    total = torch.zeros(40, 40, dtype=dtype)
+    add_product_(total, x, x)
+    assert torch.equal(total, x.T @ x)
+    assert not shapes
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    terms=st.integers(1, 1400),
+    rows=st.integers(1, 300),
+    columns=st.integers(1, 40),
+    wide=st.booleans(),
+    transposed=st.booleans(),
+    onednn=st.booleans(),
+)
+def test_a_product_is_added_to_what_is_there(
+    terms: int, rows: int, columns: int, wide: bool, transposed: bool, onednn: bool
+) -> None:
+    """Each term once, whatever is left over behind the pieces."""
+    left, right = draw(terms, rows), draw(terms, columns + 3)[:, 3:]
+    if transposed:
+        left = draw(rows, terms).T
+    total = draw(rows, columns, seed=1).to(torch.float64 if wide else torch.float32)
+    expected = total.double() + left.double().T @ right.double()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(products, "prefers_onednn", lambda: onednn and hasattr(torch.ops.mkldnn, "_linear_pointwise"))
+        add_product_(total, left, right)
+    torch.testing.assert_close(total.double(), expected, rtol=1e-5, atol=1e-3 if terms > 300 else 2e-4)
+
+
+@pytest.mark.parametrize("terms", LENGTHS)
+@pytest.mark.parametrize(("start", "rows"), [(0, 300), (300, 130), (512, 600)])
+def test_a_triangle_is_that_of_the_dense_product(
+    terms: int, start: int, rows: int, by_onednn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "TILE_COLUMNS", 400)  # several tiles side by side
+    x = draw(terms, start + rows + 7)
+    total = torch.zeros(rows, start + rows)
+    add_triangle_(total, x, start)
+    add_triangle_(total, x, start)
+    expected = 2 * x.double().T @ x.double()
+    actual = total.tril(start)
+    assert_is(actual, expected[start : start + rows, : start + rows].tril(start))
+
+
+def test_many_lengths_are_few_shapes(shapes: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """OneDNN keeps a kernel for each shape for as long as the process lives."""
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        pytest.skip("this PyTorch has no oneDNN")
+    monkeypatch.setattr(products, "prefers_onednn", lambda: True)
+    weight, total, square = draw(48, 32), torch.zeros(48, 32), torch.zeros(32, 32)
+    for length in range(1, 1500, 7):
+        x = draw(length, 32).requires_grad_(True)
+        output = linear(x, weight)
+        output.sum().backward()
+        add_product_(total, output.detach(), x.detach())
+        add_triangle_(square, x.detach(), 0)
+    assert len(shapes) > 1000
+    assert len(set(shapes)) <= 2 * len(products.PIECES) + 2 * len(products.TERMS)
+
+
+def test_a_models_linear_layers_take_it_inside_the_context_only(by_onednn: bool, shapes: list[object]) -> None:
+    module = nn.Linear(16, 8).requires_grad_(False)
+    x = draw(70, 16)
+    plain = module(x)
+    assert not shapes
+    with in_model(CPU):
+        inside = module(x)
+    assert bool(shapes) == by_onednn
+    assert_is(inside, plain.double())
+    shapes.clear()
+    with in_model(torch.device("cuda")):
+        module(x)
+    assert not shapes
+
+
+def test_a_weight_in_its_stored_dtype_takes_it_too(by_onednn: bool, shapes: list[object]) -> None:
+    stored = draw(24, 40).bfloat16()
+    weight, x = StoredWeight.keep(stored, torch.float32), draw(90, 40).requires_grad_(True)
+    with in_model(CPU):
+        output = F.linear(x, weight)
+    output.sum().backward()
+    assert_is(output.detach(), F.linear(x.detach().double(), stored.double()))
+    assert x.grad is not None
+    assert_is(x.grad, stored.double().sum(0).expand(90, 40))
+    assert len(shapes) == (4 if by_onednn else 0)  # two pieces, forward and backward
+
+
+CPU_INFO = "processor\t: 0\nvendor_id\t: {}\nmodel name\t: some processor\n"
+
+
+@pytest.mark.parametrize(
+    ("facts", "capability", "expected"),
+    [
+        (CPU_INFO.format("AuthenticAMD"), "AVX512", True),
+        (CPU_INFO.format("HygonGenuine"), "AVX512", True),
+        (CPU_INFO.format("GenuineIntel"), "AVX512", False),
+        (CPU_INFO.format("AuthenticAMD"), "AVX2", False),
+        ("processor\t: 0\n", "AVX512", False),
+        (None, "AVX512", False),
+    ],
+)
+def test_it_is_for_wide_vectors_that_the_other_library_leaves_unused(
+    facts: str | None, capability: str, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if facts is not None:
+        (tmp_path / "cpuinfo").write_text(facts)
+    monkeypatch.setattr(products, "CPU_FACTS", tmp_path / "cpuinfo")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    prefers_onednn.cache_clear()
+    try:
+        assert prefers_onednn() is (expected and hasattr(torch.ops.mkldnn, "_linear_pointwise"))
+        assert library(CPU) == ("oneDNN" if prefers_onednn() else "default")
+        assert library(torch.device("cuda")) == "default"
+    finally:
+        prefers_onednn.cache_clear()
+
+
+def test_a_whole_run_gives_the_same_adapter_both_ways(
+    tmp_path: Path, shapes: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        pytest.skip("this PyTorch has no oneDNN")
+    found = {}
+    for onednn in (True, False):
+        monkeypatch.setattr(products, "prefers_onednn", lambda onednn=onednn: onednn)
+        output = tmp_path / str(onednn)
+        streamda.initialize(
+            model=str(GOLDEN / "model"),
+            dataset=str(GOLDEN / "calibration.jsonl"),
+            output_dir=str(output),
+            max_gpu_mem="400MB",
+            device="cpu",
+            dtype="float32",
+            rank=4,
+        )
+        found[onednn] = update_of(read_adapter(output))
+        assert bool(shapes) == onednn
+        shapes.clear()
+    assert worst_error(found[True], found[False]) < 1e-3

@@ -208,7 +208,7 @@ def _times(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
 
 def _onednn(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """``rows weight^T + bias``, [m, n]."""
-    result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+    result: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(rows, weight, bias, "none", [], "")
     return result
 
 

@@ -24,7 +24,7 @@ class BlockCost:
     largest_module_bytes: int
     """Of the largest parameter in the compute dtype: what is cast at a time if weights stay in their stored dtype."""
     product_bytes: int = 0
-    """Float32 temporaries of a product that goes into a panel, where operands are narrower."""
+    """Of a product that goes into a panel, beside its operands and the panel."""
 
     @property
     def shrinks(self) -> bool:

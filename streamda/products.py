@@ -5,7 +5,7 @@ reaches half the rate or less of what the processor does. oneDNN, which PyTorch 
 do and not who made it. Where that differs, what is called here goes to oneDNN, through the operator that
 `torch.compile` uses for linear layers; everywhere else (GPUs, other dtypes, other processors) it is the plain product.
 
-oneDNN makes a kernel of about half a megabyte for every shape that it meets, and keeps it. Micro-batches come in many
+oneDNN makes a kernel of half a megabyte or more for every shape that it meets, and keeps it. Micro-batches come in many
 lengths, so products are cut into pieces of a few sizes, at which it is as fast as on the whole.
 """
 
@@ -14,25 +14,30 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
-CPU_FACTS = Path("/proc/cpuinfo")
+from streamda.processor import vendor
+
 ONEDNN, MKL_VENDOR = "oneDNN", "GenuineIntel"
 """The library, and whose processors MKL gives all their instructions."""
 PIECES = (256, 64)
-"""Rows of a product at a time. What is left over is part of a last piece that overlaps the one before it; products
-with fewer rows take the plain way."""
+"""Rows of a product at a time. Fewer sizes are fewer kernels to keep; larger ones are no faster, smaller ones lose a
+third of the rate. What is left over is part of a last piece that overlaps the one before it; products with fewer rows
+take the plain way."""
 TERMS = (1024, 256, 64)
 """Of sums at a time, too: for each piece of it the result is read and written once more."""
+COLUMN_STEP = 64
+"""Columns of a sum's result are filled up to a multiple of it: how many directions a span has depends on the data."""
 WIDE_TERMS = TERMS[1:]
 """Where pieces are added up in a wider dtype: within one, the rounding grows with its length."""
 PIECE_BYTES = 32 << 20
-"""Of an operand that is copied for a piece of the sums, or of a piece of the result, at most."""
+"""Of an operand that is copied for a piece of the sums, or of a piece of the result, unless the smallest piece is more.
+Half of it would cut a 13B model's widest layer into smaller pieces, and read and write its sums more often."""
 TRIANGLE_ROWS = 256
 """Rows per product inside a triangle. Smaller skips more of what is above the diagonal (of 576 columns 256 skips a
 third), larger keeps the matrix products big enough to run at full rate."""
@@ -47,29 +52,30 @@ def prefers_onednn() -> bool:
         torch.backends.cpu.get_cpu_capability() == "AVX512"
         and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]  # torch has no types for it
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-        and _vendor() not in (None, MKL_VENDOR)
+        and vendor() not in (None, MKL_VENDOR)
     )
 
 
-def library(device: torch.device) -> str:
+def product_library(device: torch.device) -> str:
     """What multiplies float32 matrices on a device, as a run's record names it; it decides last bits."""
     return ONEDNN if device.type == "cpu" and prefers_onednn() else "default"
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """As `torch.nn.functional.linear`, for a weight and a bias that need no gradient on the fast path.
+def linear(
+    input: torch.Tensor,  # as PyTorch calls it, for those who give it by name
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """As `torch.nn.functional.linear`; the fast path is for weights and biases that need no gradient.
 
     Args:
-        x: [..., d_in].
+        input: [..., d_in].
         weight: [d_out, d_in].
         bias: [d_out] or None.
     """
-    # oneDNN has no kernels for weights with gaps
-    is_dense = weight.ndim == 2 and (weight.is_contiguous() or weight.T.is_contiguous())
-    count = x.numel() // max(1, x.shape[-1])
-    if not is_dense or not _is_fast(count, x, weight) or _needs_gradient(weight, bias):
-        return F.linear(x, weight, bias)
-    result: torch.Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]  # torch has no types for it
+    if not _is_fast_linear(input, weight, bias):
+        return F.linear(input, weight, bias)
+    result: torch.Tensor = _Linear.apply(input, weight, bias)  # type: ignore[no-untyped-call]  # torch has no types for it
     return result
 
 
@@ -81,15 +87,18 @@ def work_bytes(device: torch.device, terms: int, width: int) -> int:
         terms: of the longest sum.
         width: of the widest operand or result.
     """
-    if library(device) != ONEDNN:
+    if product_library(device) != ONEDNN:
         return 0
-    piece = min(terms, _narrowed(TERMS, width)[0])
-    return 4 * (piece * width + TILE_ROWS * max(width, TILE_COLUMNS))
+    # narrower operands are cut into longer pieces, so the widest is not always the largest
+    copies = [size * min(width, PIECE_BYTES // (4 * size)) for size in TERMS if size <= terms]
+    copies.append(TERMS[-1] * width)
+    factor = TILE_ROWS * min(terms, TERMS[0])
+    return 4 * (max(copies) + factor + TILE_ROWS * max(width, TILE_COLUMNS))
 
 
 def in_model(device: torch.device) -> AbstractContextManager[object]:
     """A context in which modules' linear layers take `linear`."""
-    return _LinearMode() if library(device) == ONEDNN else nullcontext()
+    return _LinearMode() if product_library(device) == ONEDNN else nullcontext()
 
 
 def add_product_(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
@@ -104,18 +113,16 @@ def add_product_(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -
     if not _is_fast(left.shape[0], left, right):
         if total.dtype == left.dtype:
             total.addmm_(left.T, right)
-            return
-        for start in range(0, left.shape[0], WIDE_TERMS[0]):
-            terms = slice(start, start + WIDE_TERMS[0])
-            total.add_(left[terms].T @ right[terms])
+        else:
+            total.add_(left.T @ right)
         return
-    sizes = _narrowed(TERMS if total.dtype == left.dtype else WIDE_TERMS, right.shape[1])
+    columns = right.shape[1]
+    sizes = _narrowed(TERMS if total.dtype == left.dtype else WIDE_TERMS, columns)
     for terms, seen in _cut(left.shape[0], sizes):
-        factor = _without(seen, left[terms])
-        operand = right[terms].contiguous().T  # without gaps, as in `linear`
+        factor, operand = _without(seen, left[terms]), _padded(right[terms]).T
         for start in range(0, total.shape[0], TILE_ROWS):
             rows = slice(start, start + TILE_ROWS)
-            total[rows].add_(_onednn(factor[:, rows].T, operand))
+            total[rows].add_(_onednn(factor[:, rows].T, operand)[:, :columns])
 
 
 def add_triangle_(total: torch.Tensor, x: torch.Tensor, start: int) -> None:
@@ -155,6 +162,7 @@ class _Linear(torch.autograd.Function):
         return _times(x, weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (weight,) = ctx.saved_tensors
         return _times(gradients[0], weight.T, None), None, None
@@ -173,6 +181,21 @@ class _LinearMode(TorchFunctionMode):
         return (linear if func is F.linear else func)(*args, **(kwargs or {}))
 
 
+def _is_fast_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether a linear layer is one that oneDNN multiplies well; what is wrong with one is PyTorch's to say."""
+    parameters = (weight,) if bias is None else (weight, bias)
+    return (
+        weight.ndim == 2
+        # oneDNN has no kernels for weights with gaps
+        and (weight.is_contiguous() or weight.T.is_contiguous())
+        and x.ndim > 0
+        and x.shape[-1] == weight.shape[1]
+        and (bias is None or (bias.shape == weight.shape[:1] and bias.is_contiguous()))
+        and _is_fast(x.numel() // max(1, x.shape[-1]), x, *parameters)
+        and not (torch.is_grad_enabled() and any(each.requires_grad for each in parameters))
+    )
+
+
 def _is_fast(count: int, *operands: torch.Tensor) -> bool:
     """Whether a product with so many rows, or terms to a sum, is cut into pieces for oneDNN."""
     return (
@@ -188,22 +211,19 @@ def _is_fast(count: int, *operands: torch.Tensor) -> bool:
     )
 
 
-def _needs_gradient(*parameters: torch.Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in parameters)
-
-
 def _times(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """``x weight^T + bias`` by pieces of rows."""
     rows = x.reshape(-1, x.shape[-1])
-    result = rows.new_empty(rows.shape[0], weight.shape[0])
+    result = x.new_empty(*x.shape[:-1], weight.shape[0])  # no view: a model may change it in place
+    flat = result.view(-1, weight.shape[0])
     # where the terms of a sum lie far apart, as in a transposed weight, oneDNN slows down with their number
     step = weight.shape[1] if weight.is_contiguous() else TERMS[0]
     for piece, _ in _cut(rows.shape[0], _narrowed(PIECES, weight.shape[0])):
-        result[piece] = _onednn(rows[piece, :step], weight[:, :step], bias)
+        flat[piece] = _onednn(rows[piece, :step], weight[:, :step], bias)
         for start in range(step, weight.shape[1], step):
             terms = slice(start, start + step)
-            result[piece].add_(_onednn(rows[piece, terms], weight[:, terms]))
-    return result.view(*x.shape[:-1], weight.shape[0])
+            flat[piece].add_(_onednn(rows[piece, terms], weight[:, terms]))
+    return result
 
 
 def _onednn(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -233,19 +253,15 @@ def _cut(count: int, sizes: Sequence[int]) -> Iterator[tuple[slice, int]]:
         yield slice(first, count), start - first
 
 
+def _padded(operand: torch.Tensor) -> torch.Tensor:
+    """An operand [terms, n] without gaps; with zeros behind its columns where their number is one of many."""
+    missing = -operand.shape[1] % COLUMN_STEP
+    return F.pad(operand, (0, missing)) if missing else operand.contiguous()
+
+
 def _without(seen: int, factor: torch.Tensor) -> torch.Tensor:
     """One of two factors [terms, ...] of a sum, with zeros for its first terms where they were summed already."""
     if seen:
         factor = factor.clone()
         factor[:seen] = 0
     return factor
-
-
-def _vendor() -> str | None:
-    """Of the processor, as it names itself; None where the system does not tell."""
-    try:
-        text = CPU_FACTS.read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return None
-    found = (line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("vendor_id"))
-    return next(found, None)

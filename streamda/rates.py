@@ -14,7 +14,7 @@ import torch
 from streamda import files
 from streamda.bounds import Rates
 from streamda.errors import StorageError
-from streamda.products import linear
+from streamda.products import ONEDNN, linear, product_library
 
 GEMM_SECONDS = 0.3
 """Spent per precision at least. The first products start threads and pick kernels; less measures them."""
@@ -59,13 +59,20 @@ def measure_flops(device: torch.device, dtype: torch.dtype) -> float:
     # a GPU finishes small products before the next is launched; two large float64 matrices would show in a small budget
     size, repeats = (1536, 1) if device.type == "cpu" else (4096 if dtype.itemsize < 8 else 2048, 16)
     left = torch.randn(size, size, device=device).to(dtype)
+    by_onednn = dtype == torch.float32 and product_library(device) == ONEDNN
+    result = None if by_onednn else torch.empty_like(left)
     best, deadline = math.inf, time.monotonic() + GEMM_SECONDS
     for run in itertools.count():
         started = time.monotonic()
         if started > deadline and run > 1:
             break
         for _ in range(repeats):
-            result = linear(left, left)  # as a run multiplies
+            if by_onednn:  # as a run multiplies
+                result = None  # not a third matrix while the next one is made
+                result = linear(left, left)
+            else:
+                result = torch.mm(left, left, out=result)
+        assert result is not None
         result[0, 0].item()  # waits for the device
         best = min(best, time.monotonic() - started)
     return 2.0 * size**3 * repeats / best

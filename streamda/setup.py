@@ -25,7 +25,7 @@ from streamda.limits import bounded_budget, memory_limit, memory_of_machine
 from streamda.memory import SMALL_BLOCK_BYTES, MemoryBudget, bound_allocator, parse_budget, parse_size
 from streamda.model_source import ModelSource, find_model
 from streamda.plan import Plan, make_plan, minimum_bytes
-from streamda.products import library
+from streamda.products import product_library
 from streamda.skeleton import build_skeleton, load_config, third_party
 from streamda.workload import WorkloadModel, micro_batch_candidates
 
@@ -282,7 +282,7 @@ def fingerprint_parts(prepared: Prepared, model: dict[str, Any]) -> dict[str, di
             **{name: found for name, found in versions().items() if name in NUMERIC_LIBRARIES},
             "device": prepared.device.type,
             "threads": torch.get_num_threads(),
-            "products": library(prepared.device),
+            "products": product_library(prepared.device),
         },
     }
 

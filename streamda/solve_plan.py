@@ -22,8 +22,8 @@ from streamda.memory import format_size
 from streamda.panels import FLOAT32_BYTES, PANEL_ROWS, statistics_bytes
 
 WORKSPACE_BYTES = 64 << 20
-"""What a run takes beside its tensors: interpreter objects, buffers of the matrix library, of the tensor reader and of
-the statistics writer. Measured on CPU, see tests/test_memory_bound.py."""
+"""What a run takes beside its tensors: interpreter objects, kernels and buffers of the matrix libraries, buffers of the
+tensor reader and of the statistics writer. Measured on CPU, see tests/test_memory_bound.py."""
 FLOAT64_BYTES = 8
 THIN_BLOCKS = 4
 """Blocks of vectors that an application of the operator holds beside the basis and the images of that."""
@@ -34,9 +34,9 @@ RITZ_MATRICES = 6
 CHUNK_BYTES = 64 << 20
 """Of a float32 gradient that is in float64 at a time."""
 MIN_CHUNK_ROWS = 256
-TILE_COPIES = 6
+TILE_COPIES, HELD_TILE_COPIES = 6, 3
 """Float32 copies of a tile that are there while two are read at a time: the reader's two, and two of each in Zarr, as
-they lie in the file and decompressed."""
+they lie in the file and decompressed. From memory, the reader's two and what it compares of a diagonal one."""
 
 FEW_TOKENS = 1024
 """Rows that the small eigenproblem may have: dense, it costs the cube of them."""
@@ -101,7 +101,12 @@ def band_bytes(d_in: int) -> list[int]:
 
 
 def solve_layout(
-    d_in: int, d_out: int, rank: int, capacity_bytes: int | None, num_tokens: int | None = None
+    d_in: int,
+    d_out: int,
+    rank: int,
+    capacity_bytes: int | None,
+    num_tokens: int | None = None,
+    tile_copies: int = TILE_COPIES,
 ) -> SolveLayout:
     """The fastest layout that fits, or the smallest one where none does.
 
@@ -111,6 +116,7 @@ def solve_layout(
         rank: of the adapter.
         capacity_bytes: memory for all of it; None for as much as it likes.
         num_tokens: that the statistics are summed over, at most. Few of them need no Cholesky factor.
+        tile_copies: of a tile of the statistics while they are read.
     """
     sizes = band_bytes(d_in)
     whole = len(sizes)
@@ -120,19 +126,26 @@ def solve_layout(
         whole, forms = 0, forms[1:]
     choices = [(whole, form) for form in forms]
     choices += [(count, form) for form in forms[1:] for count in range(whole - 1, -1, -1)]
-    layouts = [_layout(d_in, d_out, rank, sizes, count, form) for count, form in choices]
+    tiles = tile_copies * min(d_in, PANEL_ROWS) ** 2 * FLOAT32_BYTES
+    layouts = [_layout(d_in, d_out, rank, sizes, count, form, tiles) for count, form in choices]
     fitting = (each for each in layouts if capacity_bytes is None or each.num_bytes <= capacity_bytes)
     return next(fitting, min(layouts, key=lambda each: each.num_bytes))
 
 
 def solve_layouts(
-    specs: Sequence[BlockSpec], rank: int, capacity: int, num_tokens: int | None = None
+    specs: Sequence[BlockSpec],
+    rank: int,
+    capacity: int,
+    num_tokens: int | None = None,
+    tile_copies: int = TILE_COPIES,
 ) -> list[SolveLayout]:
     """How each kind of input group is solved; none where the rank is 0 and nothing is."""
     kinds = {
         (group.d_in, max(spec.linear(name).d_out for name in group.modules)) for spec in specs for group in spec.groups
     }
-    return [solve_layout(d_in, d_out, rank, capacity, num_tokens) for d_in, d_out in kinds] if rank else []
+    if not rank:
+        return []
+    return [solve_layout(d_in, d_out, rank, capacity, num_tokens, tile_copies) for d_in, d_out in kinds]
 
 
 def layouts_beside_statistics(
@@ -154,7 +167,7 @@ def layouts_beside_statistics(
     """
     held = max(map(statistics_bytes, specs))
     left = max(0, capacity - held)
-    layouts = solve_layouts(specs, rank, left, num_tokens)
+    layouts = solve_layouts(specs, rank, left, num_tokens, HELD_TILE_COPIES)
     growth = held + largest_bytes(layouts) - largest_bytes(alone)
     fits = growth <= most and spilled_bytes(layouts) <= spilled_bytes(alone)
     return BesideStatistics(left, layouts, growth) if fits else None
@@ -170,9 +183,10 @@ def spilled_bytes(layouts: Iterable[SolveLayout]) -> int:
     return max((layout.spilled_bytes for layout in layouts), default=0)
 
 
-def _layout(d_in: int, d_out: int, rank: int, sizes: list[int], in_memory: int, form: GradientForm) -> SolveLayout:
+def _layout(
+    d_in: int, d_out: int, rank: int, sizes: list[int], in_memory: int, form: GradientForm, tiles: int
+) -> SolveLayout:
     held, spilled = sum(sizes[:in_memory]), sorted(sizes[in_memory:])  # the last band may be a part of one
-    tiles = TILE_COPIES * min(d_in, PANEL_ROWS) ** 2 * FLOAT32_BYTES
     # a block column of a band and what it becomes, twice over
     columns = 4 * min(d_in, PANEL_ROWS) * min(d_in, MAX_BLOCK_ROWS) * FLOAT64_BYTES
     factorizing = held + sum(spilled[-2:]) + tiles + columns
@@ -201,8 +215,8 @@ def _few_tokens_bytes(d_in: int, d_out: int, gradient: int) -> int:
     wide = tokens + extra_vectors(d_in, tokens)
     small = RITZ_MATRICES * wide**2
     factorizing = max(band_bytes(d_in)) + (5 * wide * d_in + small) * FLOAT64_BYTES
-    # the span in float32 and what a chunk of the gradient makes of it, before there is the small eigenproblem
-    along = (d_in + _chunk_rows(d_in, d_out)) * tokens * FLOAT32_BYTES
+    # the span in float32 and what a chunk of the gradient makes of it in both precisions, before the small eigenproblem
+    along = (d_in * FLOAT32_BYTES + _chunk_rows(d_in, d_out) * (FLOAT32_BYTES + FLOAT64_BYTES)) * tokens
     solving = gradient + (d_in + d_out) * tokens * FLOAT64_BYTES + max(along, small * FLOAT64_BYTES)
     return max(factorizing, solving)
 

@@ -70,9 +70,10 @@ def oracle_statistics(
         calls: list[tuple[str, Tensor, Tensor]] = []
 
         def keep(name: str, calls: list[tuple[str, Tensor, Tensor]] = calls) -> Any:
-            def hook(_module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
+            def hook(_module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
                 output.retain_grad()
                 calls.append((name, args[0].detach().clone(), output))
+                return output.clone()  # a model that changes it in place would have the gradient of what it makes kept
 
             return hook
 

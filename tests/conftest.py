@@ -17,6 +17,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 
 import streamda
+from streamda import products
 from tests.killed import weights, write_tiny
 
 GOLDEN = Path(__file__).parent / "golden" / "tiny-llama"
@@ -44,6 +45,26 @@ def smollm2() -> Path:
     folder = Path(os.environ["STREAMDA_TEST_MODEL"]).resolve()
     assert (folder / "config.json").is_file(), f"{folder} holds no model; run `make model`"
     return folder
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Tiny models' products go to oneDNN, too, on every machine, and in several pieces; counts the pieces."""
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        pytest.skip("this PyTorch has no oneDNN")
+    count, plain = [0], products._onednn
+
+    def counted(*operands: torch.Tensor) -> torch.Tensor:
+        count[0] += 1
+        return plain(*operands)
+
+    monkeypatch.setattr(products, "prefers_onednn", lambda: True)
+    for name in ("PIECES", "TERMS", "WIDE_TERMS"):
+        monkeypatch.setattr(products, name, (8, 4))
+    for name in ("TRIANGLE_ROWS", "TILE_ROWS", "TILE_COLUMNS"):
+        monkeypatch.setattr(products, name, 16)
+    monkeypatch.setattr(products, "_onednn", counted)
+    return count
 
 
 @pytest.fixture(autouse=True)

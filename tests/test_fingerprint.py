@@ -134,7 +134,7 @@ def test_the_environment_names_what_decides_the_last_bits(
     libraries = {"torch", "transformers", "numpy", "zarr", "numcodecs"}
     assert set(parts["numerics"]) == libraries | {"device", "threads", "products"}
     assert parts["numerics"]["threads"] == torch.get_num_threads()
-    assert parts["numerics"]["products"] == products.library(torch.device("cpu"))
+    assert parts["numerics"]["products"] == products.product_library(torch.device("cpu"))
     # all else in the method would force a new collection for nothing
     assert set(parts["method"]) == {"version", "modules", "token_mask", "dtype", "statistics_codec"}
 

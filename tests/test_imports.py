@@ -20,7 +20,7 @@ LAYERS = (
     {
         "errors", "quoting", "requirements", "files", "sealed_json", "units", "folder_lock", "filesystem", "run_parts",
         "rundir", "config", "timeline", "stopping", "huge_pages",
-        "read_ahead",
+        "read_ahead", "processor",
     },
     # pure: tensors and integers
     {

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import streamda
-from streamda import products
-from streamda.products import add_product_, add_triangle_, in_model, library, linear, prefers_onednn
+from streamda import processor, products
+from streamda.products import add_product_, add_triangle_, in_model, linear, prefers_onednn, product_library
 from streamda.stored_weights import StoredWeight
 from tests.conftest import GOLDEN
 from tests.golden_options import products as update_of
@@ -35,12 +35,13 @@ def by_onednn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.fixture
 def shapes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
-    """Of all products that oneDNN is asked for."""
+    """Of all products that oneDNN is asked for; each weight must be of a form that it has fast kernels for."""
     seen: list[tuple[int, ...]] = []
     plain = products._onednn
 
     def watched(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         seen.append((*rows.shape, *weight.shape))
+        assert weight.is_contiguous() or weight.T.is_contiguous()
         return plain(rows, weight, bias)
 
     monkeypatch.setattr(products, "_onednn", watched)
@@ -75,7 +76,7 @@ def test_a_linear_layer_and_its_gradient(length: int, with_bias: bool, by_onednn
 
 
 @pytest.mark.parametrize("shape", [(2, 150, 40), (300, 40), (3, 2, 50, 40)])
-def test_every_form_of_input_and_of_gradient(shape: tuple[int, ...], by_onednn: bool) -> None:
+def test_every_form_of_input_and_of_gradient(shape: tuple[int, ...], by_onednn: bool, shapes: list[object]) -> None:
     weight = draw(30, 40)
     x = draw(*shape[:-2], shape[-1], shape[-2]).mT.requires_grad_(True)  # not row-major
     assert not x.is_contiguous()
@@ -87,7 +88,7 @@ def test_every_form_of_input_and_of_gradient(shape: tuple[int, ...], by_onednn: 
     assert_is(x.grad, weight.double().sum(0).expand(shape))
 
 
-def test_terms_of_a_gradient_are_summed_by_pieces(by_onednn: bool) -> None:
+def test_terms_of_a_gradient_are_summed_by_pieces(by_onednn: bool, shapes: list[object]) -> None:
     """More outputs than terms are multiplied at a time, of a weight that the backward pass reads transposed."""
     num_outputs = products.TERMS[0] + 100
     weight, x = draw(num_outputs, 20), draw(130, 20).requires_grad_(True)
@@ -150,7 +151,7 @@ def test_a_product_is_added_to_what_is_there(
 @pytest.mark.parametrize("terms", LENGTHS)
 @pytest.mark.parametrize(("start", "rows"), [(0, 300), (300, 130), (512, 600)])
 def test_a_triangle_is_that_of_the_dense_product(
-    terms: int, start: int, rows: int, by_onednn: bool, monkeypatch: pytest.MonkeyPatch
+    terms: int, start: int, rows: int, by_onednn: bool, shapes: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(products, "TILE_COLUMNS", 400)  # several tiles side by side
     x = draw(terms, start + rows + 7)
@@ -162,20 +163,83 @@ def test_a_triangle_is_that_of_the_dense_product(
     assert_is(actual, expected[start : start + rows, : start + rows].tril(start))
 
 
-def test_many_lengths_are_few_shapes(shapes: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("columns", [64, 70])
+def test_operands_with_gaps_are_copied_first(columns: int, by_onednn: bool, shapes: list[object]) -> None:
+    left, right = draw(300, 50), draw(300, columns + 9)[:, 9:]
+    total = torch.zeros(50, columns)
+    add_product_(total, left, right)
+    assert_is(total, left.double().T @ right.double())
+    assert bool(shapes) == by_onednn
+
+
+def test_long_sums_lose_less_in_a_wider_total(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of positive terms: their rounding in float32 grows with their number."""
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        pytest.skip("this PyTorch has no oneDNN")
+    monkeypatch.setattr(products, "prefers_onednn", lambda: True)
+    left, right = draw(20000, 64).abs(), draw(20000, 64, seed=1).abs()
+    expected = left.double().T @ right.double()
+    errors = []
+    for dtype in (torch.float32, torch.float64):
+        total = torch.zeros(64, 64, dtype=dtype)
+        add_product_(total, left, right)
+        errors.append(float((total.double() - expected).norm() / expected.norm()))
+    assert errors[1] < errors[0] / 2
+
+
+def test_many_lengths_and_spans_are_few_shapes(shapes: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
     """OneDNN keeps a kernel for each shape for as long as the process lives."""
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         pytest.skip("this PyTorch has no oneDNN")
     monkeypatch.setattr(products, "prefers_onednn", lambda: True)
-    weight, total, square = draw(48, 32), torch.zeros(48, 32), torch.zeros(32, 32)
+    weight, total, square = draw(48, 64), torch.zeros(48, 64), torch.zeros(64, 64)
     for length in range(1, 1500, 7):
-        x = draw(length, 32).requires_grad_(True)
+        x = draw(length, 64).requires_grad_(True)
         output = linear(x, weight)
         output.sum().backward()
         add_product_(total, output.detach(), x.detach())
         add_triangle_(square, x.detach(), 0)
     assert len(shapes) > 1000
     assert len(set(shapes)) <= 2 * len(products.PIECES) + 2 * len(products.TERMS)
+    shapes.clear()
+    for directions in range(1, 129):
+        add_product_(torch.zeros(48, directions, dtype=torch.float64), draw(64, 48), draw(64, directions))
+    assert len(set(shapes)) == 2
+
+
+def test_a_model_may_change_an_output_in_place(by_onednn: bool) -> None:
+    """OLMo clips what its projections give."""
+    x, exact = draw(2, 50, 40).requires_grad_(True), draw(2, 50, 40).double().requires_grad_(True)
+    weight = draw(30, 40)
+    linear(x, weight).clamp_(-1, 1).sum().backward()
+    F.linear(exact, weight.double()).clamp_(-1, 1).sum().backward()
+    assert x.grad is not None
+    assert exact.grad is not None
+    assert_is(x.grad, exact.grad)
+
+
+def test_a_second_derivative_is_refused_and_not_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        pytest.skip("this PyTorch has no oneDNN")
+    monkeypatch.setattr(products, "prefers_onednn", lambda: True)
+    x = draw(100, 40).requires_grad_(True)
+    (gradient,) = torch.autograd.grad(linear(x, draw(30, 40)).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_what_pytorch_refuses_is_refused(by_onednn: bool) -> None:
+    with pytest.raises(RuntimeError, match="shape"):
+        linear(draw(80, 50), draw(30, 40))
+    with pytest.raises(RuntimeError):
+        linear(draw(80, 40), draw(30, 40), draw(7))
+
+
+def test_every_form_of_bias(by_onednn: bool, shapes: list[object]) -> None:
+    x, weight = draw(80, 40), draw(30, 40)
+    for bias in (draw(30, 5)[:, 2], draw(1), draw(30)):
+        assert_is(linear(input=x, weight=weight, bias=bias), x.double() @ weight.double().T + bias.double())
+    assert len(shapes) == (2 if by_onednn else 0)  # for the last one, in two pieces
 
 
 def test_a_models_linear_layers_take_it_inside_the_context_only(by_onednn: bool, shapes: list[object]) -> None:
@@ -224,14 +288,14 @@ def test_it_is_for_wide_vectors_that_the_other_library_leaves_unused(
 ) -> None:
     if facts is not None:
         (tmp_path / "cpuinfo").write_text(facts)
-    monkeypatch.setattr(products, "CPU_FACTS", tmp_path / "cpuinfo")
+    monkeypatch.setattr(processor, "FACTS", tmp_path / "cpuinfo")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     prefers_onednn.cache_clear()
     try:
         assert prefers_onednn() is (expected and hasattr(torch.ops.mkldnn, "_linear_pointwise"))
-        assert library(CPU) == ("oneDNN" if prefers_onednn() else "default")
-        assert library(torch.device("cuda")) == "default"
+        assert product_library(CPU) == ("oneDNN" if prefers_onednn() else "default")
+        assert product_library(torch.device("cuda")) == "default"
     finally:
         prefers_onednn.cache_clear()
 

@@ -67,6 +67,16 @@ def replay(stack: DecoderStack) -> dict[str, Tensor]:
     ["llama", "qwen2", "gpt2", "gemma3_text", "mixtral", "qwen3_moe", "gpt_oss", "phimoe", "mamba", "deepseek_v3"],
 )
 def test_every_bit_is_that_of_the_cast_block(family: str, stored: torch.dtype, tmp_path: Path) -> None:
+    _require_equal_bits(family, stored, tmp_path)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mixtral", "gpt_oss", "deepseek_v3"])
+def test_and_so_it_is_where_products_go_by_pieces(family: str, tmp_path: Path, small_pieces: list[int]) -> None:
+    _require_equal_bits(family, torch.bfloat16, tmp_path)
+    assert small_pieces[0] > 20
+
+
+def _require_equal_bits(family: str, stored: torch.dtype, tmp_path: Path) -> None:
     write_checkpoint(tmp_path, family, dtype=stored)
     cast, _ = loaded(tmp_path, False)
     kept, _ = loaded(tmp_path, True)

@@ -136,6 +136,29 @@ def test_every_statistic_of_every_layer_equals_the_oracle(family: str, tmp_path:
     assert report.loss == pytest.approx(loss, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("family", "overrides"),
+    [
+        ("llama", {}),
+        ("qwen2", {}),
+        ("gpt2", {}),
+        ("gemma3_text", {}),
+        ("mixtral", {}),
+        ("gpt_oss", {}),
+        ("olmo", {"clip_qkv": 0.5}),  # changes the output of a linear layer in place
+    ],
+)
+def test_products_by_pieces_change_no_statistic(
+    family: str, overrides: dict[str, Any], tmp_path: Path, small_pieces: list[int]
+) -> None:
+    case = make_case(tmp_path, family, **overrides)
+    statistics, report = case.collect("statistics")
+    oracle, loss = case.oracle()
+    assert small_pieces[0] > 100
+    require_equal(statistics, oracle)
+    assert report.loss == pytest.approx(loss, rel=1e-5)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text", "bloom", "mixtral", "lfm2"])
 def test_label_tokens_alone_enter_the_moments_if_asked_for(family: str, tmp_path: Path) -> None:
     case = make_case(tmp_path, family)

@@ -201,7 +201,7 @@ def _along_span(
 ) -> tuple[torch.Tensor, float] | None:
     """``gradient W`` [d_out, k] and the share of the gradient outside the span; None where that is not rounding.
 
-    The gradient is a float32 sum, whose rounding is as large as that of a product in float32; so it is one.
+    The gradient is a float32 sum, whose rounding is as large as that of a product in float32; so the operands are.
     """
     vectors = factor.vectors
     probes = _drawn(vectors.shape[0], LEAK_PROBES, generator, vectors.device)

@@ -28,10 +28,10 @@ from tools.check_plan import SHARD_BYTES, run
 from tools.make_checkpoint import LLAMA_2, make, write_samples
 
 SHAPE = {
-    "hidden_size": 512,
-    "intermediate_size": 1408,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 8,
+    "hidden_size": 768,
+    "intermediate_size": 2048,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 12,
     "vocab_size": 8000,
 }
 BUDGET = "350MB"
@@ -54,7 +54,7 @@ def measure(layers: int, samples: int, tokens: int, folder: Path) -> dict[str, A
     write_samples(data, samples, tokens, SHAPE["vocab_size"], seed=0)
     scratch = Path(tempfile.mkdtemp(dir=folder))
     options = {"model": str(model), "dataset": str(data), "num_samples": samples, "device": "cpu"}
-    limits = {"max_gpu_mem": BUDGET, "max_host_mem": HOST_BYTES, "micro_batch_tokens": str(8 * tokens)}
+    limits = {"max_gpu_mem": BUDGET, "max_host_mem": HOST_BYTES, "micro_batch_tokens": str(4 * tokens)}
     try:
         facts = run(options | limits, scratch)
     finally:

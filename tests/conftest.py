@@ -1,10 +1,15 @@
 """Settings that every test shares."""
 
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+# a shell has what it runs in the background ignore Ctrl-C, and processes that tests start would inherit that
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # tiny matrices are faster on one thread, and two suites side by side do not fight over cores; read when torch is
 # imported, here and in the processes that tests start. Tests of the real model set their own number.

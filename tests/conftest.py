@@ -53,17 +53,22 @@ def smollm2() -> Path:
 
 
 @pytest.fixture
-def small_pieces(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Tiny models' products go to oneDNN, too, on every machine, and in several pieces; counts the pieces."""
+def onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products go to oneDNN, which has kernels for every processor, on this machine, too."""
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         pytest.skip("this PyTorch has no oneDNN")
+    monkeypatch.setattr(products, "prefers_onednn", lambda: True)
+
+
+@pytest.fixture
+def small_pieces(onednn: None, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Tiny models' products go to oneDNN, too, and in several pieces; counts the pieces."""
     count, plain = [0], products._onednn
 
     def counted(*operands: torch.Tensor) -> torch.Tensor:
         count[0] += 1
         return plain(*operands)
 
-    monkeypatch.setattr(products, "prefers_onednn", lambda: True)
     for name in ("PIECES", "TERMS", "WIDE_TERMS"):
         monkeypatch.setattr(products, name, (8, 4))
     for name in ("TRIANGLE_ROWS", "TILE_ROWS", "TILE_COLUMNS"):

@@ -172,11 +172,8 @@ def test_operands_with_gaps_are_copied_first(columns: int, by_onednn: bool, shap
     assert bool(shapes) == by_onednn
 
 
-def test_long_sums_lose_less_in_a_wider_total(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_sums_lose_less_in_a_wider_total(onednn: None) -> None:
     """Of positive terms: their rounding in float32 grows with their number."""
-    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        pytest.skip("this PyTorch has no oneDNN")
-    monkeypatch.setattr(products, "prefers_onednn", lambda: True)
     left, right = draw(20000, 64).abs(), draw(20000, 64, seed=1).abs()
     expected = left.double().T @ right.double()
     errors = []
@@ -187,11 +184,8 @@ def test_long_sums_lose_less_in_a_wider_total(monkeypatch: pytest.MonkeyPatch) -
     assert errors[1] < errors[0] / 2
 
 
-def test_many_lengths_and_spans_are_few_shapes(shapes: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_lengths_and_spans_are_few_shapes(shapes: list[tuple[int, ...]], onednn: None) -> None:
     """OneDNN keeps a kernel for each shape for as long as the process lives."""
-    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        pytest.skip("this PyTorch has no oneDNN")
-    monkeypatch.setattr(products, "prefers_onednn", lambda: True)
     weight, total, square = draw(48, 64), torch.zeros(48, 64), torch.zeros(64, 64)
     for length in range(1, 1500, 7):
         x = draw(length, 64).requires_grad_(True)
@@ -218,10 +212,7 @@ def test_a_model_may_change_an_output_in_place(by_onednn: bool) -> None:
     assert_is(x.grad, exact.grad)
 
 
-def test_a_second_derivative_is_refused_and_not_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        pytest.skip("this PyTorch has no oneDNN")
-    monkeypatch.setattr(products, "prefers_onednn", lambda: True)
+def test_a_second_derivative_is_refused_and_not_wrong(onednn: None) -> None:
     x = draw(100, 40).requires_grad_(True)
     (gradient,) = torch.autograd.grad(linear(x, draw(30, 40)).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):

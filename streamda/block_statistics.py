@@ -65,6 +65,15 @@ class BlockStatistics(ABC):
             DamagedError: on disk, it is not what was committed, or not finite.
         """
 
+    def token_rows(self, module: str, statistic: str) -> torch.Tensor:
+        """Rows that stand for sums, one for each token that was seen, [tokens, columns] float32; not to be changed.
+
+        Args:
+            module: of a group with `token_rows`; for inputs its first one.
+            statistic: ``input_rows`` or ``output_rows``.
+        """
+        return self.sums(module, statistic, slice(self.facts(module)["num_tokens"]), slice(None))
+
     def moment(self, group: InputGroup, device: torch.device) -> MeanMoment:
         """The mean input moment of a group, to be read band by band."""
         return MeanMoment(self, group, device)
@@ -80,7 +89,12 @@ class BlockStatistics(ABC):
 
     def moment_tiles(self, group: InputGroup, row: int, columns: slice) -> torch.Tensor:
         """Tiles side by side in the lower triangle of a mean input moment, float32, where the sums lie."""
-        block = self.sums(group.name, "input_moment", slice(row, row + TILE), columns)
+        rows = slice(row, row + TILE)
+        if group.token_rows:
+            x = self.token_rows(group.name, "input_rows")
+            block = x[:, rows].T @ x[:, columns]
+        else:
+            block = self.sums(group.name, "input_moment", rows, columns)
         # divided in float32, so that what is solved and what `open_statistics` shows are the same numbers
         return _mean_(block, self.facts(group.name)["num_tokens"])
 
@@ -98,7 +112,12 @@ class BlockStatistics(ABC):
 
     def gradient_band(self, module: str, row: int, device: torch.device) -> torch.Tensor:
         """Rows from `row` on of a mean gradient, [up to a tile's rows, d_in] float32."""
-        band = self.sums(module, "gradient", slice(row, row + TILE), slice(None))
+        rows, group = slice(row, row + TILE), self.spec.group_of(module)
+        if group.token_rows:
+            g = self.token_rows(module, "output_rows")
+            band = g[:, rows].T @ self.token_rows(group.name, "input_rows")
+        else:
+            band = self.sums(module, "gradient", rows, slice(None))
         return _mean_(band, self.facts(module)["num_samples"]).to(device)
 
     def output_moment(self, module: str, device: torch.device) -> torch.Tensor:
@@ -154,6 +173,10 @@ class HeldStatistics(BlockStatistics):
     def facts(self, module: str) -> dict[str, Any]:
         """As `BlockStatistics` says."""
         return self._facts[module]
+
+    def token_rows(self, module: str, statistic: str) -> torch.Tensor:
+        """As `BlockStatistics` says; no copy."""
+        return self._panels[module, statistic, 0][: self.facts(module)["num_tokens"]]
 
     def sums(self, module: str, statistic: str, *where: slice) -> torch.Tensor:
         """As `BlockStatistics` says; rows are those of one panel."""

@@ -11,6 +11,7 @@ from streamda.costs import Workload
 from streamda.eigen import guard_vectors
 from streamda.low_rank import extra_vectors
 from streamda.panels import Replay
+from streamda.products import TRIANGLE_ROWS
 from streamda.solve_plan import few_tokens
 
 EIGEN_STEPS = 8
@@ -49,6 +50,9 @@ def count_flops(
         )
         for group in cost.spec.groups if rank else ():
             widths = [cost.spec.linear(name).d_out for name in group.modules]
+            if tokens := group.token_rows:
+                solve += _span_flops(group.d_in, widths, tokens)
+                continue
             in_float64, in_float32 = _solve_flops(group.d_in, widths, rank, rows)
             solve += in_float64
             solve_float32 += in_float32
@@ -63,6 +67,18 @@ def count_flops(
     }
 
 
+def _span_flops(d_in: int, widths: Sequence[int], tokens: int) -> int:
+    """Of an input group with rows for its statistics, all in float64."""
+    # the product of its rows with themselves, eigenpairs, the span; a layer's rows along it, and what that makes
+    side = _symmetric(tokens) + 2 * tokens**2
+    return side * (d_in + sum(widths)) + EIGH_FLOPS * tokens**3 * (1 + len(widths))
+
+
+def _symmetric(size: int) -> int:
+    """Per term of a symmetric product, of which nothing is computed to the right of blocks on the diagonal."""
+    return size * min(2 * size, size + TRIANGLE_ROWS)
+
+
 def _solve_flops(d_in: int, widths: Sequence[int], rank: int, num_tokens: int) -> tuple[int, int]:
     """Of an input group whose layers have `widths` outputs, in float64 and in float32."""
     if 0 < num_tokens <= few_tokens(d_in):
@@ -71,7 +87,7 @@ def _solve_flops(d_in: int, widths: Sequence[int], rank: int, num_tokens: int) -
         single = 2 * d_in**2 * wide + 4 * d_in * wide**2 + sum(2 * d_in * d_out * num_tokens for d_out in widths)
         # the second product, a basis again, an SVD; per layer what its gradient makes, eigenvalues and eigenvectors
         shared = 2 * d_in**2 * wide + 4 * d_in * wide**2 + SVD_FLOPS * num_tokens**3
-        return shared + sum(2 * d_out * num_tokens**2 + EIGH_FLOPS * num_tokens**3 for d_out in widths), single
+        return shared + sum(d_out * _symmetric(num_tokens) + EIGH_FLOPS * num_tokens**3 for d_out in widths), single
     # an estimate: each step takes two products with Z^-1, two triangular solves each, and two with the gradient
     per_vector = sum(4 * d_in**2 + 4 * d_in * d_out for d_out in widths)
     return d_in**3 // 3 + EIGEN_STEPS * min(d_in, rank + guard_vectors(d_in)) * per_vector, 0

@@ -18,8 +18,8 @@ from streamda.batches import Batch
 from streamda.block_statistics import PanelMaker, zero_panel
 from streamda.errors import ModelError, NumericalError
 from streamda.factors import add_gradient_, add_input_moment_, add_output_moment_
-from streamda.layers import BlockSpec
-from streamda.panels import Panel
+from streamda.layers import BlockSpec, InputGroup
+from streamda.panels import OF_INPUTS, Panel
 
 
 class PanelCollector:
@@ -37,13 +37,14 @@ class PanelCollector:
         self._spec = spec
         self._handles: list[RemovableHandle] = []
         self._batch: Batch | None = None
-        self._group_inputs: dict[str, list[torch.Tensor]] = {}
+        self._group_inputs: dict[str, list[tuple[torch.Tensor, slice]]] = {}
+        self._filled = dict.fromkeys((group.name for group in spec.groups), 0)
         self.totals = {panel: new_panel(panel, device) for panel in panels}
         self.num_tokens = {linear.name: 0 for linear in spec.linears}
         """Rows that entered the second moments of each layer."""
-        self._forward = {group.name: self._of("input_moment", group.name) for group in spec.groups}
-        self._backward = {
-            linear.name: (self._of("gradient", linear.name), self._of("output_moment", linear.name))
+        self._of_inputs = {group.name: self._panels_of(group.name, *OF_INPUTS) for group in spec.groups}
+        self._of_outputs = {
+            linear.name: self._panels_of(linear.name, "gradient", "output_moment", "output_rows")
             for linear in spec.linears
         }
 
@@ -81,9 +82,10 @@ class PanelCollector:
         bad: dict[str, str] = {}
         for panel, total in self.totals.items():
             if not self.is_finite(total):
-                shared = panel.statistic == "input_moment"
+                shared = panel.statistic in OF_INPUTS
                 names = self._spec.group_of(panel.module).modules if shared else (panel.module,)
-                bad |= dict.fromkeys(names, f"its {panel.statistic} holds NaN or Inf")
+                what = {"input_rows": "input", "output_rows": "output gradient"}.get(panel.statistic, panel.statistic)
+                bad |= dict.fromkeys(names, f"its {what} holds NaN or Inf")
         return bad
 
     def require_finite(self) -> None:
@@ -97,27 +99,35 @@ class PanelCollector:
                 f"{name}: {reason}; look for a damaged sample or weight, or use --dtype float32 or --skip-bad-layers"
             )
 
-    def _of(self, statistic: str, module: str) -> list[Panel]:
-        return [panel for panel in self.totals if panel.statistic == statistic and panel.module == module]
+    def _panels_of(self, module: str, *statistics: str) -> list[Panel]:
+        return [panel for panel in self.totals if panel.module == module and panel.statistic in statistics]
 
     def _forward_hook(self, name: str) -> Any:
         group = self._spec.group_of(name)
-        gradients, outputs = self._backward[name]
+        panels = self._of_outputs[name]
+        sums_products = any(panel.statistic == "gradient" for panel in panels)
 
         def hook(_module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
             batch = self._batch
             assert batch is not None
             x = args[0].detach()
             rows = self._moment_rows(name, x.numel() // x.shape[-1])
-            self.num_tokens[name] += x.numel() // x.shape[-1] if rows is None else rows.numel()
+            count = x.numel() // x.shape[-1] if rows is None else rows.numel()
+            self.num_tokens[name] += count
+            seen = self._group_inputs.setdefault(group.name, [])
             if name == group.name:
-                self._add_input_moment(name, x, rows)
-                self._group_inputs.setdefault(name, []).append(args[0])
-            elif not any(args[0] is seen for seen in self._group_inputs.get(group.name, ())):
-                raise ModelError(f"{name} does not read the input of {group.name}, though it did when planned")
-            if (gradients or outputs) and output.requires_grad:
+                place = self._next_place(group, count)
+                self._add_input(name, x, rows, place)
+                seen.append((args[0], place))
+            else:
+                places = [its for tensor, its in seen if tensor is args[0]]
+                if not places:
+                    raise ModelError(f"{name} does not read the input of {group.name}, though it did when planned")
+                place = places[-1]
+            if panels and output.requires_grad:
+                read = x if sums_products else None  # or it would be alive for nothing
                 output.register_hook(  # type: ignore[no-untyped-call]  # torch has no types for it
-                    lambda g: self._add_output(gradients, outputs, x, g, rows)
+                    lambda g: self._add_output(panels, read, g, rows, place)
                 )
 
         return hook
@@ -136,25 +146,37 @@ class PanelCollector:
             )
         return None
 
-    def _add_input_moment(self, name: str, x: torch.Tensor, rows: torch.Tensor | None) -> None:
-        panels = self._forward[name]
+    def _next_place(self, group: InputGroup, count: int) -> slice:
+        """Where the next tokens of a group's input lie among its rows."""
+        start = self._filled[group.name]
+        self._filled[group.name] = start + count
+        if 0 < group.token_rows < start + count:
+            raise ModelError(f"{group.name} sees more tokens than the samples have, though it did not when planned")
+        return slice(start, start + count)
+
+    def _add_input(self, name: str, x: torch.Tensor, rows: torch.Tensor | None, place: slice) -> None:
+        panels = self._of_inputs[name]
         if panels:
             flat = x.reshape(-1, x.shape[-1])  # [tokens, d_in]
             flat = flat if rows is None else flat[rows]
             for panel in panels:
-                add_input_moment_(self.totals[panel], flat, panel.start)
+                if panel.statistic == "input_rows":
+                    self.totals[panel][place] = flat
+                else:
+                    add_input_moment_(self.totals[panel], flat, panel.start)
 
     def _add_output(
-        self,
-        gradients: list[Panel],
-        outputs: list[Panel],
-        x: torch.Tensor,
-        g: torch.Tensor,
-        rows: torch.Tensor | None,
+        self, panels: list[Panel], x: torch.Tensor | None, g: torch.Tensor, rows: torch.Tensor | None, place: slice
     ) -> None:
-        flat_x = x.reshape(-1, x.shape[-1])  # [tokens, d_in]
         flat_g = g.detach().reshape(-1, g.shape[-1])  # [tokens, d_out]
-        for panel in gradients:
-            add_gradient_(self.totals[panel], flat_x, flat_g[:, panel.start : panel.stop])
-        for panel in outputs:
-            add_output_moment_(self.totals[panel], flat_g if rows is None else flat_g[rows])
+        if x is not None:
+            flat_x = x.reshape(-1, x.shape[-1])  # [tokens, d_in]
+        for panel in panels:
+            if panel.statistic == "gradient":
+                add_gradient_(self.totals[panel], flat_x, flat_g[:, panel.start : panel.stop])
+                continue
+            chosen = flat_g if rows is None else flat_g[rows]
+            if panel.statistic == "output_moment":
+                add_output_moment_(self.totals[panel], chosen)
+            else:
+                self.totals[panel][place] = chosen  # those that are not chosen are zero: nothing hangs on padding

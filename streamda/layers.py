@@ -51,6 +51,8 @@ class InputGroup:
     modules: tuple[str, ...]
     """Full module names in call order; the first one names the group."""
     d_in: int
+    token_rows: int = 0
+    """Tokens, at most, whose inputs and output gradients are kept as they are; 0 where their products are summed up."""
 
     @property
     def name(self) -> str:

@@ -3,6 +3,9 @@
 A *panel* is a band of rows of one statistic, the unit of accumulation and of storage. Panels are packed into *replays*:
 each runs the block over all samples again and accumulates its own panels. Panels of input moments need the forward half
 of a replay only, so they are packed last, and what overflows costs a forward pass and no more.
+
+Of few tokens the rows themselves are less than the sums of their products: they then are the statistics, of inputs and
+of output gradients.
 """
 
 from __future__ import annotations
@@ -17,12 +20,14 @@ PANEL_ROWS = 2048
 """Rows of a panel, and side of a stored tile: 2048 x 28672 float32 are 235 MB."""
 FLOAT32_BYTES = 4
 
-Statistic = Literal["gradient", "output_moment", "input_moment"]
+Statistic = Literal["gradient", "output_moment", "input_moment", "input_rows", "output_rows"]
+OF_INPUTS = ("input_moment", "input_rows")
+"""Statistics that an input group's layers share, and that need no gradient."""
 
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """Rows ``[start, stop)`` of one statistic of one module (for an input moment: of the group's first module)."""
+    """Rows ``[start, stop)`` of one statistic of one module (of inputs: of the group's first module)."""
 
     statistic: Statistic
     module: str
@@ -51,8 +56,8 @@ class Replay:
 
     @property
     def needs_backward(self) -> bool:
-        """Whether output gradients are needed; input moments come from the forward half."""
-        return not self.panels or any(panel.statistic != "input_moment" for panel in self.panels)
+        """Whether output gradients are needed; what is known of inputs comes from the forward half."""
+        return not self.panels or any(panel.statistic not in OF_INPUTS for panel in self.panels)
 
 
 def block_panels(spec: BlockSpec) -> tuple[Panel, ...]:
@@ -60,10 +65,16 @@ def block_panels(spec: BlockSpec) -> tuple[Panel, ...]:
     panels: list[Panel] = []
     for linear in spec.linears:
         panels.append(Panel("output_moment", linear.name, 0, linear.d_out, 1))
+        if tokens := spec.group_of(linear.name).token_rows:
+            panels.append(Panel("output_rows", linear.name, 0, tokens, linear.d_out))
+            continue
         for start in range(0, linear.d_out, PANEL_ROWS):
             stop = min(start + PANEL_ROWS, linear.d_out)
             panels.append(Panel("gradient", linear.name, start, stop, linear.d_in))
     for group in spec.groups:
+        if group.token_rows:
+            panels.append(Panel("input_rows", group.name, 0, group.token_rows, group.d_in))
+            continue
         for start in range(0, group.d_in, PANEL_ROWS):
             stop = min(start + PANEL_ROWS, group.d_in)
             panels.append(Panel("input_moment", group.name, start, stop, stop))
@@ -88,6 +99,26 @@ def stored_bytes(spec: BlockSpec) -> int:
         else PANEL_ROWS * padded(panel.columns)
         for panel in block_panels(spec)
     )
+
+
+def cut_again(
+    planned: Sequence[BlockSpec], now: Sequence[BlockSpec], replays: Sequence[tuple[Replay, ...]]
+) -> tuple[list[BlockSpec], list[tuple[Replay, ...]]]:
+    """Packs the panels of blocks that turned out otherwise than planned into replays no larger than the planned ones.
+
+    Samples that are left out may leave so few tokens that rows stand for sums.
+
+    Returns:
+        Blocks and their replays; those that were planned where the others do not fit.
+    """
+    specs, cut = list(planned), list(replays)
+    for index, spec in enumerate(now):
+        if spec != planned[index]:
+            largest = max(sum(panel.num_bytes for panel in replay.panels) for replay in cut[index])
+            packed = pack_replays(block_panels(spec), largest)
+            if packed is not None:
+                specs[index], cut[index] = spec, packed
+    return specs, cut
 
 
 def pack_replays(panels: Sequence[Panel], capacity_bytes: int) -> tuple[Replay, ...] | None:

@@ -250,7 +250,7 @@ def plan(config: RunConfig) -> tuple[Plan, dict[str, Any]]:
         "num_layers": len(prepared.targets.linears),
         "dtype": str(prepared.dtype).removeprefix("torch."),
         "budget_bytes": prepared.budget.device_bytes,
-        "smallest_budget_bytes": prepared.smallest_budget(solves=True),
+        "smallest_budget_bytes": prepared.smallest_budget(solves=True, keep_statistics=config.keep_statistics),
         "num_samples": len(prepared.calibration.samples),
         "num_tokens": sum(prepared.lengths),
         "num_rows": prepared.num_rows(made.micro_batch_tokens),

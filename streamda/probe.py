@@ -37,6 +37,8 @@ class BlockProbe:
     """Kept alive between forward and backward, weights excluded, inputs of linear layers included."""
     largest_bytes: int
     """The largest single tensor among them."""
+    called_once: frozenset[str]
+    """Names of linear layers that one pass calls once, as far as that is known."""
     exact: bool
     """False where the block could not run as it will, and the bytes are an upper estimate."""
 
@@ -63,7 +65,7 @@ def probe_block(block: nn.Module, call: BlockCall, shape: tuple[int, int, int], 
     # expert weights are no linear layers; the hidden size stands for what they keep
     saved = FALLBACK_COPIES * rows * (sum(sides) + 8 * shape[2]) * dtype.itemsize
     largest = rows * max([*sides, shape[2]]) * dtype.itemsize
-    return BlockProbe(tuple((name,) for name, _ in linears), saved, largest, exact=False)
+    return BlockProbe(tuple((name,) for name, _ in linears), saved, largest, frozenset(), exact=False)
 
 
 def _run_on_fakes(
@@ -125,7 +127,8 @@ def _run_on_fakes(
         storage.nbytes() * (dtype.itemsize if kept == run_dtype else kept.itemsize) // kept.itemsize
         for storage, kept in storages.values()
     ]
-    return BlockProbe(tuple(map(tuple, groups.values())), sum(sizes), max(sizes), exact=run_dtype == dtype)
+    once = frozenset(name for name, inputs in calls.items() if len(inputs) == 1)
+    return BlockProbe(tuple(map(tuple, groups.values())), sum(sizes), max(sizes), once, exact=run_dtype == dtype)
 
 
 @contextmanager

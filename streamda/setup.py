@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from streamda.config import RunConfig
 from streamda.costs import Workload
 from streamda.errors import BudgetError, ConfigError, DataError
 from streamda.files import shown
-from streamda.layers import Targets, find_targets, require_rank
+from streamda.layers import BlockSpec, Targets, find_targets, require_rank
 from streamda.limits import bounded_budget, memory_limit, memory_of_machine
 from streamda.memory import SMALL_BLOCK_BYTES, MemoryBudget, bound_allocator, parse_budget, parse_size
 from streamda.model_source import ModelSource, find_model
@@ -105,7 +106,7 @@ class Prepared:
             return make_plan(
                 self.budget,
                 self._candidates(micro_batch_tokens),
-                self.work.at,
+                self._workload_at(solves, keep_statistics),
                 rank=self.config.solve.rank if solves else 0,
                 keep_statistics=keep_statistics,
                 # what a codec rounds is solved as it was rounded, under every budget
@@ -119,15 +120,35 @@ class Prepared:
                 raise
             raise BudgetError(f"{error}; {asked} are asked for, but this machine has no more") from error
 
-    def smallest_budget(self, *, solves: bool) -> int:
+    def smallest_budget(self, *, solves: bool, keep_statistics: bool) -> int:
         """Bytes of the smallest budget that would do."""
-        workload: Workload = self.work.at(self._candidates(None)[-1])
+        workload = self._workload_at(solves, keep_statistics)(self._candidates(None)[-1])
         host = self.budget.host_bytes if self.device.type == "cpu" else 0
         return minimum_bytes(workload, self.config.solve.rank if solves else 0, host)
 
     def num_rows(self, micro_batch_tokens: int) -> int:
         """Tokens computed, padding included."""
         return sum(batch.num_rows for batch in make_micro_batches(self.lengths, micro_batch_tokens))
+
+    def specs(self, micro_batch_tokens: int, num_tokens: int, *, keep_statistics: bool) -> list[BlockSpec]:
+        """The adapted layers of all blocks, and whether rows of that many tokens stand for their statistics."""
+        rows = self._row_tokens(num_tokens, keep_statistics)
+        return [cost.spec for cost in self.work.at(micro_batch_tokens, rows).blocks]
+
+    def _row_tokens(self, num_tokens: int, keep_statistics: bool) -> int:
+        """Tokens whose rows may stand for statistics: all that there are, or none.
+
+        What is kept are sums. Gradients of tokens that no moment counts have no rows in it; what a codec rounds is
+        solved as it was rounded; and in bfloat16 rounding is as large as what tells tokens apart.
+        """
+        collect = self.config.collect
+        masked, rounded = collect.token_mask != "attention", collect.statistics_codec == "bitround"
+        return 0 if keep_statistics or masked or rounded or self.dtype != torch.float32 else num_tokens
+
+    def _workload_at(self, solves: bool, keep_statistics: bool) -> Callable[[int], Workload]:
+        """Costs at a number of tokens per micro-batch."""
+        rows = self._row_tokens(sum(self.lengths), keep_statistics or not solves)
+        return functools.partial(self.work.at, row_tokens=rows)
 
     def _candidates(self, chosen: int | None) -> tuple[int, ...]:
         if chosen is not None:

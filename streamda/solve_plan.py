@@ -20,6 +20,7 @@ from streamda.layers import BlockSpec
 from streamda.low_rank import extra_vectors
 from streamda.memory import format_size
 from streamda.panels import FLOAT32_BYTES, PANEL_ROWS, statistics_bytes
+from streamda.token_span import CHUNK_COLUMNS
 
 WORKSPACE_BYTES = 64 << 20
 """What a run takes beside its tensors: interpreter objects, kernels and buffers of the matrix libraries, buffers of the
@@ -31,6 +32,9 @@ RESIDUAL_BLOCKS = 12
 """Blocks of rank + guard vectors while new directions are made of residuals."""
 RITZ_MATRICES = 6
 """Square matrices of the basis's size: the projected operator, its eigenvectors, and LAPACK's workspace."""
+SPAN_MATRICES = 12
+"""Square matrices of the number of tokens, where their rows stand for the statistics: products, eigenvectors, what they
+make of each other, and LAPACK's workspace."""
 CHUNK_BYTES = 64 << 20
 """Of a float32 gradient that is in float64 at a time."""
 MIN_CHUNK_ROWS = 256
@@ -92,6 +96,18 @@ def few_tokens(d_in: int) -> int:
     return min(FEW_TOKENS, d_in - 1, FEW_ENTRIES // d_in)
 
 
+def keeps_rows(num_tokens: int, d_in: int, widths: Sequence[int]) -> bool:
+    """Whether rows of inputs and output gradients stand for the sums of their products, in a run that keeps no sums.
+
+    Args:
+        num_tokens: rows of each.
+        d_in: of an input group.
+        widths: outputs of its layers.
+    """
+    rows, sums = num_tokens * (d_in + sum(widths)), d_in * (d_in // 2 + sum(widths))
+    return 0 < num_tokens <= few_tokens(d_in) and rows <= sums
+
+
 def band_bytes(d_in: int) -> list[int]:
     """Float64 bytes of each band of a lower triangle."""
     return [
@@ -107,6 +123,7 @@ def solve_layout(
     capacity_bytes: int | None,
     num_tokens: int | None = None,
     tile_copies: int = TILE_COPIES,
+    token_rows: int = 0,
 ) -> SolveLayout:
     """The fastest layout that fits, or the smallest one where none does.
 
@@ -117,7 +134,10 @@ def solve_layout(
         capacity_bytes: memory for all of it; None for as much as it likes.
         num_tokens: that the statistics are summed over, at most. Few of them need no Cholesky factor.
         tile_copies: of a tile of the statistics while they are read.
+        token_rows: that stand for the statistics; 0 for sums.
     """
+    if token_rows:
+        return SolveLayout(0, "float32", _token_rows_bytes(d_in, d_out, token_rows), 0)
     sizes = band_bytes(d_in)
     whole = len(sizes)
     forms: tuple[GradientForm, ...] = ("float64", "float32", "streamed")
@@ -141,11 +161,13 @@ def solve_layouts(
 ) -> list[SolveLayout]:
     """How each kind of input group is solved; none where the rank is 0 and nothing is."""
     kinds = {
-        (group.d_in, max(spec.linear(name).d_out for name in group.modules)) for spec in specs for group in spec.groups
+        (group.d_in, max(spec.linear(name).d_out for name in group.modules), group.token_rows)
+        for spec in specs
+        for group in spec.groups
     }
     if not rank:
         return []
-    return [solve_layout(d_in, d_out, rank, capacity, num_tokens, tile_copies) for d_in, d_out in kinds]
+    return [solve_layout(d_in, d_out, rank, capacity, num_tokens, tile_copies, rows) for d_in, d_out, rows in kinds]
 
 
 def layouts_beside_statistics(
@@ -219,6 +241,19 @@ def _few_tokens_bytes(d_in: int, d_out: int, gradient: int) -> int:
     along = (d_in * FLOAT32_BYTES + _chunk_rows(d_in, d_out) * (FLOAT32_BYTES + FLOAT64_BYTES)) * tokens
     solving = gradient + (d_in + d_out) * tokens * FLOAT64_BYTES + max(along, small * FLOAT64_BYTES)
     return max(factorizing, solving)
+
+
+def _token_rows_bytes(d_in: int, d_out: int, tokens: int) -> int:
+    """Peak where rows stand for the statistics, which are read into memory if they are not there; see `token_span`.
+
+    First the rows in float64, their basis, LAPACK's copy, and what the singular vectors make of them; then the span, and
+    what a layer's rows make along it, twice while it is scaled.
+    """
+    small = SPAN_MATRICES * tokens**2 * FLOAT64_BYTES
+    spanning = tokens * d_in * (FLOAT32_BYTES + 4 * FLOAT64_BYTES)
+    chunk = tokens * min(d_out, CHUNK_COLUMNS) * FLOAT64_BYTES
+    solving = tokens * d_in * (FLOAT32_BYTES + FLOAT64_BYTES) + tokens * d_out * (FLOAT32_BYTES + 2 * FLOAT64_BYTES)
+    return small + max(spanning, solving + chunk)
 
 
 def _chunk_rows(d_in: int, d_out: int) -> int:

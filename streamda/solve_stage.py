@@ -25,6 +25,7 @@ from streamda.methods import (
     SolveStatus,
     SpannedFactor,
     prepare_input_factor,
+    prepare_token_factor,
     solve_layer,
 )
 from streamda.products import TRIANGLE_ROWS
@@ -34,9 +35,10 @@ from streamda.solutions import is_skipped, read_summaries, solve_unit, write_sol
 from streamda.solve_plan import GradientForm, solve_layout
 from streamda.store import stats_unit
 from streamda.timeline import Timeline
+from streamda.token_span import TokenGradient
 from streamda.units import UnitStore
 
-SOLVER_VERSION = 4
+SOLVER_VERSION = 5
 """Raised with every change that gives a layer another solution from the same statistics and settings: no adapter is to
 mix the two."""
 MAX_ASYMMETRY = 1e-5
@@ -154,12 +156,13 @@ class Solver:
             if not wanted:
                 continue
             widest = max(statistics.spec.linear(name).d_out for name in group.modules)
-            layout = solve_layout(group.d_in, widest, self.config.rank, self.capacity_bytes, num_tokens)
+            layout = solve_layout(
+                group.d_in, widest, self.config.rank, self.capacity_bytes, num_tokens, token_rows=group.token_rows
+            )
             with SpilledBands(scratch, layout.bands_in_memory, self.device) as bands:
                 moment = _CheckedMoment(statistics.moment(group, self.device), group, self.timeline)
                 try:
-                    with self.timeline.span("cholesky"):
-                        factor = prepare_input_factor(moment, self.config.damping, wanted, bands, num_tokens)
+                    factor = self._factorize(statistics, group, wanted, moment, bands)
                 except NumericalError as error:
                     facts |= {name: self._left_out(statistics, name, error) for name in wanted}
                     continue
@@ -169,10 +172,31 @@ class Solver:
                         solutions.append(self._solve_layer(statistics, name, factor, layout.gradient))
                     except NumericalError as error:
                         facts[name] = self._left_out(statistics, name, error)
-                    else:
-                        facts[name] = self._facts(statistics, solutions[-1]) | {"effective_rank": moment.effective_rank}
+                        continue
+                    spread = moment.effective_rank
+                    if group.token_rows:
+                        spread = factor.effective_rank if isinstance(factor, SpannedFactor) else 0.0
+                    facts[name] = self._facts(statistics, solutions[-1]) | {"effective_rank": spread}
             release_unused(self.device)
         return solutions, facts
+
+    def _factorize(
+        self,
+        statistics: BlockStatistics,
+        group: InputGroup,
+        wanted: tuple[str, ...],
+        moment: _CheckedMoment,
+        bands: SpilledBands,
+    ) -> InputFactor | SpannedFactor | None:
+        damping = self.config.damping
+        if group.token_rows:
+            with self.timeline.span("read statistics"):
+                rows = statistics.token_rows(group.name, "input_rows").to(self.device)
+            with self.timeline.span("eigenvectors"):
+                return prepare_token_factor(rows, damping, wanted)
+        with self.timeline.span("cholesky"):
+            num_tokens = statistics.facts(group.name)["num_tokens"]
+            return prepare_input_factor(moment, damping, wanted, bands, num_tokens)
 
     def _left_out(self, statistics: BlockStatistics, name: str, error: NumericalError) -> dict[str, Any]:
         """What is kept of a layer without adapter.
@@ -193,10 +217,15 @@ class Solver:
     def _solve_layer(
         self, statistics: BlockStatistics, name: str, factor: InputFactor | SpannedFactor | None, form: GradientForm
     ) -> LayerSolution:
-        gradient: Sequence[torch.Tensor] = statistics.gradient_bands(name, self.device)
-        if form != "streamed":
+        bands = statistics.gradient_bands(name, self.device)
+        gradient: Sequence[torch.Tensor] | TokenGradient = bands
+        if statistics.spec.group_of(name).token_rows:
             with self.timeline.span("read statistics"):
-                gradient = [band.to(getattr(torch, form)) for band in gradient]
+                rows = statistics.token_rows(name, "output_rows").to(self.device)
+            gradient = TokenGradient(rows, statistics.spec.linear(name).d_in, statistics.facts(name)["num_samples"])
+        elif form != "streamed":
+            with self.timeline.span("read statistics"):
+                gradient = [band.to(getattr(torch, form)) for band in bands]
         with self.timeline.span("eigenvectors"):
             return solve_layer(
                 name,

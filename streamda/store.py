@@ -7,6 +7,9 @@
             output_moment_sum            [d_out]
             input_moment_sum             [d_in, d_in]; in the first module of each input group; its lower tiles only
 
+Where a run that keeps no statistics has few tokens, `input_rows` [tokens, d_in] and `output_rows` [tokens, d_out] stand
+in the place of the input moments and the gradients.
+
 Sums and counts are stored, never means (see `streamda.factors`). A chunk that is lost reads as data in Zarr; here the
 unit's manifest says what must be there, the crc32c codec guards each chunk, and NaN as fill value is the second net.
 """
@@ -65,6 +68,24 @@ def _slugs(spec: BlockSpec) -> dict[str, str]:
     return slugs
 
 
+def _array_name(statistic: str) -> str:
+    return statistic if statistic.endswith("_rows") else f"{statistic}_sum"
+
+
+def _array_shapes(spec: BlockSpec, linear: LinearSpec) -> dict[str, tuple[int, ...]]:
+    """Arrays of a module, by name."""
+    group = spec.group_of(linear.name)
+    tokens, is_first = group.token_rows, group.name == linear.name
+    shapes: dict[str, tuple[int, ...]] = {"output_moment_sum": (linear.d_out,)}
+    if tokens:
+        shapes["output_rows"] = (tokens, linear.d_out)
+    else:
+        shapes["gradient_sum"] = (linear.d_out, linear.d_in)
+    if is_first:
+        shapes |= {"input_rows": (tokens, group.d_in)} if tokens else {"input_moment_sum": (group.d_in, group.d_in)}
+    return shapes
+
+
 class BlockStatisticsWriter:
     """Writes the statistics of one block, panel by panel, into the folder of a unit that is being built."""
 
@@ -80,10 +101,8 @@ class BlockStatisticsWriter:
             )
             self._groups = {name: root.create_group(slug) for name, slug in self._slugs.items()}
             for linear in spec.linears:
-                self._create(linear.name, "gradient_sum", (linear.d_out, linear.d_in), codec)
-                self._create(linear.name, "output_moment_sum", (linear.d_out,), codec)
-            for group in spec.groups:
-                self._create(group.name, "input_moment_sum", (group.d_in, group.d_in), codec)
+                for name, shape in _array_shapes(spec, linear).items():
+                    self._create(linear.name, name, shape, codec)
 
     def _create(self, module: str, name: str, shape: tuple[int, ...], codec: StatisticsCodec) -> None:
         self._groups[module].create_array(
@@ -102,7 +121,7 @@ class BlockStatisticsWriter:
         if panel.statistic == "input_moment":
             mirror_lower_(host[:, panel.start : panel.stop])
         with self._writing():
-            array = self._groups[panel.module][f"{panel.statistic}_sum"]
+            array = self._groups[panel.module][_array_name(panel.statistic)]
             assert isinstance(array, zarr.Array)
             data: npt.NDArray[np.float32] = host.numpy()
             if host.ndim == 1:
@@ -123,6 +142,7 @@ class BlockStatisticsWriter:
                     "d_out": linear.d_out,
                     "transposed": linear.transposed,
                     "input_group": group.name,
+                    **({"token_rows": group.token_rows} if group.token_rows else {}),
                     **facts,
                 }
             )
@@ -169,7 +189,11 @@ class BlockStatisticsReader(BlockStatistics):
         if not members.keys() <= facts.keys():
             raise self._damage("an input moment is not where its layers look for it")
         groups = tuple(
-            InputGroup((first, *(name for name in names if name != first)), facts[first]["d_in"])  # as it was collected
+            InputGroup(
+                (first, *(name for name in names if name != first)),  # as it was collected
+                facts[first]["d_in"],
+                facts[first].get("token_rows", 0),
+            )
             for first, names in members.items()
         )
         self.spec = BlockSpec(index, units.metadata(self._unit)["prefix"], linears, groups)
@@ -194,19 +218,14 @@ class BlockStatisticsReader(BlockStatistics):
 
     def sums(self, module: str, statistic: str, *where: slice) -> torch.Tensor:
         """As `BlockStatistics` says."""
-        return self._read(self._array(module, f"{statistic}_sum"), *where)
+        return self._read(self._array(module, _array_name(statistic)), *where)
 
     def _array(self, module: str, name: str) -> zarr.Array[Any]:
         with self._reading():
             array = self._groups[module][name]
-        linear = self.spec.linear(module)
-        shapes = {
-            "gradient_sum": (linear.d_out, linear.d_in),
-            "input_moment_sum": (linear.d_in, linear.d_in),
-            "output_moment_sum": (linear.d_out,),
-        }
+        shape = _array_shapes(self.spec, self.spec.linear(module)).get(name)
         # an edited zarr.json could ask for any amount of memory
-        if not isinstance(array, zarr.Array) or array.shape != shapes[name] or array.dtype != np.dtype("float32"):
+        if not isinstance(array, zarr.Array) or array.shape != shape or array.dtype != np.dtype("float32"):
             raise self._damage(f"{module} {name} is not the array that was committed")
         return array
 

@@ -171,13 +171,19 @@ def _verify_sums(run: RunDirectory, name: str, reader: BlockStatisticsReader) ->
     for linear in reader.spec.linears:
         if linear.name not in kept:
             continue
-        for row in range(0, linear.d_out, TILE):
-            for column in range(0, linear.d_in, TILE):
-                reader.sums(linear.name, "gradient", slice(row, row + TILE), slice(column, column + TILE))
+        if reader.spec.group_of(linear.name).token_rows:
+            reader.token_rows(linear.name, "output_rows")
+        else:
+            for row in range(0, linear.d_out, TILE):
+                for column in range(0, linear.d_in, TILE):
+                    reader.sums(linear.name, "gradient", slice(row, row + TILE), slice(column, column + TILE))
         moment = reader.sums(linear.name, "output_moment", slice(None))
         _require(run, name, not bool((moment < 0).any()), f"has an output moment below zero in {linear.name}")
     for group in reader.spec.groups:
         if not kept & set(group.modules):
+            continue
+        if group.token_rows:
+            reader.token_rows(group.name, "input_rows")
             continue
         for row in range(0, group.d_in, TILE):
             for column in range(0, row + 1, TILE):

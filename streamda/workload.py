@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -10,11 +11,12 @@ from torch import nn
 from streamda.batches import MicroBatch, make_micro_batches
 from streamda.blocks import BlockCall, DecoderStack
 from streamda.costs import BlockCost, Workload
-from streamda.layers import BlockSpec, Targets
+from streamda.layers import BlockSpec, InputGroup, LinearSpec, Targets
 from streamda.memory import READ_CHUNK_BYTES
 from streamda.panels import FLOAT32_BYTES, PANEL_ROWS
 from streamda.probe import BlockProbe, input_groups, probe_block
 from streamda.products import TRIANGLE_ROWS, work_bytes
+from streamda.solve_plan import keeps_rows
 from streamda.stored_weights import BAND_BYTES, LARGE_BYTES
 
 CAST_CHUNK_BYTES = READ_CHUNK_BYTES
@@ -42,15 +44,22 @@ class WorkloadModel:
         self._stored_dtype_bytes = stored_dtype_bytes
         self._dtype = stack.model.dtype
         self._probes: dict[object, BlockProbe] = {}
-        self._known: dict[int, Workload] = {}
+        self._known: dict[tuple[int, int], Workload] = {}
 
-    def at(self, micro_batch_tokens: int) -> Workload:
-        """Costs with micro-batches of at most so many tokens."""
-        if micro_batch_tokens not in self._known:
-            self._known[micro_batch_tokens] = self._measure(micro_batch_tokens)
-        return self._known[micro_batch_tokens]
+    def at(self, micro_batch_tokens: int, row_tokens: int = 0) -> Workload:
+        """Costs with micro-batches of at most so many tokens.
 
-    def _measure(self, micro_batch_tokens: int) -> Workload:
+        Args:
+            micro_batch_tokens: of the largest micro-batch, but for a sample that has more.
+            row_tokens: of all samples, whose rows stand for the sums of their products where that is less; 0 for sums
+                in any case.
+        """
+        key = micro_batch_tokens, row_tokens
+        if key not in self._known:
+            self._known[key] = self._measure(micro_batch_tokens, row_tokens)
+        return self._known[key]
+
+    def _measure(self, micro_batch_tokens: int, row_tokens: int) -> Workload:
         stack, itemsize = self._stack, self._dtype.itemsize
         batches = make_micro_batches(self._lengths, micro_batch_tokens)
         worst = max(batches, key=lambda batch: batch.num_rows)
@@ -58,7 +67,7 @@ class WorkloadModel:
         embedding = sum(_num_parameters(module) for module in stack.embeddings.values())
         head = _num_parameters(stack.head)
         small = sum(stack.model.get_parameter(name).numel() for name in stack.small_names)
-        blocks = self._block_costs((worst, longest))
+        blocks = self._block_costs((worst, longest), row_tokens)
         tied = stack.head.weight is stack.model.get_input_embeddings().weight
         narrow = min(self._stored_dtype_bytes, itemsize)
         stored = small + embedding + (0 if tied else head) + sum(cost.weight_count for cost in blocks)
@@ -84,7 +93,7 @@ class WorkloadModel:
             else None,
         )
 
-    def _block_costs(self, batches: Sequence[MicroBatch]) -> tuple[BlockCost, ...]:
+    def _block_costs(self, batches: Sequence[MicroBatch], row_tokens: int) -> tuple[BlockCost, ...]:
         """Probes each kind of block once: a 70B model has eighty blocks of one kind."""
         stack, itemsize = self._stack, self._dtype.itemsize
         costs = []
@@ -92,7 +101,11 @@ class WorkloadModel:
         for index, (prefix, block) in enumerate(zip(stack.prefixes, stack.blocks, strict=True)):
             probes = [self._probe(block, call[index], batch) for batch, call in zip(batches, calls, strict=True)]
             linears = tuple(spec for spec in self._targets.linears if spec.name.startswith(prefix + "."))
-            spec = BlockSpec(index, prefix, linears, input_groups(prefix, probes[0], linears))
+            once = {f"{prefix}.{name}" for name in probes[0].called_once}
+            groups = input_groups(prefix, probes[0], linears)
+            spec = BlockSpec(
+                index, prefix, linears, tuple(_with_rows(group, linears, once, row_tokens) for group in groups)
+            )
             count = _num_parameters(block)
             matrices = [parameter.numel() for parameter in block.parameters() if parameter.ndim > 1]
             by_bands = {id(module.weight) for module in block.modules() if isinstance(module, nn.Linear)}
@@ -150,6 +163,13 @@ def micro_batch_candidates(setting: str, lengths: Sequence[int], device: torch.d
         candidates.append(size)
         size //= 2
     return (*candidates, 1)
+
+
+def _with_rows(group: InputGroup, linears: Sequence[LinearSpec], once: set[str], tokens: int) -> InputGroup:
+    """The group, with rows for its statistics where that is known to be less; `once`: layers that are called once."""
+    widths = [linear.d_out for linear in linears if linear.name in group.modules]
+    fits = once.issuperset(group.modules) and keeps_rows(tokens, group.d_in, widths)
+    return dataclasses.replace(group, token_rows=tokens) if fits else group
 
 
 def _cast_bytes(size: int) -> int:

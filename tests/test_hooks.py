@@ -5,6 +5,7 @@ Not covered: which panels go into which replay (test_plan.py), the sums themselv
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import weakref
 
@@ -16,7 +17,7 @@ from streamda.batches import Batch, collate
 from streamda.errors import ModelError, NumericalError
 from streamda.hooks import PanelCollector
 from streamda.layers import BlockSpec, InputGroup, LinearSpec
-from streamda.panels import Panel
+from streamda.panels import Panel, Replay, block_panels
 
 CPU = torch.device("cpu")
 SIZE = 6
@@ -180,6 +181,65 @@ def test_input_moments_need_no_gradients() -> None:
         collector.begin(batch)
         block(states[0])
     require_equal(collector, oracle(block, states, slice(None)))
+
+
+def with_rows(tokens: int) -> BlockSpec:
+    return dataclasses.replace(SPEC, groups=tuple(dataclasses.replace(each, token_rows=tokens) for each in SPEC.groups))
+
+
+def test_rows_of_few_tokens_make_the_sums_that_they_stand_for() -> None:
+    """Two micro-batches, one of them padded; tokens lie in the order that they come in, without padding."""
+    spec, block = with_rows(12), Block()
+    batches = [make_batch((4, 3)), make_batch((2, 2))]
+    states = [make_states(batch, seed) for seed, batch in enumerate(batches)]
+    states[0][1][1, 3:] = 0  # nothing hangs on padding
+    with PanelCollector(block, spec, block_panels(spec), CPU) as collector:
+        for batch, pair in zip(batches, states, strict=True):
+            pass_through(block, collector, batch, pair)
+    expected = [
+        oracle(block, pair, rows) for pair, rows in zip(states, (batches[0].moment_rows, slice(None)), strict=True)
+    ]
+    totals = {(panel.statistic, panel.module): total for panel, total in collector.totals.items()}
+    assert {statistic for statistic, _ in totals} == {"input_rows", "output_rows", "output_moment"}
+    assert collector.num_tokens == {"h.0.first": 11, "h.0.second": 11, "h.0.third": 11}
+    for linear in spec.linears:
+        x, g = totals["input_rows", spec.group_of(linear.name).name], totals["output_rows", linear.name]
+        assert (x.shape, g.shape) == ((12, linear.d_in), (12, linear.d_out))
+        assert not x[11:].any()
+        assert not g[11:].any()
+        for kind, found in (("gradient", g.T @ x), ("output_moment", totals["output_moment", linear.name])):
+            wanted = expected[0][kind, linear.name] + expected[1][kind, linear.name]
+            torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+        if linear.name == spec.group_of(linear.name).name:
+            wanted = expected[0]["input_moment", linear.name] + expected[1]["input_moment", linear.name]
+            torch.testing.assert_close((x.T @ x).double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_of_inputs_need_no_gradients_and_those_of_outputs_no_inputs() -> None:
+    spec, block, batch = with_rows(10), Block(), make_batch()
+    panels = block_panels(spec)
+    whole: dict[Panel, Tensor] = {}
+    with PanelCollector(block, spec, panels, CPU) as collector:
+        pass_through(block, collector, batch, make_states(batch))
+        whole |= collector.totals
+    inputs, others = ([p for p in panels if (p.statistic == "input_rows") == wanted] for wanted in (True, False))
+    assert not Replay(tuple(inputs)).needs_backward
+    with PanelCollector(block, spec, inputs, CPU) as collector, torch.no_grad():
+        collector.begin(batch)
+        block(make_states(batch)[0])
+    assert all(torch.equal(total, whole[panel]) for panel, total in collector.totals.items())
+    with PanelCollector(block, spec, others, CPU) as collector:
+        pass_through(block, collector, batch, make_states(batch))
+    assert all(torch.equal(total, whole[panel]) for panel, total in collector.totals.items())
+
+
+def test_a_layer_that_sees_more_rows_than_there_are_tokens_is_an_error() -> None:
+    spec, block, batch = with_rows(10), Block("twice"), make_batch()
+    with (
+        pytest.raises(ModelError, match=r"h\.0\.third sees more tokens than the samples have"),
+        PanelCollector(block, spec, block_panels(spec), CPU) as collector,
+    ):
+        pass_through(block, collector, batch, make_states(batch))
 
 
 def test_a_layer_that_is_never_called_keeps_zeros() -> None:

@@ -25,7 +25,8 @@ LAYERS = (
     # pure: tensors and integers
     {
         "layers", "memory", "batches", "panels", "costs", "disk_plan", "flops", "plan", "bounds", "products", "factors",
-        "cholesky", "block_statistics", "eigen", "low_rank", "solve_plan", "stored_weights", "workers", "methods",
+        "cholesky", "block_statistics", "eigen", "low_rank", "token_span", "solve_plan", "stored_weights", "workers",
+        "methods",
     },
     # edges: files, data sets, the hub
     {
@@ -58,14 +59,15 @@ WITHIN = {
     "disk_plan": {"layers", "panels"},
     "factors": {"products"},
     "low_rank": {"products"},
+    "token_span": {"products"},
     "stored_weights": {"products"},
     "block_statistics": {"factors", "layers", "panels"},
-    "solve_plan": {"cholesky", "eigen", "layers", "low_rank", "memory", "panels"},
+    "solve_plan": {"cholesky", "eigen", "layers", "low_rank", "memory", "panels", "token_span"},
     "costs": {"layers"},
-    "flops": {"costs", "eigen", "low_rank", "panels", "solve_plan"},
+    "flops": {"costs", "eigen", "low_rank", "panels", "products", "solve_plan"},
     "plan": {"costs", "disk_plan", "flops", "layers", "memory", "panels", "solve_plan"},
     "eigen": {"cholesky"},
-    "methods": {"cholesky", "eigen", "factors", "low_rank", "products", "solve_plan"},
+    "methods": {"cholesky", "eigen", "factors", "low_rank", "products", "solve_plan", "token_span"},
     # the families of a noun
     "json_rows": {"bad_rows"},
     "rows": {"bad_rows", "json_rows"},

@@ -590,6 +590,20 @@ class TestFlops:
         assert made.flops["solve_float32"] == product + basis + 2 * d_in * d_out * tokens
         assert product + basis < made.flops["solve"] < product + basis + 50 * d_out * tokens**2
 
+    def test_rows_of_few_tokens_are_multiplied_in_float64_only(self) -> None:
+        d_in, widths, tokens = 1000, (600, 300), 10
+        linears = tuple(LinearSpec(f"b.{width}", d_in, width) for width in widths)
+        spec = BlockSpec(0, "b", linears, (InputGroup(("b.600", "b.300"), d_in, tokens),))
+        cost = BlockCost(spec, 4 * d_in * 900, d_in * 900, 0, 0, 4 * d_in * 900, 4 * d_in * 900)
+        workload = Workload(1, 10, tokens, 3, 4, 11, 2, 0, 0, 0, (cost,), 96)
+        made = make_plan(
+            MemoryBudget(GB, 0, None), (1,), lambda _: workload, rank=2, keep_statistics=False, host_is_device=False
+        )
+        assert made.flops["statistics"] == made.flops["solve_float32"] == 0
+        # x x^T and the span; per layer its rows along that, and what they make; small matrices thrice
+        products = 2 * 2 * tokens**2 * (d_in + sum(widths))
+        assert products < made.flops["solve"] <= products + 3 * 12 * tokens**3
+
     @pytest.mark.parametrize("model", MODELS)
     def test_a_pass_over_a_real_model_costs_two_per_weight_and_row(self, model: str) -> None:
         made = plan_for(model, 80 * GB)

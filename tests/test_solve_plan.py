@@ -12,7 +12,7 @@ from streamda.config import SolveConfig
 from streamda.errors import BudgetError
 from streamda.memory import parse_size
 from streamda.methods import input_factor
-from streamda.solve_plan import band_bytes, few_tokens, solve_layout
+from streamda.solve_plan import band_bytes, few_tokens, keeps_rows, solve_layout
 from streamda.solve_stage import Solver
 from streamda.store import BlockStatisticsReader
 from tests.test_store import CPU, a_run, block, draw, write
@@ -104,3 +104,22 @@ class TestABudgetForSolvingAlone:
             solve_plan.solve_capacity(GB, [spec], 8)
         smallest = parse_size(str(refusal.value).split("--max-gpu-mem ")[1].split(" ")[0])
         assert solve_layout(28672, 8192, 8, solve_plan.solve_capacity(smallest, [spec], 8)).num_bytes <= smallest
+
+
+class TestRowsInPlaceOfSums:
+    @pytest.mark.parametrize(("tokens", "kept"), [(0, False), (1, True), (512, True), (1024, True), (1025, False)])
+    def test_they_stand_for_few_tokens_of_wide_inputs(self, tokens: int, kept: bool) -> None:
+        assert keeps_rows(tokens, 8192, [8192, 1024, 1024]) == kept
+
+    @pytest.mark.parametrize("d_in", [1, 2, 3, 64, 1000])
+    @pytest.mark.parametrize("widths", [[1], [64], [1000, 1000], [4000]])
+    def test_they_are_never_more_than_the_sums(self, d_in: int, widths: list[int]) -> None:
+        for tokens in range(d_in + 2):
+            if keeps_rows(tokens, d_in, widths):
+                assert tokens < d_in
+                assert tokens * (d_in + sum(widths)) <= d_in * d_in // 2 + d_in * sum(widths)
+        assert keeps_rows(1, d_in, widths) == (d_in > 2 or (d_in == 2 and sum(widths) * 1 >= 0))
+
+    def test_their_solution_takes_a_part_of_what_that_of_sums_takes(self) -> None:
+        rows, sums = (solve_layout(13824, 5120, 8, None, 512, token_rows=count).num_bytes for count in (512, 0))
+        assert rows < sums / 3

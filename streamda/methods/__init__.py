@@ -1,7 +1,15 @@
 """Initializations: each module turns the statistics of a layer into `lora_A` and `lora_B`."""
 
-from streamda.methods.input_factor import InputFactor, SpannedFactor, prepare_input_factor
+from streamda.methods.input_factor import InputFactor, SpannedFactor, prepare_input_factor, prepare_token_factor
 from streamda.methods.lora_da import solve_layer
 from streamda.methods.solution import LayerSolution, SolveStatus
 
-__all__ = ["InputFactor", "LayerSolution", "SolveStatus", "SpannedFactor", "prepare_input_factor", "solve_layer"]
+__all__ = [
+    "InputFactor",
+    "LayerSolution",
+    "SolveStatus",
+    "SpannedFactor",
+    "prepare_input_factor",
+    "prepare_token_factor",
+    "solve_layer",
+]

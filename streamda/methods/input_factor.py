@@ -7,7 +7,7 @@ the rounding of the stored sums is raised, tenfold at a time and never silently;
 second moment.
 
 A moment that was summed over few tokens, fewer than it has rows, is kept as its few eigenpairs instead, for which it is
-read twice.
+read twice; where the tokens' inputs were kept and not summed, they come from these.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from streamda import cholesky
 from streamda.errors import NumericalError
 from streamda.low_rank import low_rank_factor
 from streamda.solve_plan import few_tokens
+from streamda.token_span import TokenSpan, token_span
 
 MIN_RAISED_DAMPING = 1e-9
 """Share of the mean diagonal below which a raised damping need not be tried: float32 sums leave negative eigenvalues of
@@ -63,9 +64,16 @@ class SpannedFactor:
     """[k] of the moment, positive, ascending."""
     damping: float
     """lambda."""
-    cholesky: Callable[[], InputFactor]
+    cholesky: Callable[[], InputFactor] | None
     """Factorizes the moment after all, once, for a layer whose gradient leaves the span; raises as
-    `prepare_input_factor` does."""
+    `prepare_input_factor` does. None where no gradient can."""
+    tokens: TokenSpan | None = None
+    """What it is made from, where the tokens' inputs are known."""
+
+    @property
+    def effective_rank(self) -> float:
+        """Squared trace over squared Frobenius norm of the moment."""
+        return float(self.eigenvalues.sum().square() / self.eigenvalues.square().sum())
 
 
 class Moment(Protocol):
@@ -117,6 +125,25 @@ def prepare_input_factor(
         if thin is not None:
             return _spanned(thin, damping, factorize)
     return factorize()
+
+
+def prepare_token_factor(rows: torch.Tensor, damping: float, names: tuple[str, ...]) -> SpannedFactor | None:
+    """As `prepare_input_factor`, from the inputs of few tokens themselves.
+
+    Args:
+        rows: [tokens, d_in].
+        damping: lambda.
+        names: modules of the group, for messages.
+
+    Raises:
+        NumericalError: non-finite values.
+    """
+    if not bool(torch.isfinite(rows).all()):
+        raise NumericalError(f"{names[0]}: its input is not finite")
+    span = token_span(rows)
+    if span is None:
+        return None
+    return SpannedFactor(span.vectors, span.eigenvalues / rows.shape[0], damping, None, span)
 
 
 def _factorize(

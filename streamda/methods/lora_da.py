@@ -26,12 +26,13 @@ from streamda.methods.displacement import Displacement
 from streamda.methods.input_factor import InputFactor, SpannedFactor
 from streamda.methods.low_end import LowEnd, by_krylov, on_span
 from streamda.methods.solution import LayerSolution, SolveStats, SolveStatus, layer_generator, standard_start
+from streamda.token_span import TokenGradient
 
 
 def solve_layer(
     name: str,
     factor: InputFactor | SpannedFactor | None,
-    gradient: Sequence[torch.Tensor],
+    gradient: Sequence[torch.Tensor] | TokenGradient,
     output_moment: torch.Tensor,
     config: SolveConfig,
     *,
@@ -44,7 +45,7 @@ def solve_layer(
         name: module name; with `seed` it fixes the eigensolver's start.
         factor: of the layer's input group; None for an input that was always zero.
         gradient: [d_out, d_in], mean over samples, as bands of rows [rows, d_in] in float32 or float64; may be read
-            anew at each use.
+            anew at each use; or as rows of few tokens, whose inputs `factor` is made from.
         output_moment: [d_out], mean over tokens.
         config: the method's settings.
         population_size: N, rows of the whole training set.
@@ -77,7 +78,9 @@ def solve_layer(
     if isinstance(factor, SpannedFactor):
         found = on_span(name, factor, displacement(None), variance, layer_generator(name, seed), config)
     if found is None:
-        factor = factor.cholesky() if isinstance(factor, SpannedFactor) else factor
+        if isinstance(factor, SpannedFactor):
+            assert factor.cholesky is not None  # a gradient of the very tokens does not leave their span
+            factor = factor.cholesky()
         whole = displacement(factor if config.use_fisher else None)
         found = by_krylov(name, factor, whole, variance, layer_generator(name, seed), config)
     lora_a, lora_b = _split(found, config)
@@ -106,8 +109,12 @@ def solve_layer(
     )
 
 
-def _extent(gradient: Sequence[torch.Tensor]) -> tuple[int, int, float]:
-    """d_out, d_in, and the largest magnitude (NaN where a value is not finite) of a gradient in bands."""
+def _extent(gradient: Sequence[torch.Tensor] | TokenGradient) -> tuple[int, int, float]:
+    """d_out, d_in, and the largest magnitude (NaN where a value is not finite), of a gradient or its rows."""
+    if isinstance(gradient, TokenGradient):
+        # of a layer that no token came to there are none
+        largest = largest_magnitude(gradient.rows) if gradient.rows.numel() else 0.0
+        return gradient.rows.shape[1], gradient.d_in, largest
     d_out, d_in, largest = 0, 0, 0.0
     for index in range(len(gradient)):
         band = gradient[index]

@@ -29,10 +29,10 @@ import torch
 from streamda import eigen
 from streamda.config import SolveConfig
 from streamda.errors import NumericalError
-from streamda.factors import largest_magnitude
+from streamda.factors import largest_magnitude, mirror_lower_
 from streamda.methods.displacement import Displacement
 from streamda.methods.input_factor import InputFactor, SpannedFactor
-from streamda.products import add_product_
+from streamda.products import add_product_, add_triangle_
 
 MAX_LEAK = 1e-3
 """Share of the gradient that may lie outside the span of the inputs: gradients of tokens that the input moment does not
@@ -154,7 +154,9 @@ def on_span(
     scale = largest_magnitude(weighted)
     _require_range(name, scale)
     weighted /= scale
-    gram = weighted.T @ weighted
+    gram = weighted.new_zeros(weighted.shape[1], weighted.shape[1])
+    add_triangle_(gram, weighted, 0)
+    mirror_lower_(gram)
     sigma = math.sqrt(max(float(torch.linalg.eigvalsh(gram)[-1]), 0.0)) * scale
     # minus the guidance matrix on the span, in units of alpha scale^2 once alpha is there; else its order, that of Z
     small = gram * config.bias_weight if config.bias_weight else torch.diag(damped)
@@ -192,7 +194,7 @@ def on_span(
         residual=float(residual),
         steps=1,
         converged=True,
-        noisy=leak > NOISY_LEAK,
+        noisy=leak >= NOISY_LEAK,
     )
 
 
@@ -201,8 +203,14 @@ def _along_span(
 ) -> tuple[torch.Tensor, float] | None:
     """``gradient W`` [d_out, k] and the share of the gradient outside the span; None where that is not rounding.
 
-    The gradient is a float32 sum, whose rounding is as large as that of a product in float32; so the operands are.
+    Of known inputs what is outside is small, and no gradient of other tokens. Else the gradient is a float32 sum, whose
+    rounding is as large as that of a product in float32; so the operands are.
     """
+    if factor.tokens is not None:
+        along = displacement.along_tokens(factor.tokens.images)
+        inside, outside = float(along.norm()), float(displacement.along_tokens(factor.tokens.rest).norm())
+        leak = outside / inside if inside else math.inf
+        return along, max(leak, NOISY_LEAK) if factor.tokens.is_faint else leak
     vectors = factor.vectors
     probes = _drawn(vectors.shape[0], LEAK_PROBES, generator, vectors.device)
     probes -= vectors @ (vectors.T @ probes)

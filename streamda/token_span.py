@@ -1,0 +1,122 @@
+"""The span of few tokens: eigenpairs of a second moment, and a gradient along them, from the tokens' rows themselves.
+
+With ``x`` [tokens, d_in] the inputs of a layer and ``g`` [tokens, d_out] the gradients of its outputs,
+
+    moment   = x^T x / tokens   = W diag(s) W^T      W [d_in, k] orthonormal
+    gradient = g^T x / samples  = (g^T (x W) / samples) W^T
+
+so with fewer tokens than inputs neither matrix need be summed up, kept, or read: what is solved is as small as the
+number of tokens, and the only rounding in it is that of the rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from streamda.products import add_triangle_
+
+CHUNK_COLUMNS = 4096
+"""Of rows that are in float64 at a time."""
+DISTINCT = 1e-10
+"""Least eigenvalue of ``x x^T``, with rows of unit length, of a direction that counts: 1e-5 of a row. Prompts of one
+template give all samples tokens whose inputs differ by nothing, or by rounding, 1e-7 to 1e-6 in float32, of which the
+inverse of the damping would make the largest part of the solution. Tokens of a real model differ by 1e-4 and more."""
+FAINT = 1e-9
+"""Below it a direction is near enough to that rounding to say so."""
+GRAM_RANGE = 1e-6
+"""Below it eigenvectors of the product have too few digits; singular values have all of them, and take longer."""
+SQUARED_RANGE = 1e-8
+"""The same of eigenvalues relative to the largest, where rows have their lengths."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSpan:
+    """The eigenpairs of ``x^T x`` above rounding."""
+
+    vectors: torch.Tensor
+    """W [d_in, k], orthonormal, float64."""
+    eigenvalues: torch.Tensor
+    """[k] of the sum, not the mean; positive, ascending."""
+    images: torch.Tensor
+    """``x W`` [tokens, k] float64."""
+    rest: torch.Tensor
+    """``x R`` [tokens, m] float64 for orthonormal R that is all of ``x`` outside the span."""
+    is_faint: bool
+    """Whether a direction of the span hardly stands out of the rounding of the rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenGradient:
+    """A mean gradient as the product that it is."""
+
+    rows: torch.Tensor
+    """g [tokens, d_out]."""
+    d_in: int
+    num_samples: int
+
+    def along(self, images: torch.Tensor) -> torch.Tensor:
+        """``gradient W`` [d_out, k] float64, for ``x W`` [tokens, k]."""
+        return _times_rows(images.T, self.rows).div_(self.num_samples).T
+
+
+def token_span(rows: torch.Tensor) -> TokenSpan | None:
+    """Finds the span of rows.
+
+    Directions are counted among rows of unit length, where those of a small token are as good as those of a large one.
+
+    Args:
+        rows: x [tokens, d_in], finite, no more tokens than inputs.
+
+    Returns:
+        None where there are none, or nothing but zeros.
+    """
+    gram = rows.new_zeros(rows.shape[0], rows.shape[0], dtype=torch.float64)
+    for columns in _chunks(rows):
+        chunk = rows[:, columns].double()
+        add_triangle_(gram, chunk.T, 0)
+        del chunk  # before the next one is made
+    lengths = gram.diagonal().sqrt()
+    if not bool(lengths.any()):
+        return None
+    lengths[lengths == 0] = 1
+    # eigh looks at the lower triangle only
+    values, turned = torch.linalg.eigh(gram.div_(lengths[:, None]).div_(lengths))
+    kept = values > DISTINCT
+    basis: torch.Tensor | None = None
+    if float(values[kept][0]) < GRAM_RANGE:
+        basis, values, turned = _decomposed(rows.double() / lengths[:, None])
+        kept = values > DISTINCT
+    # unit rows are `turned diag(roots)` times orthonormal ones; with their lengths, the columns are to be turned again
+    roots = values.clamp_min(0).sqrt()
+    along = lengths[:, None] * turned * roots
+    eigenvalues, mixed = torch.linalg.eigh(along[:, kept].T @ along[:, kept])
+    if float(eigenvalues[0]) < SQUARED_RANGE * float(eigenvalues[-1]):
+        _, singular, right = torch.linalg.svd(along[:, kept], full_matrices=False)
+        eigenvalues, mixed = singular.square().flip(0), right.flip(0).T
+    if basis is None:
+        vectors = _times_rows(((turned[:, kept] / roots[kept] / lengths[:, None]) @ mixed).T, rows).T
+    else:
+        vectors = basis[:, kept] @ mixed
+    faint = float(values[kept][0]) < FAINT
+    return TokenSpan(vectors, eigenvalues, along[:, kept] @ mixed, along[:, ~kept], faint)
+
+
+def _decomposed(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``rows = U diag(sqrt(s)) V^T`` as V [columns, tokens], s [tokens] ascending, and U [tokens, tokens]."""
+    basis, triangle = torch.linalg.qr(rows.T)
+    left, singular, right = torch.linalg.svd(triangle)  # of the transpose: so that V = basis left and U = right^T
+    return basis @ left.flip(1), singular.square().flip(0), right.flip(0).T
+
+
+def _times_rows(block: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """``block rows`` [k, columns] float64 for [k, tokens]; that way round it takes half of the time."""
+    product = block.new_empty(block.shape[0], rows.shape[1])
+    for columns in _chunks(rows):
+        product[:, columns] = block @ rows[:, columns].double()
+    return product
+
+
+def _chunks(rows: torch.Tensor) -> list[slice]:
+    return [slice(start, start + CHUNK_COLUMNS) for start in range(0, rows.shape[1], CHUNK_COLUMNS)]

@@ -1,0 +1,215 @@
+"""What is solved from the rows of few tokens is what their sums give, and nearer to the truth."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from streamda import token_span as module
+from streamda.config import SolveConfig
+from streamda.errors import NumericalError
+from streamda.methods import LayerSolution, SolveStatus, prepare_token_factor, solve_layer
+from streamda.token_span import TokenGradient, token_span
+from tests.test_lora_da import ABLATIONS, POPULATION, Statistics, dense, product, relative_error, rounded, solve
+
+
+def draw_rows(seed: int, tokens: int, d_in: int, d_out: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and output gradients in float32, whose channels differ in size."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    return 0.1 * normal(tokens, d_in) * normal(d_in).exp(), normal(tokens, d_out) * (0.01 * normal(d_out).exp())
+
+
+def sums_of(x: torch.Tensor, g: torch.Tensor) -> Statistics:
+    """In float64, of one sample per token."""
+    x, g = x.double(), g.double()
+    return Statistics(g.T @ x / len(x), x.T @ x / len(x), (g * g).mean(dim=0))
+
+
+def solve_rows(x: torch.Tensor, g: torch.Tensor, **options: Any) -> LayerSolution:
+    config = SolveConfig(**options)
+    return solve_layer(
+        "layer",
+        prepare_token_factor(x, config.damping, ("layer",)),
+        TokenGradient(g, x.shape[1], len(x)),
+        g.double().square().mean(dim=0),
+        config,
+        population_size=POPULATION,
+        seed=0,
+    )
+
+
+def require_span(x: torch.Tensor, tolerance: float = 1e-12) -> int:
+    """Checks a span against the rows; returns how many directions it has."""
+    span = token_span(x)
+    assert span is not None
+    wide = x.double()
+    assert bool((span.eigenvalues.diff() >= 0).all())
+    assert float(span.eigenvalues[0]) > 0
+    unit = torch.eye(span.vectors.shape[1], dtype=torch.float64)
+    torch.testing.assert_close(span.vectors.T @ span.vectors, unit, rtol=0, atol=1e-7)
+    largest = float(wide.norm())
+    assert float((span.images - wide @ span.vectors).abs().max()) <= tolerance * largest
+    # all of the rows is in the span or in the rest, and what the span has of the moment is its eigenpairs'
+    missing = wide - span.images @ span.vectors.T
+    assert float((missing @ missing.T - span.rest @ span.rest.T).norm()) <= tolerance * largest**2
+    assert float((missing @ span.vectors).norm()) <= 1e-9 * largest
+    product = span.images.T @ span.images
+    assert float((product - torch.diag(span.eigenvalues)).norm()) <= tolerance * largest**2
+    return span.vectors.shape[1]
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(tokens=st.integers(1, 40), extra=st.integers(0, 60), seed=st.integers(0, 10**6), scale=st.integers(-15, 15))
+def test_a_span_is_that_of_the_rows(tokens: int, extra: int, seed: int, scale: int) -> None:
+    x = draw_rows(seed, tokens, tokens + extra, 1)[0] * 10.0**scale
+    unit = x.double() / x.double().norm(dim=1, keepdim=True)
+    assert require_span(x) == int((torch.linalg.svdvals(unit) ** 2 > module.DISTINCT).sum())
+
+
+@pytest.mark.parametrize("chunk", [7, 64, 100, 4096])
+def test_rows_are_taken_by_chunks_of_columns(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHUNK_COLUMNS", chunk)
+    x, g = draw_rows(3, 20, 100, 90)
+    assert require_span(x) == 20
+    images = torch.randn(20, 5, dtype=torch.float64)
+    along = TokenGradient(g, 100, 4).along(images)
+    torch.testing.assert_close(along, g.double().T @ images / 4, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("size", [1e3, 1e5, 1e7])
+def test_one_token_far_larger_than_the_others_takes_no_digit_of_theirs(size: float) -> None:
+    x, _ = draw_rows(4, 30, 80, 1)
+    x[0] *= size
+    assert require_span(x) == 30
+
+
+@pytest.mark.parametrize("rounding", [0.0, 1e-7, 1e-6])
+def test_rows_that_repeat_others_but_for_rounding_span_nothing_of_their_own(rounding: float) -> None:
+    """As the tokens of one template in many samples do."""
+    x, g = draw_rows(5, 30, 80, 60)
+    x[20:] = x[:10]
+    exact = dense(sums_of(x, g)).product
+    x[20:] *= 1 + rounding * torch.randn(10, 80)
+    assert require_span(x) == 20
+    found = solve_rows(x, g)
+    assert found.status is SolveStatus.OK
+    assert relative_error(product(found), exact) < 1e-6 + 100 * rounding
+
+
+@pytest.mark.parametrize(
+    ("difference", "status", "tolerance"), [(1e-3, SolveStatus.OK, 1e-5), (2e-5, SolveStatus.NOISY, 1e-2)]
+)
+def test_inputs_that_differ_little_are_told_apart_and_those_that_hardly_do_make_a_noisy_solution(
+    difference: float, status: SolveStatus, tolerance: float
+) -> None:
+    x, g = draw_rows(5, 30, 80, 60)
+    x[29] = x[0] + difference * x[0].norm() * torch.nn.functional.normalize(torch.randn(80), dim=0)
+    assert require_span(x, 1e-10) == 30
+    found = solve_rows(x, g)
+    assert found.status is status
+    assert relative_error(product(found), dense(sums_of(x, g)).product) < tolerance
+
+
+@pytest.mark.parametrize("lengths", [1.0, 1e6])
+def test_both_ways_to_decompose_rows_find_the_same_span(lengths: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, _ = draw_rows(6, 25, 70, 1)
+    x[3] *= lengths
+    found = token_span(x)
+    monkeypatch.setattr(module, "GRAM_RANGE", math.inf)
+    monkeypatch.setattr(module, "SQUARED_RANGE", math.inf)
+    other = token_span(x)
+    assert found is not None
+    assert other is not None
+    torch.testing.assert_close(found.eigenvalues, other.eigenvalues, rtol=1e-8, atol=0)
+    torch.testing.assert_close(found.vectors.abs(), other.vectors.abs(), rtol=0, atol=1e-7)
+    torch.testing.assert_close(
+        found.images @ found.vectors.T, other.images @ other.vectors.T, rtol=0, atol=1e-12 * lengths
+    )
+
+
+def test_without_tokens_or_with_zeros_there_is_no_span() -> None:
+    assert token_span(torch.zeros(0, 5)) is None
+    assert token_span(torch.zeros(3, 5)) is None
+    assert prepare_token_factor(torch.zeros(3, 5), 1e-6, ("layer",)) is None
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_rows_that_are_not_finite_are_refused_by_the_layer_s_name(value: float) -> None:
+    x, g = draw_rows(6, 5, 20, 8)
+    bad = x.clone()
+    bad[2, 3] = value
+    with pytest.raises(NumericalError, match="layer: its input is not finite"):
+        solve_rows(bad, g)
+    bad = g.clone()
+    bad[4, 7] = value
+    with pytest.raises(NumericalError, match="layer: the gradient statistics are not finite"):
+        solve_rows(x, bad)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 8, 9, 40])
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_every_setting_of_the_method_gives_the_dense_solution(name: str, tokens: int) -> None:
+    x, g = draw_rows(tokens, tokens, 160, 90)
+    found, expected = solve_rows(x, g, **ABLATIONS[name]), dense(sums_of(x, g), **ABLATIONS[name])
+    assert found.status is SolveStatus.OK
+    assert relative_error(product(found), expected.product) < 1e-6
+    # and what goes with it is what the sums give
+    plain = solve(sums_of(x, g), num_tokens=tokens, **ABLATIONS[name])
+    assert found.stats is not None
+    assert plain.stats is not None
+    kept = min(tokens, ABLATIONS[name].get("rank", 8))
+    torch.testing.assert_close(
+        torch.tensor(found.stats.eigenvalues[:kept]),
+        torch.tensor(plain.stats.eigenvalues[:kept]),
+        rtol=1e-4,
+        atol=1e-6 * max(map(abs, plain.stats.eigenvalues)),
+    )
+    assert found.stats.displacement_norm == pytest.approx(plain.stats.displacement_norm, rel=1e-5)
+
+
+def test_rows_keep_what_the_rounding_of_sums_takes() -> None:
+    """A token a thousand times as large as the others: their sums leave a noisy solution, their rows do not."""
+    generator = torch.Generator().manual_seed(2)
+    x, g = torch.randn(40, 160, generator=generator), torch.randn(40, 90, generator=generator)
+    x[0] *= 1e3
+    g[0] /= 1e3
+    exact = sums_of(x, g)
+    summed, found = solve(rounded(exact), num_tokens=40), solve_rows(x, g)
+    assert (summed.status, found.status) == (SolveStatus.NOISY, SolveStatus.OK)
+    expected = dense(exact).product
+    assert relative_error(product(found), expected) < 1e-6
+    assert relative_error(product(found), expected) < 0.1 * relative_error(product(summed), expected)
+
+
+def test_a_gradient_of_zero_or_of_no_token_gets_the_standard_start() -> None:
+    x, g = draw_rows(8, 5, 20, 8)
+    for rows, gradients in ((x, torch.zeros_like(g)), (torch.zeros_like(x), g), (x[:0], g[:0])):
+        found = solve_layer(
+            "layer",
+            prepare_token_factor(rows, 1e-6, ("layer",)),
+            TokenGradient(gradients, 20, 5),
+            torch.ones(8),
+            SolveConfig(rank=4),
+            population_size=POPULATION,
+            seed=0,
+        )
+        assert found.status is SolveStatus.ZERO
+        assert found.lora_a.shape == (4, 20)
+        assert not bool(found.lora_b.any())
+
+
+def test_the_effective_rank_is_that_of_the_moment() -> None:
+    x, _ = draw_rows(9, 12, 50, 1)
+    factor = prepare_token_factor(x, 1e-6, ("layer",))
+    assert factor is not None
+    moment = x.double().T @ x.double()
+    assert factor.effective_rank == pytest.approx(float(moment.trace() ** 2 / moment.norm() ** 2), rel=1e-9)

@@ -246,7 +246,7 @@ def _few_tokens_bytes(d_in: int, d_out: int, gradient: int) -> int:
 def _token_rows_bytes(d_in: int, d_out: int, tokens: int) -> int:
     """Peak where rows stand for the statistics, which are read into memory if they are not there; see `token_span`.
 
-    First the rows in float64, their basis, LAPACK's copy, and what the singular vectors make of them; then the span, and
+    First the rows in float64, their basis, a copy, and what the singular vectors make of them; then the span, and
     what a layer's rows make along it, twice while it is scaled.
     """
     small = SPAN_MATRICES * tokens**2 * FLOAT64_BYTES

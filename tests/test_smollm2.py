@@ -4,6 +4,7 @@ Sixteen samples have about as many tokens as the widest layer has inputs: the ha
 are meant for.
 """
 
+import json
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import streamda
 from tests.oracles import dense_lora_da
+from tools import check_few_tokens
 
 pytestmark = pytest.mark.slow
 OPTIONS = {"num_samples": 16, "max_length": 160, "max_gpu_mem": "512MB"}
@@ -128,3 +130,19 @@ def test_solve_serves_other_ranks_without_the_model(run: tuple[streamda.InitRepo
         _, _, rows = torch.linalg.svd(product, full_matrices=False)
         directions = rows[:2]
         assert relative_error(larger[name] @ directions.T @ directions, product) < 1e-3, name
+
+
+def test_few_tokens_give_what_a_whole_model_in_float64_gives(smollm2: Path, tmp_path: Path) -> None:
+    """Every layer, from the rows of tokens; the sums of their products are held to nothing here."""
+    data = tmp_path / "two.jsonl"
+    texts = [
+        {
+            "question": "Lena has 12 pens and gives 5 to Tom. How many are left?",
+            "answer": "12 - 5 = 7. She has 7 pens.",
+        },
+        {"question": "A train of 8 cars has 40 seats in each. How many seats?", "answer": "8 * 40 = 320 seats."},
+    ]
+    data.write_text("".join(json.dumps(text) + "\n" for text in texts))
+    errors = check_few_tokens.main([str(smollm2), str(data), "--num-samples", "2"])
+    assert len(errors["rows"]) == 210
+    assert max(errors["rows"].values()) < 2e-3

@@ -1,7 +1,8 @@
 """The statistics of one block on their way to its solution: in memory, or (see `streamda.store`) on disk.
 
-Sums and counts are held, never means (see `streamda.factors`); what is asked for here are means. A solution is the same
-to the bit wherever the sums lay: both ways hand out the same regions of them, copied into memory of their own.
+Sums and counts are held, never means (see `streamda.factors`), or the rows of few tokens in place of sums; what is
+asked for here are means, and rows. A solution is the same to the bit wherever they lay: both ways hand out the same
+regions of sums, copied into memory of their own, and the same rows.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from streamda.files import reached
 from streamda.layers import BlockSpec
 from streamda.memory import bound_allocator, release_unused, reuse_heap
 from streamda.nonfinite import BadSamplesError, named_samples, skip_notice
-from streamda.panels import cut_again, stored_bytes
+from streamda.panels import stored_bytes
 from streamda.plan import REUSING_PHASES, Plan
 from streamda.progress import Progress
 from streamda.report import InitReport
@@ -50,6 +50,7 @@ class Collection:
         self._meter, self._progress, self._report = meter, progress, report
         self._lowest = prepared.lowest_block
         self._keeps = bool(run.settings["keeps_statistics"])
+        self._specs = prepared.specs(plan.micro_batch_tokens, keep_statistics=self._keeps)
         self._statistics_written = 0
         if run.settings.get("skipped_samples") and not prepared.config.skip_bad_samples:
             raise MismatchError(
@@ -95,9 +96,6 @@ class Collection:
             mask = prepared.config.collect.token_mask
             self._batches.append(collate(ids, labels, mask, prepared.device, indices))
         shapes = [(*batch.shape, prepared.stack.hidden_size) for batch in self._batches]
-        tokens, counts = self._plan.micro_batch_tokens, (sum(prepared.lengths), self._num_tokens)
-        planned, now = (prepared.specs(tokens, count, keep_statistics=self._keeps) for count in counts)
-        self._specs, self._replays = cut_again(planned, now, self._plan.replays)
         self._boundaries = BoundaryStore(self._run.units, shapes, prepared.dtype, self._plan.boundaries_in_memory)
         self._sweep = Sweep(
             prepared.stack,
@@ -318,7 +316,7 @@ class Collection:
     def _pass_down(self, spec: BlockSpec, sink: StatisticsSink) -> dict[str, dict[str, Any]]:
         """Commits the gradient below a block, if one is to be passed there, and makes the block's statistics."""
         push = spec.index - 1 in self._steps
-        facts = self._sweep.backward_block(spec, self._replays[spec.index], sink, push=push)
+        facts = self._sweep.backward_block(spec, self._plan.replays[spec.index], sink, push=push)
         for module, values in facts.items():
             sink.write_facts(module, values)
         return facts

@@ -105,7 +105,6 @@ class PanelCollector:
     def _forward_hook(self, name: str) -> Any:
         group = self._spec.group_of(name)
         panels = self._of_outputs[name]
-        sums_products = any(panel.statistic == "gradient" for panel in panels)
 
         def hook(_module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
             batch = self._batch
@@ -125,9 +124,8 @@ class PanelCollector:
                     raise ModelError(f"{name} does not read the input of {group.name}, though it did when planned")
                 place = places[-1]
             if panels and output.requires_grad:
-                read = x if sums_products else None  # or it would be alive for nothing
                 output.register_hook(  # type: ignore[no-untyped-call]  # torch has no types for it
-                    lambda g: self._add_output(panels, read, g, rows, place)
+                    lambda g: self._add_output(panels, x, g, rows, place)
                 )
 
         return hook
@@ -166,11 +164,10 @@ class PanelCollector:
                     add_input_moment_(self.totals[panel], flat, panel.start)
 
     def _add_output(
-        self, panels: list[Panel], x: torch.Tensor | None, g: torch.Tensor, rows: torch.Tensor | None, place: slice
+        self, panels: list[Panel], x: torch.Tensor, g: torch.Tensor, rows: torch.Tensor | None, place: slice
     ) -> None:
         flat_g = g.detach().reshape(-1, g.shape[-1])  # [tokens, d_out]
-        if x is not None:
-            flat_x = x.reshape(-1, x.shape[-1])  # [tokens, d_in]
+        flat_x = x.reshape(-1, x.shape[-1])  # [tokens, d_in]
         for panel in panels:
             if panel.statistic == "gradient":
                 add_gradient_(self.totals[panel], flat_x, flat_g[:, panel.start : panel.stop])

@@ -101,26 +101,6 @@ def stored_bytes(spec: BlockSpec) -> int:
     )
 
 
-def cut_again(
-    planned: Sequence[BlockSpec], now: Sequence[BlockSpec], replays: Sequence[tuple[Replay, ...]]
-) -> tuple[list[BlockSpec], list[tuple[Replay, ...]]]:
-    """Packs the panels of blocks that turned out otherwise than planned into replays no larger than the planned ones.
-
-    Samples that are left out may leave so few tokens that rows stand for sums.
-
-    Returns:
-        Blocks and their replays; those that were planned where the others do not fit.
-    """
-    specs, cut = list(planned), list(replays)
-    for index, spec in enumerate(now):
-        if spec != planned[index]:
-            largest = max(sum(panel.num_bytes for panel in replay.panels) for replay in cut[index])
-            packed = pack_replays(block_panels(spec), largest)
-            if packed is not None:
-                specs[index], cut[index] = spec, packed
-    return specs, cut
-
-
 def pack_replays(panels: Sequence[Panel], capacity_bytes: int) -> tuple[Replay, ...] | None:
     """Packs panels into as few replays as their order allows; None if one alone does not fit."""
     replays: list[list[Panel]] = []

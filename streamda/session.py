@@ -14,6 +14,7 @@ from streamda.config import RunConfig
 from streamda.disk_plan import stride_text
 from streamda.disk_space import START_RESERVE_BYTES, room_for_run
 from streamda.errors import StorageError
+from streamda.layers import BlockSpec
 from streamda.limits import limit_errors
 from streamda.memory import format_size
 from streamda.model_copy import copy_configuration
@@ -23,7 +24,8 @@ from streamda.run_parts import canonical_digest, differences
 from streamda.rundir import RunDirectory
 from streamda.samples import Sample
 from streamda.setup import Prepared, versions
-from streamda.solutions import skipped_layers
+from streamda.solutions import skipped_layers, solve_unit
+from streamda.store import stats_unit
 
 
 @contextmanager
@@ -81,6 +83,8 @@ def open_run(
         # the bits of a run depend on its micro-batches, so a continued one keeps them under any budget; statistics
         # that were once to be kept are never freed behind their owner's back
         chosen, kept = run.settings["micro_batch_tokens"], bool(run.settings["keeps_statistics"])
+        if keeps and not kept:
+            _drop_made_from_rows(run, prepared.specs(chosen, keep_statistics=False))
         if chosen != made.micro_batch_tokens or kept > keeps:
             keeps = keeps or kept
             made = prepared.plan(
@@ -92,6 +96,14 @@ def open_run(
             yield run, made
         if run.settings["keeps_statistics"]:  # else it is gone
             run.update_settings({"overwriting": None})
+
+
+def _drop_made_from_rows(run: RunDirectory, specs: Sequence[BlockSpec]) -> None:
+    """Drops what a run has that kept no statistics so far: those that are kept are sums, and so is what is solved."""
+    for spec in specs:
+        if any(group.token_rows for group in spec.groups):
+            for name in {solve_unit(spec.index), stats_unit(spec.index)} & set(run.units.names()):
+                run.units.drop(name)
 
 
 def run_digest(parts: Mapping[str, Any], solver_settings: Mapping[str, Any]) -> str:

@@ -30,7 +30,7 @@ from streamda.products import product_library
 from streamda.skeleton import build_skeleton, load_config, third_party
 from streamda.workload import WorkloadModel, micro_batch_candidates
 
-STATISTICS_VERSION = 1
+STATISTICS_VERSION = 2
 """Raised with every change that gives a block other statistics from the same model and samples."""
 NUMERIC_LIBRARIES = ("torch", "transformers", "numpy", "zarr", "numcodecs")
 """Libraries whose version may decide the last bits of the statistics."""
@@ -130,12 +130,14 @@ class Prepared:
         """Tokens computed, padding included."""
         return sum(batch.num_rows for batch in make_micro_batches(self.lengths, micro_batch_tokens))
 
-    def specs(self, micro_batch_tokens: int, num_tokens: int, *, keep_statistics: bool) -> list[BlockSpec]:
-        """The adapted layers of all blocks, and whether rows of that many tokens stand for their statistics."""
-        rows = self._row_tokens(num_tokens, keep_statistics)
-        return [cost.spec for cost in self.work.at(micro_batch_tokens, rows).blocks]
+    def specs(self, micro_batch_tokens: int, *, keep_statistics: bool) -> list[BlockSpec]:
+        """The adapted layers of all blocks, and whether rows stand for their statistics.
 
-    def _row_tokens(self, num_tokens: int, keep_statistics: bool) -> int:
+        That is decided by all samples, whatever is left out of them later: a run does not change from one to the other.
+        """
+        return [cost.spec for cost in self.work.at(micro_batch_tokens, self._row_tokens(keep_statistics)).blocks]
+
+    def _row_tokens(self, keep_statistics: bool) -> int:
         """Tokens whose rows may stand for statistics: all that there are, or none.
 
         What is kept are sums. Gradients of tokens that no moment counts have no rows in it; what a codec rounds is
@@ -143,11 +145,11 @@ class Prepared:
         """
         collect = self.config.collect
         masked, rounded = collect.token_mask != "attention", collect.statistics_codec == "bitround"
-        return 0 if keep_statistics or masked or rounded or self.dtype != torch.float32 else num_tokens
+        return 0 if keep_statistics or masked or rounded or self.dtype != torch.float32 else sum(self.lengths)
 
     def _workload_at(self, solves: bool, keep_statistics: bool) -> Callable[[int], Workload]:
         """Costs at a number of tokens per micro-batch."""
-        rows = self._row_tokens(sum(self.lengths), keep_statistics or not solves)
+        rows = self._row_tokens(keep_statistics or not solves)
         return functools.partial(self.work.at, row_tokens=rows)
 
     def _candidates(self, chosen: int | None) -> tuple[int, ...]:

@@ -99,13 +99,21 @@ def few_tokens(d_in: int) -> int:
 def keeps_rows(num_tokens: int, d_in: int, widths: Sequence[int]) -> bool:
     """Whether rows of inputs and output gradients stand for the sums of their products, in a run that keeps no sums.
 
+    Where they do nothing is larger: not the statistics of the group, nor the largest panel of them, nor the solution.
+    Decided by shapes only, never by the budget.
+
     Args:
         num_tokens: rows of each.
         d_in: of an input group.
         widths: outputs of its layers.
     """
-    rows, sums = num_tokens * (d_in + sum(widths)), d_in * (d_in // 2 + sum(widths))
-    return 0 < num_tokens <= few_tokens(d_in) and rows <= sums
+    if not 0 < num_tokens <= few_tokens(d_in):
+        return False
+    widest = max(widths)
+    panels = num_tokens * max(d_in, widest), min(PANEL_ROWS, max(d_in, widest)) * d_in
+    statistics = num_tokens * (d_in + sum(widths)), d_in * (d_in // 2 + sum(widths))
+    solutions = _token_rows_bytes(d_in, widest, num_tokens), _few_tokens_bytes(d_in, widest, 0)
+    return all(rows <= sums for rows, sums in (panels, statistics, solutions))
 
 
 def band_bytes(d_in: int) -> list[int]:
@@ -246,14 +254,14 @@ def _few_tokens_bytes(d_in: int, d_out: int, gradient: int) -> int:
 def _token_rows_bytes(d_in: int, d_out: int, tokens: int) -> int:
     """Peak where rows stand for the statistics, which are read into memory if they are not there; see `token_span`.
 
-    First the rows in float64, their basis, a copy, and what the singular vectors make of them; then the span, and
-    what a layer's rows make along it, twice while it is scaled.
+    First the rows in float64, their basis, a copy, and what the singular vectors make of them; then the span, and a
+    layer's rows, chunks of them in float64 and of what they make along the span and beside it.
     """
-    small = SPAN_MATRICES * tokens**2 * FLOAT64_BYTES
-    spanning = tokens * d_in * (FLOAT32_BYTES + 4 * FLOAT64_BYTES)
-    chunk = tokens * min(d_out, CHUNK_COLUMNS) * FLOAT64_BYTES
-    solving = tokens * d_in * (FLOAT32_BYTES + FLOAT64_BYTES) + tokens * d_out * (FLOAT32_BYTES + 2 * FLOAT64_BYTES)
-    return small + max(spanning, solving + chunk)
+    span, columns = tokens * d_in * FLOAT64_BYTES, min(d_out, CHUNK_COLUMNS)
+    spanning = tokens * d_in * FLOAT32_BYTES + 4 * span + SPAN_MATRICES * tokens**2 * FLOAT64_BYTES
+    rows = tokens * d_out * FLOAT32_BYTES
+    solving = span + rows + tokens * (d_out + 2 * columns + RITZ_MATRICES * tokens) * FLOAT64_BYTES
+    return max(spanning, solving)
 
 
 def _chunk_rows(d_in: int, d_out: int) -> int:

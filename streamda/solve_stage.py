@@ -24,6 +24,7 @@ from streamda.methods import (
     LayerSolution,
     SolveStatus,
     SpannedFactor,
+    TokenFactor,
     prepare_input_factor,
     prepare_token_factor,
     solve_layer,
@@ -175,7 +176,7 @@ class Solver:
                         continue
                     spread = moment.effective_rank
                     if group.token_rows:
-                        spread = factor.effective_rank if isinstance(factor, SpannedFactor) else 0.0
+                        spread = factor.effective_rank if isinstance(factor, TokenFactor) else 0.0
                     facts[name] = self._facts(statistics, solutions[-1]) | {"effective_rank": spread}
             release_unused(self.device)
         return solutions, facts
@@ -187,7 +188,7 @@ class Solver:
         wanted: tuple[str, ...],
         moment: _CheckedMoment,
         bands: SpilledBands,
-    ) -> InputFactor | SpannedFactor | None:
+    ) -> InputFactor | SpannedFactor | TokenFactor | None:
         damping = self.config.damping
         if group.token_rows:
             with self.timeline.span("read statistics"):
@@ -215,7 +216,11 @@ class Solver:
         }
 
     def _solve_layer(
-        self, statistics: BlockStatistics, name: str, factor: InputFactor | SpannedFactor | None, form: GradientForm
+        self,
+        statistics: BlockStatistics,
+        name: str,
+        factor: InputFactor | SpannedFactor | TokenFactor | None,
+        form: GradientForm,
     ) -> LayerSolution:
         bands = statistics.gradient_bands(name, self.device)
         gradient: Sequence[torch.Tensor] | TokenGradient = bands

@@ -209,6 +209,9 @@ class BlockStatisticsReader(BlockStatistics):
                 least = {"num_tokens": 0, "num_samples": 1}  # a layer may never be called, but not without samples
                 if any(type(facts[key]) is not int or facts[key] < value for key, value in least.items()):
                     raise self._damage(f"{name} has counts that cannot be")
+                tokens = self.spec.group_of(name).token_rows
+                if 0 < tokens < facts["num_tokens"]:
+                    raise self._damage(f"{name} counts more tokens than it has rows")
                 if any(facts[key] != first[key] for key in ("num_tokens", "num_samples", "d_in")):
                     raise self._damage(f"{name} and {group.name} share an input but not its counts")
 
@@ -234,8 +237,8 @@ class BlockStatisticsReader(BlockStatistics):
         values = torch.empty(shape)  # not NumPy's, whose alignment varies, and with it the bits of a product
         with self._reading():
             array.get_basic_selection(where, out=NDBuffer.from_numpy_array(values.numpy()))
-        # every sum was checked to be finite, and is far from overflow, when it was written
-        if not bool(torch.isfinite(values.sum())):
+        # all was checked to be finite when it was written; a sum of it is looked at first, at the speed of memory
+        if not bool(torch.isfinite(values.sum())) and not bool(torch.isfinite(values).all()):
             raise self._damage(f"{array.name} holds values that were never written; a chunk is missing")
         return values
 

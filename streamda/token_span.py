@@ -19,14 +19,14 @@ from streamda.products import add_triangle_
 
 CHUNK_COLUMNS = 4096
 """Of rows that are in float64 at a time."""
-DISTINCT = 1e-10
-"""Least eigenvalue of ``x x^T``, with rows of unit length, of a direction that counts: 1e-5 of a row. Prompts of one
-template give all samples tokens whose inputs differ by nothing, or by rounding, 1e-7 to 1e-6 in float32, of which the
-inverse of the damping would make the largest part of the solution. Tokens of a real model differ by 1e-4 and more."""
-FAINT = 1e-9
-"""Below it a direction is near enough to that rounding to say so."""
+ROUNDING, DISTINCT, CLEAR = 1e-6, 1e-5, 3e-5
+"""Shares of a row. A direction counts where some row has more than the second of its length along it: prompts of one
+template give all samples tokens whose inputs differ by nothing, or by float32's rounding, 1e-7 to 1e-6, of which the
+inverse of the damping would make the largest part of the solution. Tokens of a real model differ by 1e-4 and more. What
+lies between the first and the third may be either, and is said."""
 GRAM_RANGE = 1e-6
-"""Below it eigenvectors of the product have too few digits; singular values have all of them, and take longer."""
+"""Eigenvalues of ``x x^T``, with rows of unit length, below which its eigenvectors have too few digits; singular values
+have all of them, and take longer."""
 SQUARED_RANGE = 1e-8
 """The same of eigenvalues relative to the largest, where rows have their lengths."""
 
@@ -44,7 +44,7 @@ class TokenSpan:
     rest: torch.Tensor
     """``x R`` [tokens, m] float64 for orthonormal R that is all of ``x`` outside the span."""
     is_faint: bool
-    """Whether a direction of the span hardly stands out of the rounding of the rows."""
+    """Whether a direction may as well be the rounding of the rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +83,11 @@ def token_span(rows: torch.Tensor) -> TokenSpan | None:
     lengths[lengths == 0] = 1
     # eigh looks at the lower triangle only
     values, turned = torch.linalg.eigh(gram.div_(lengths[:, None]).div_(lengths))
-    kept = values > DISTINCT
     basis: torch.Tensor | None = None
-    if float(values[kept][0]) < GRAM_RANGE:
+    if float(values[_shares(values, turned) > DISTINCT][0]) < GRAM_RANGE:
         basis, values, turned = _decomposed(rows.double() / lengths[:, None])
-        kept = values > DISTINCT
+    shares = _shares(values, turned)
+    kept = shares > DISTINCT
     # unit rows are `turned diag(roots)` times orthonormal ones; with their lengths, the columns are to be turned again
     roots = values.clamp_min(0).sqrt()
     along = lengths[:, None] * turned * roots
@@ -99,8 +99,13 @@ def token_span(rows: torch.Tensor) -> TokenSpan | None:
         vectors = _times_rows(((turned[:, kept] / roots[kept] / lengths[:, None]) @ mixed).T, rows).T
     else:
         vectors = basis[:, kept] @ mixed
-    faint = float(values[kept][0]) < FAINT
+    faint = bool(((shares > ROUNDING) & (shares < CLEAR)).any())
     return TokenSpan(vectors, eigenvalues, along[:, kept] @ mixed, along[:, ~kept], faint)
+
+
+def _shares(values: torch.Tensor, turned: torch.Tensor) -> torch.Tensor:
+    """The most that a row of unit length has along each direction; many rows that share one do not make it larger."""
+    return turned.abs().amax(dim=0) * values.clamp_min(0).sqrt()
 
 
 def _decomposed(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -159,10 +159,24 @@ def test_a_bad_sample_is_a_named_error_and_with_the_flag_leaves_nothing_behind_i
     assert "row 2 of the data" in report.to_table()
 
 
+@pytest.mark.parametrize("rows", [False, True], ids=["sums", "rows"])
 @pytest.mark.parametrize("kind", [pytest.param("forward", marks=pytest.mark.faults), "backward"])
-def test_an_adapter_without_the_bad_samples_is_that_of_the_good_ones(kind: str, folder: Path, tmp_path: Path) -> None:
-    good = streamda.initialize(**options(folder, dataset=str(folder / "good.jsonl"), output_dir=str(tmp_path / "good")))
-    given = options(folder, output_dir=str(tmp_path / "a"), skip_bad_samples=True)
+def test_an_adapter_without_the_bad_samples_is_that_of_the_good_ones(
+    kind: str, rows: bool, folder: Path, tmp_path: Path
+) -> None:
+    """From sums, and from rows, which are chosen by the number of tokens of all samples."""
+    good = [json.loads(line) for line in (folder / "good.jsonl").read_text().splitlines()]
+    every = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    if rows:
+        good, every = good[:1], every[:3]  # 30 tokens, for the 56 inputs of a down projection
+    for name, samples in (("good", good), ("every", every)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    kept: dict[str, Any] = {"target_modules": "down_proj"} if rows else {"keep_statistics": True}
+    good = streamda.initialize(
+        **options(folder, dataset=str(tmp_path / "good.jsonl"), output_dir=str(tmp_path / "good"), **kept)
+    )
+    kept["dataset"] = str(tmp_path / "every.jsonl")
+    given = options(folder, output_dir=str(tmp_path / "a"), skip_bad_samples=True, **kept)
     with faulty(kind):
         report = streamda.initialize(**given)
         assert len(report.skipped_samples) == 2
@@ -171,7 +185,7 @@ def test_an_adapter_without_the_bad_samples_is_that_of_the_good_ones(kind: str, 
         assert streamda.initialize(**given).already_done
         # without the flag it would have been an error, so it is not done either
         with pytest.raises(ConfigError, match="not empty"):
-            streamda.initialize(**options(folder, output_dir=str(tmp_path / "a")))
+            streamda.initialize(**options(folder, output_dir=str(tmp_path / "a"), **kept))
     wanted, found = adapter(tmp_path / "good"), adapter(tmp_path / "a")
     assert all(torch.equal(found[key], wanted[key]) for key in wanted)
     assert found.keys() == wanted.keys()

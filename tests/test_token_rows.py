@@ -81,7 +81,7 @@ def noting_panels() -> Iterator[set[str]]:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "phi", "gemma2", "olmo2"])
-def test_an_adapter_from_rows_is_that_of_dense_statistics_and_no_worse_than_from_sums(
+def test_an_adapter_from_rows_is_that_of_dense_statistics_and_hardly_worse_than_from_sums(
     family: str, tmp_path: Path
 ) -> None:
     write_checkpoint(tmp_path / "model", family)
@@ -102,6 +102,7 @@ def test_an_adapter_from_rows_is_that_of_dense_statistics_and_no_worse_than_from
         for way, each in errors.items():
             each.append(float((found[way][module] - wanted).norm() / wanted.norm()))
     assert max(errors["rows"]) < 2e-3
+    # the model's own rounding in float32 is in both, and as likely larger in either
     assert max(errors["rows"]) < 2 * max(errors["sums"]) + 1e-5
 
 
@@ -189,6 +190,19 @@ def test_rows_on_disk_are_read_as_what_they_stand_for(stopped: Path, inputs: Pat
             for name in group.modules:
                 gradient = reader.gradient(name, torch.float64, cpu)
                 torch.testing.assert_close(gradient, wanted[name].gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_what_was_made_from_rows_does_not_stay_where_statistics_are_to_be_kept(
+    stopped: Path, inputs: Path, tmp_path: Path
+) -> None:
+    """A run goes on with --keep-statistics: all that it keeps are sums, and all layers are solved from them."""
+    streamda.initialize(**options(inputs, tmp_path, keep_statistics=True))
+    with RunDirectory.open_existing(stopped, exclusive=False) as run:
+        for index in range(3):
+            assert not any(group.token_rows for group in BlockStatisticsReader(run.units, index).spec.groups)
+    whole = tmp_path / "whole"
+    streamda.initialize(**options(inputs, whole, keep_statistics=True))
+    assert weights(tmp_path) == weights(whole)
 
 
 def test_rows_that_were_damaged_on_disk_are_found(stopped: Path) -> None:

@@ -1,6 +1,12 @@
 """Initializations: each module turns the statistics of a layer into `lora_A` and `lora_B`."""
 
-from streamda.methods.input_factor import InputFactor, SpannedFactor, prepare_input_factor, prepare_token_factor
+from streamda.methods.input_factor import (
+    InputFactor,
+    SpannedFactor,
+    TokenFactor,
+    prepare_input_factor,
+    prepare_token_factor,
+)
 from streamda.methods.lora_da import solve_layer
 from streamda.methods.solution import LayerSolution, SolveStatus
 
@@ -9,6 +15,7 @@ __all__ = [
     "LayerSolution",
     "SolveStatus",
     "SpannedFactor",
+    "TokenFactor",
     "prepare_input_factor",
     "prepare_token_factor",
     "solve_layer",

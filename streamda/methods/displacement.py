@@ -10,7 +10,6 @@ import torch
 from streamda import eigen
 from streamda.methods.input_factor import InputFactor
 from streamda.solve_plan import CHUNK_BYTES, FLOAT64_BYTES, MIN_CHUNK_ROWS
-from streamda.token_span import TokenGradient
 
 
 class Displacement:
@@ -19,7 +18,7 @@ class Displacement:
     def __init__(
         self,
         factor: InputFactor | None,
-        gradient: Sequence[torch.Tensor] | TokenGradient,
+        gradient: Sequence[torch.Tensor],
         shape: tuple[int, int],
         y: torch.Tensor | None,
         device: torch.device,
@@ -28,8 +27,7 @@ class Displacement:
 
         Args:
             factor: of the input; None for the identity.
-            gradient: bands of rows [rows, d_in], which may be read anew at each use; or that of few tokens, for
-                `along_tokens` alone.
+            gradient: bands of rows [rows, d_in], which may be read anew at each use.
             shape: d_out and d_in.
             y: [d_out], the damped output factor; None for ones.
             device: of the gradient.
@@ -69,7 +67,6 @@ class Displacement:
 
         Chunks depend on the shape only: the bits must not depend on the budget.
         """
-        assert not isinstance(self._gradient, TokenGradient)
         chunk_rows = max(MIN_CHUNK_ROWS, CHUNK_BYTES // (FLOAT64_BYTES * self.d_in))
         start = 0
         for index in range(len(self._gradient)):
@@ -78,11 +75,6 @@ class Displacement:
                 yield start + row, band[row : row + chunk_rows].to(dtype)
             start += band.shape[0]
             del band
-
-    def along_tokens(self, images: torch.Tensor) -> torch.Tensor:
-        """``gradient W`` [d_out, k] for ``x W`` [tokens, k] with the inputs x of the gradient's tokens."""
-        assert isinstance(self._gradient, TokenGradient)
-        return self._gradient.along(images)
 
     def magnitude(self, start: torch.Tensor) -> float:
         """A rough size of D, to bring everything to order one: at most its spectral norm."""

@@ -64,11 +64,28 @@ class SpannedFactor:
     """[k] of the moment, positive, ascending."""
     damping: float
     """lambda."""
-    cholesky: Callable[[], InputFactor] | None
+    cholesky: Callable[[], InputFactor]
     """Factorizes the moment after all, once, for a layer whose gradient leaves the span; raises as
-    `prepare_input_factor` does. None where no gradient can."""
-    tokens: TokenSpan | None = None
-    """What it is made from, where the tokens' inputs are known."""
+    `prepare_input_factor` does."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenFactor:
+    """The same of tokens whose inputs x are known: no gradient of theirs leaves the span."""
+
+    span: TokenSpan
+    damping: float
+    """lambda."""
+
+    @property
+    def vectors(self) -> torch.Tensor:
+        """As of a `SpannedFactor`."""
+        return self.span.vectors
+
+    @property
+    def eigenvalues(self) -> torch.Tensor:
+        """As of a `SpannedFactor`: of the mean."""
+        return self.span.eigenvalues / self.span.images.shape[0]
 
     @property
     def effective_rank(self) -> float:
@@ -127,7 +144,7 @@ def prepare_input_factor(
     return factorize()
 
 
-def prepare_token_factor(rows: torch.Tensor, damping: float, names: tuple[str, ...]) -> SpannedFactor | None:
+def prepare_token_factor(rows: torch.Tensor, damping: float, names: tuple[str, ...]) -> TokenFactor | None:
     """As `prepare_input_factor`, from the inputs of few tokens themselves.
 
     Args:
@@ -141,9 +158,7 @@ def prepare_token_factor(rows: torch.Tensor, damping: float, names: tuple[str, .
     if not bool(torch.isfinite(rows).all()):
         raise NumericalError(f"{names[0]}: its input is not finite")
     span = token_span(rows)
-    if span is None:
-        return None
-    return SpannedFactor(span.vectors, span.eigenvalues / rows.shape[0], damping, None, span)
+    return None if span is None else TokenFactor(span, damping)
 
 
 def _factorize(

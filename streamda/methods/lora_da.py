@@ -23,15 +23,15 @@ from streamda.config import SolveConfig
 from streamda.errors import NumericalError
 from streamda.factors import largest_magnitude
 from streamda.methods.displacement import Displacement
-from streamda.methods.input_factor import InputFactor, SpannedFactor
-from streamda.methods.low_end import LowEnd, by_krylov, on_span
+from streamda.methods.input_factor import InputFactor, SpannedFactor, TokenFactor
+from streamda.methods.low_end import LowEnd, by_krylov, gradient_on_span, on_span, token_gradient_on_span
 from streamda.methods.solution import LayerSolution, SolveStats, SolveStatus, layer_generator, standard_start
 from streamda.token_span import TokenGradient
 
 
 def solve_layer(
     name: str,
-    factor: InputFactor | SpannedFactor | None,
+    factor: InputFactor | SpannedFactor | TokenFactor | None,
     gradient: Sequence[torch.Tensor] | TokenGradient,
     output_moment: torch.Tensor,
     config: SolveConfig,
@@ -45,7 +45,7 @@ def solve_layer(
         name: module name; with `seed` it fixes the eigensolver's start.
         factor: of the layer's input group; None for an input that was always zero.
         gradient: [d_out, d_in], mean over samples, as bands of rows [rows, d_in] in float32 or float64; may be read
-            anew at each use; or as rows of few tokens, whose inputs `factor` is made from.
+            anew at each use; a `TokenGradient` of the tokens that a `TokenFactor` is made from.
         output_moment: [d_out], mean over tokens.
         config: the method's settings.
         population_size: N, rows of the whole training set.
@@ -71,18 +71,25 @@ def solve_layer(
         )
     variance = config.variance_weight * float((1 / y).sum()) / population_size
 
-    def displacement(inverse: InputFactor | None) -> Displacement:
-        return Displacement(inverse, gradient, (d_out, d_in), y if config.use_fisher else None, y.device)
+    def displacement(inverse: InputFactor | None, bands: Sequence[torch.Tensor]) -> Displacement:
+        return Displacement(inverse, bands, (d_out, d_in), y if config.use_fisher else None, y.device)
 
-    found: LowEnd | None = None
-    if isinstance(factor, SpannedFactor):
-        found = on_span(name, factor, displacement(None), variance, layer_generator(name, seed), config)
-    if found is None:
-        if isinstance(factor, SpannedFactor):
-            assert factor.cholesky is not None  # a gradient of the very tokens does not leave their span
-            factor = factor.cholesky()
-        whole = displacement(factor if config.use_fisher else None)
-        found = by_krylov(name, factor, whole, variance, layer_generator(name, seed), config)
+    generator = layer_generator(name, seed)
+    if isinstance(factor, TokenFactor):
+        assert isinstance(gradient, TokenGradient)
+        along = token_gradient_on_span(factor, gradient)
+        if along is None:
+            return standard_start(name, d_in, d_out, config.rank, seed)
+        found = on_span(name, factor, along, displacement(None, ()), variance, generator, config)
+    else:
+        assert not isinstance(gradient, TokenGradient)
+        plain = displacement(None, gradient)
+        if isinstance(factor, SpannedFactor) and (along := gradient_on_span(factor, plain, generator)) is not None:
+            found = on_span(name, factor, along, plain, variance, generator, config)
+        else:
+            factor = factor.cholesky() if isinstance(factor, SpannedFactor) else factor
+            whole = displacement(factor if config.use_fisher else None, gradient)
+            found = by_krylov(name, factor, whole, variance, layer_generator(name, seed), config)
     lora_a, lora_b = _split(found, config)
     if not (bool(torch.isfinite(lora_a).all()) and bool(torch.isfinite(lora_b).all())):
         raise NumericalError(f"{name}: the solution is not finite in float32; try a larger --damping")

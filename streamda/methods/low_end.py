@@ -31,8 +31,9 @@ from streamda.config import SolveConfig
 from streamda.errors import NumericalError
 from streamda.factors import largest_magnitude, mirror_lower_
 from streamda.methods.displacement import Displacement
-from streamda.methods.input_factor import InputFactor, SpannedFactor
+from streamda.methods.input_factor import InputFactor, SpannedFactor, TokenFactor
 from streamda.products import add_product_, add_triangle_
+from streamda.token_span import TokenGradient
 
 MAX_LEAK = 1e-3
 """Share of the gradient that may lie outside the span of the inputs: gradients of tokens that the input moment does not
@@ -42,6 +43,18 @@ NOISY_LEAK = 1e-5
 of some tokens hardly stand out of the rounding of the others'. How far B A is off depends on which tokens these are."""
 LEAK_PROBES = 8
 """Random vectors by which that share is measured."""
+NO_GRADIENT = 1e-12
+"""Of the sizes of its two factors, below which a product is the rounding of zero in float64."""
+
+
+@dataclass(frozen=True, slots=True)
+class GradientOnSpan:
+    """A gradient along the span of its layer's inputs."""
+
+    product: torch.Tensor
+    """``gradient W`` [d_out, k] float64."""
+    noisy: bool
+    """Whether rounding may be a part of what matters in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,27 +140,21 @@ def by_krylov(
 
 def on_span(
     name: str,
-    factor: SpannedFactor,
+    factor: SpannedFactor | TokenFactor,
+    gradient: GradientOnSpan,
     displacement: Displacement,
     variance: float,
     generator: torch.Generator,
     config: SolveConfig,
-) -> LowEnd | None:
+) -> LowEnd:
     """Finds the low end as that of a matrix of as many rows as the inputs have independent directions.
 
-    Takes what `by_krylov` takes.
-
-    Returns:
-        None where that would not do: the gradient leaves the span.
+    Takes what `by_krylov` takes, and the gradient on the span, which is overwritten.
 
     Raises:
         NumericalError: D over- or underflows.
     """
-    found = _along_span(factor, displacement, generator)
-    if found is None:
-        return None
-    weighted, leak = found
-    displacement.weigh(weighted)
+    weighted = displacement.weigh(gradient.product)
     damped = factor.eigenvalues + factor.damping
     if config.use_fisher:
         weighted /= damped
@@ -194,23 +201,29 @@ def on_span(
         residual=float(residual),
         steps=1,
         converged=True,
-        noisy=leak >= NOISY_LEAK,
+        noisy=gradient.noisy,
     )
 
 
-def _along_span(
-    factor: SpannedFactor, displacement: Displacement, generator: torch.Generator
-) -> tuple[torch.Tensor, float] | None:
-    """``gradient W`` [d_out, k] and the share of the gradient outside the span; None where that is not rounding.
+def token_gradient_on_span(factor: TokenFactor, gradient: TokenGradient) -> GradientOnSpan | None:
+    """A gradient of few tokens along the span of their inputs; None where it is zero."""
+    images = factor.span.images
+    product = gradient.along(images)
+    size = float(torch.linalg.vector_norm(gradient.rows, dtype=torch.float64)) * float(images.norm())
+    inside = float(product.norm())
+    if inside * gradient.num_samples <= NO_GRADIENT * size:
+        return None
+    outside = float(gradient.along(factor.span.rest).norm())
+    return GradientOnSpan(product, factor.span.is_faint or outside > NOISY_LEAK * inside)
 
-    Of known inputs what is outside is small, and no gradient of other tokens. Else the gradient is a float32 sum, whose
-    rounding is as large as that of a product in float32; so the operands are.
+
+def gradient_on_span(
+    factor: SpannedFactor, displacement: Displacement, generator: torch.Generator
+) -> GradientOnSpan | None:
+    """A gradient along the span of its inputs; None where more of it lies outside than rounding.
+
+    The gradient is a float32 sum, whose rounding is as large as that of a product in float32; so the operands are.
     """
-    if factor.tokens is not None:
-        along = displacement.along_tokens(factor.tokens.images)
-        inside, outside = float(along.norm()), float(displacement.along_tokens(factor.tokens.rest).norm())
-        leak = outside / inside if inside else math.inf
-        return along, max(leak, NOISY_LEAK) if factor.tokens.is_faint else leak
     vectors = factor.vectors
     probes = _drawn(vectors.shape[0], LEAK_PROBES, generator, vectors.device)
     probes -= vectors @ (vectors.T @ probes)
@@ -225,7 +238,7 @@ def _along_span(
         del rows
     inside = float(along.norm())
     leak = math.sqrt(leaked / LEAK_PROBES) / inside if inside else math.inf
-    return (along, leak) if leak <= MAX_LEAK else None
+    return GradientOnSpan(along, leak > NOISY_LEAK) if leak <= MAX_LEAK else None
 
 
 def _outside(vectors: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:

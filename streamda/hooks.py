@@ -39,6 +39,7 @@ class PanelCollector:
         self._batch: Batch | None = None
         self._group_inputs: dict[str, list[tuple[torch.Tensor, slice]]] = {}
         self._filled = dict.fromkeys((group.name for group in spec.groups), 0)
+        self._crowded: str | None = None  # a group that saw more tokens than it has rows
         self.totals = {panel: new_panel(panel, device) for panel in panels}
         self.num_tokens = {linear.name: 0 for linear in spec.linears}
         """Rows that entered the second moments of each layer."""
@@ -64,6 +65,9 @@ class PanelCollector:
         # the last graph's hooks lead to this object, and these inputs lead back into the graph: a ring through C++ that
         # Python's collector cannot see and that would keep a micro-batch of activations alive per block
         self._group_inputs = {}
+        # not at once: a sample that became NaN or Inf is looked at by passing it again, and is an error of its own
+        if error is None and self._crowded is not None:
+            raise ModelError(f"{self._crowded} sees more tokens than the samples have, though it did not when planned")
 
     def begin(self, batch: Batch) -> None:
         """Announces the micro-batch that will pass next."""
@@ -147,9 +151,9 @@ class PanelCollector:
     def _next_place(self, group: InputGroup, count: int) -> slice:
         """Where the next tokens of a group's input lie among its rows."""
         start = self._filled[group.name]
-        self._filled[group.name] = start + count
         if 0 < group.token_rows < start + count:
-            raise ModelError(f"{group.name} sees more tokens than the samples have, though it did not when planned")
+            self._crowded, start = group.name, 0
+        self._filled[group.name] = start + count
         return slice(start, start + count)
 
     def _add_input(self, name: str, x: torch.Tensor, rows: torch.Tensor | None, place: slice) -> None:

@@ -131,6 +131,8 @@ class WorkloadModel:
         device = self._stack.device
         sizes = [0]
         for linear in spec.linears:
+            if spec.group_of(linear.name).token_rows:  # copied, and not multiplied
+                continue
             work = work_bytes(device, rows, max(linear.d_in, linear.d_out))
             if self._dtype.itemsize >= FLOAT32_BYTES:  # added to the panel where it is
                 sizes.append(work)

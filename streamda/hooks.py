@@ -37,7 +37,7 @@ class PanelCollector:
         self._spec = spec
         self._handles: list[RemovableHandle] = []
         self._batch: Batch | None = None
-        self._group_inputs: dict[str, list[tuple[torch.Tensor, slice]]] = {}
+        self._group_inputs: dict[str, list[tuple[torch.Tensor, slice | None]]] = {}
         self._filled = dict.fromkeys((group.name for group in spec.groups), 0)
         self._crowded: str | None = None  # a group that saw more tokens than it has rows
         self.totals = {panel: new_panel(panel, device) for panel in panels}
@@ -67,7 +67,10 @@ class PanelCollector:
         self._group_inputs = {}
         # not at once: a sample that became NaN or Inf is looked at by passing it again, and is an error of its own
         if error is None and self._crowded is not None:
-            raise ModelError(f"{self._crowded} sees more tokens than the samples have, though it did not when planned")
+            raise ModelError(
+                f"{self._crowded} sees more tokens than the samples have, though it did not when planned; use "
+                "--keep-statistics"
+            )
 
     def begin(self, batch: Batch) -> None:
         """Announces the micro-batch that will pass next."""
@@ -148,27 +151,29 @@ class PanelCollector:
             )
         return None
 
-    def _next_place(self, group: InputGroup, count: int) -> slice:
-        """Where the next tokens of a group's input lie among its rows."""
+    def _next_place(self, group: InputGroup, count: int) -> slice | None:
+        """Where the next tokens of a group's input lie among its rows; None where there are no more of them."""
         start = self._filled[group.name]
         if 0 < group.token_rows < start + count:
-            self._crowded, start = group.name, 0
+            self._crowded = group.name
+            return None
         self._filled[group.name] = start + count
         return slice(start, start + count)
 
-    def _add_input(self, name: str, x: torch.Tensor, rows: torch.Tensor | None, place: slice) -> None:
+    def _add_input(self, name: str, x: torch.Tensor, rows: torch.Tensor | None, place: slice | None) -> None:
         panels = self._of_inputs[name]
         if panels:
             flat = x.reshape(-1, x.shape[-1])  # [tokens, d_in]
             flat = flat if rows is None else flat[rows]
             for panel in panels:
                 if panel.statistic == "input_rows":
-                    self.totals[panel][place] = flat
+                    if place is not None:
+                        self.totals[panel][place] = flat
                 else:
                     add_input_moment_(self.totals[panel], flat, panel.start)
 
     def _add_output(
-        self, panels: list[Panel], x: torch.Tensor, g: torch.Tensor, rows: torch.Tensor | None, place: slice
+        self, panels: list[Panel], x: torch.Tensor, g: torch.Tensor, rows: torch.Tensor | None, place: slice | None
     ) -> None:
         flat_g = g.detach().reshape(-1, g.shape[-1])  # [tokens, d_out]
         flat_x = x.reshape(-1, x.shape[-1])  # [tokens, d_in]
@@ -179,5 +184,5 @@ class PanelCollector:
             chosen = flat_g if rows is None else flat_g[rows]
             if panel.statistic == "output_moment":
                 add_output_moment_(self.totals[panel], chosen)
-            else:
+            elif place is not None:
                 self.totals[panel][place] = chosen  # those that are not chosen are zero: nothing hangs on padding

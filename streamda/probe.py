@@ -38,7 +38,7 @@ class BlockProbe:
     largest_bytes: int
     """The largest single tensor among them."""
     called_once: frozenset[str]
-    """Names of linear layers that one pass calls once, as far as that is known."""
+    """Names of linear layers that one pass calls once, on all tokens, as far as that is known."""
     exact: bool
     """False where the block could not run as it will, and the bytes are an upper estimate."""
 
@@ -127,7 +127,8 @@ def _run_on_fakes(
         storage.nbytes() * (dtype.itemsize if kept == run_dtype else kept.itemsize) // kept.itemsize
         for storage, kept in storages.values()
     ]
-    once = frozenset(name for name, inputs in calls.items() if len(inputs) == 1)
+    rows = shape[0] * shape[1]
+    once = frozenset(name for name, (x, *more) in calls.items() if not more and x.numel() == rows * x.shape[-1])
     return BlockProbe(tuple(map(tuple, groups.values())), sum(sizes), max(sizes), once, exact=run_dtype == dtype)
 
 

@@ -83,13 +83,13 @@ def open_run(
         # the bits of a run depend on its micro-batches, so a continued one keeps them under any budget; statistics
         # that were once to be kept are never freed behind their owner's back
         chosen, kept = run.settings["micro_batch_tokens"], bool(run.settings["keeps_statistics"])
-        if keeps and not kept:
-            _drop_made_from_rows(run, prepared.specs(chosen, keep_statistics=False))
         if chosen != made.micro_batch_tokens or kept > keeps:
             keeps = keeps or kept
             made = prepared.plan(
                 solves=solves, keep_statistics=keeps, micro_batch_tokens=chosen, disk_room=room_for_run(work)
             )
+        if keeps and not kept:  # once it is known that the run fits with them
+            _drop_made_from_rows(run, prepared.specs(chosen, keep_statistics=False))
         copies = copy_configuration(prepared.source.folder, run.path, config.trust_remote_code)
         run.update_settings({"keeps_statistics": keeps, "model_files": copies})
         with limit_errors(prepared.budget.device_bytes, made.peak_bytes):

@@ -11,6 +11,7 @@ number of tokens, and the only rounding in it is that of the rows.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -19,11 +20,12 @@ from streamda.products import add_triangle_
 
 CHUNK_COLUMNS = 4096
 """Of rows that are in float64 at a time."""
-ROUNDING, DISTINCT, CLEAR = 1e-6, 1e-5, 3e-5
-"""Shares of a row. A direction counts where some row has more than the second of its length along it: prompts of one
-template give all samples tokens whose inputs differ by nothing, or by float32's rounding, 1e-7 to 1e-6, of which the
-inverse of the damping would make the largest part of the solution. Tokens of a real model differ by 1e-4 and more. What
-lies between the first and the third may be either, and is said."""
+DISTINCT = 1e-5
+"""A direction counts where some row has more than this share of its length along it. Prompts of one template give all
+samples tokens whose inputs differ by nothing, or by float32's rounding, 1e-7 to 1e-6, of which the inverse of the
+damping would make the largest part of the solution; tokens of a real model differ by 1e-4 and more."""
+ROUNDING, CLEAR = 1e-6, 3e-5
+"""What lies between these shares may be either, and is said."""
 GRAM_RANGE = 1e-6
 """Eigenvalues of ``x x^T``, with rows of unit length, below which its eigenvectors have too few digits; singular values
 have all of them, and take longer."""
@@ -99,7 +101,9 @@ def token_span(rows: torch.Tensor) -> TokenSpan | None:
         vectors = _times_rows(((turned[:, kept] / roots[kept] / lengths[:, None]) @ mixed).T, rows).T
     else:
         vectors = basis[:, kept] @ mixed
-    faint = bool(((shares > ROUNDING) & (shares < CLEAR)).any())
+    # the product of many equal rows has so much rounding of its own
+    rounding = max(ROUNDING, 4 * math.sqrt(torch.finfo(torch.float64).eps * float(values[-1])))
+    faint = bool(((shares > rounding) & (shares < CLEAR)).any())
     return TokenSpan(vectors, eigenvalues, along[:, kept] @ mixed, along[:, ~kept], faint)
 
 

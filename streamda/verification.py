@@ -149,7 +149,7 @@ def _verify_unit(run: RunDirectory, name: str) -> None:
     if found["kind"] == "stats":
         reader = BlockStatisticsReader(run.units, index)
         _require(run, name, _lists(run, name, reader), "lists other modules than it holds")
-        _verify_sums(run, name, reader)
+        _verify_statistics(run, name, reader)
     elif found["kind"] == "solve":
         _verify_factors(run, name, index)
     else:
@@ -162,8 +162,8 @@ def _lists(run: RunDirectory, name: str, reader: BlockStatisticsReader) -> bool:
     return held == set(run.units.metadata(name)["modules"]) and held <= set(run.parts["method"]["modules"])
 
 
-def _verify_sums(run: RunDirectory, name: str, reader: BlockStatisticsReader) -> None:
-    """All sums, a tile at a time: reading checks that they are finite; second moments are not below zero.
+def _verify_statistics(run: RunDirectory, name: str, reader: BlockStatisticsReader) -> None:
+    """All sums, a tile at a time, and rows: reading checks that they are finite; second moments are not below zero.
 
     Of layers that were left out, because their sums were not finite, these sums are not there.
     """

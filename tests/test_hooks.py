@@ -233,8 +233,10 @@ def test_rows_of_inputs_need_no_gradients_and_those_of_outputs_no_inputs() -> No
     assert all(torch.equal(total, whole[panel]) for panel, total in collector.totals.items())
 
 
-def test_a_layer_that_sees_more_rows_than_there_are_tokens_is_an_error() -> None:
+@pytest.mark.parametrize("tokens", [4, 10])
+def test_a_layer_that_sees_more_rows_than_there_are_tokens_is_an_error(tokens: int) -> None:
     spec, block, batch = with_rows(10), Block("twice"), make_batch()
+    spec = dataclasses.replace(spec, groups=(spec.groups[0], dataclasses.replace(spec.groups[1], token_rows=tokens)))
     with (
         pytest.raises(ModelError, match=r"h\.0\.third sees more tokens than the samples have"),
         PanelCollector(block, spec, block_panels(spec), CPU) as collector,

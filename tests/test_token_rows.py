@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import streamda
 from streamda import plan, workload
@@ -220,16 +221,19 @@ def test_rows_that_were_damaged_on_disk_are_found(stopped: Path) -> None:
             reader.token_rows(module, "input_rows")
 
 
-def test_a_layer_that_a_pass_calls_twice_is_summed_up(inputs: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("at_once", [False, True])
+def test_a_layer_that_sees_each_token_twice_is_summed_up(at_once: bool, inputs: Path, tmp_path: Path) -> None:
     """How many rows it sees is not the number of tokens."""
-    from transformers.models.llama.modeling_llama import LlamaMLP
-
     plain = LlamaMLP.forward
 
     def twice(self: LlamaMLP, x: Tensor) -> Tensor:
+        if at_once:
+            inner = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+            return self.down_proj(torch.stack((inner, 2 * inner))).sum(dim=0)
         return plain(self, x) + self.down_proj(self.act_fn(self.up_proj(x)))
 
     with pytest.MonkeyPatch.context() as patch, noting_panels() as kinds:
         patch.setattr(LlamaMLP, "forward", twice)
-        streamda.initialize(**options(inputs, tmp_path))
+        # one sample at a time: without padding, which could not be told apart in twice as many rows
+        streamda.initialize(**options(inputs, tmp_path, micro_batch_tokens="1"))
     assert kinds == ROWS | {"gradient", "input_moment", "output_moment"}

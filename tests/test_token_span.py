@@ -121,6 +121,14 @@ def test_two_variants_of_a_token_are_one_however_often_they_come(copies: int, di
     assert found.status is (SolveStatus.NOISY if difference > 2 * module.ROUNDING else SolveStatus.OK)
 
 
+@pytest.mark.parametrize("others", [0, 300])
+def test_many_equal_tokens_are_one_and_no_noise(others: int) -> None:
+    x, g = draw_rows(9, 700 + others, 1536, 20)
+    x[:700] = x[0]
+    assert require_span(x, 1e-10) == 1 + others
+    assert solve_rows(x, g).status is SolveStatus.OK
+
+
 @pytest.mark.parametrize(
     ("difference", "status", "tolerance"), [(1e-3, SolveStatus.OK, 1e-5), (4e-5, SolveStatus.NOISY, 1e-2)]
 )

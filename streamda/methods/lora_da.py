@@ -89,6 +89,7 @@ def solve_layer(
         else:
             factor = factor.cholesky() if isinstance(factor, SpannedFactor) else factor
             whole = displacement(factor if config.use_fisher else None, gradient)
+            # from its beginning, wherever the span was looked at before
             found = by_krylov(name, factor, whole, variance, layer_generator(name, seed), config)
     lora_a, lora_b = _split(found, config)
     if not (bool(torch.isfinite(lora_a).all()) and bool(torch.isfinite(lora_b).all())):

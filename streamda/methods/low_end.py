@@ -17,6 +17,7 @@ the gradient's rows lie in the span of W, as they do where the same tokens made 
 No eigenvalue on the span is above c / lambda, so that the low end of Omega is that of a T x T matrix; where that has
 fewer rows than eigenvectors are wanted, the rest is any orthonormal one outside the span, along which D is zero.
 Nothing iterates, and the rounding of the stored sums, which 1 / lambda would magnify outside the span, does not enter.
+Where the tokens' rows are known and not only sums of them, span and gradient come from these (`streamda.token_span`).
 """
 
 from __future__ import annotations

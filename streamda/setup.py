@@ -28,6 +28,7 @@ from streamda.model_source import ModelSource, find_model
 from streamda.plan import Plan, make_plan, minimum_bytes
 from streamda.products import product_library
 from streamda.skeleton import build_skeleton, load_config, third_party
+from streamda.solve_plan import keeps_rows
 from streamda.workload import WorkloadModel, micro_batch_candidates
 
 STATISTICS_VERSION = 2
@@ -138,14 +139,8 @@ class Prepared:
         return [cost.spec for cost in self.work.at(micro_batch_tokens, self._row_tokens(keep_statistics)).blocks]
 
     def _row_tokens(self, keep_statistics: bool) -> int:
-        """Tokens whose rows may stand for statistics: all that there are, or none.
-
-        What is kept are sums. Gradients of tokens that no moment counts have no rows in it; what a codec rounds is
-        solved as it was rounded; and in bfloat16 rounding is as large as what tells tokens apart.
-        """
-        collect = self.config.collect
-        masked, rounded = collect.token_mask != "attention", collect.statistics_codec == "bitround"
-        return 0 if keep_statistics or masked or rounded or self.dtype != torch.float32 else sum(self.lengths)
+        """Tokens whose rows may stand for statistics: all that there are, or none."""
+        return 0 if keep_statistics or _makes_sums(self.config, self.dtype) else sum(self.lengths)
 
     def _workload_at(self, solves: bool, keep_statistics: bool) -> Callable[[int], Workload]:
         """Costs at a number of tokens per micro-batch."""
@@ -206,7 +201,8 @@ def prepare(config: RunConfig, *, weights: bool, solves: bool = True) -> Prepare
     if targets.outside:
         notices.append(f"outside the decoder blocks, so left without an adapter: {', '.join(targets.outside[:5])}")
     num_tokens = num_labels if config.collect.token_mask == "labels" else sum(lengths)
-    if short := _rank_deficient(targets, num_tokens):
+    sums = config.keep_statistics or not solves or _makes_sums(config, dtype)
+    if short := _rank_deficient(targets, num_tokens, sums):
         notices.append(short)
     return Prepared(config, source, stack, checkpoint, tokenizer, calibration, targets, budget, work, tuple(notices))
 
@@ -322,14 +318,29 @@ def _free_host_bytes() -> int:
     return available
 
 
-def _rank_deficient(targets: Targets, num_tokens: int) -> str | None:
-    """A note where the tokens that enter the moments are few for the input dimensions."""
+def _makes_sums(config: RunConfig, dtype: torch.dtype) -> bool:
+    """Whether statistics are sums however few tokens there are, beside those that are kept, which always are.
+
+    Gradients of tokens that no moment counts have no rows in it; what a codec rounds is solved as it was rounded; and
+    in bfloat16 rounding is as large as what tells tokens apart.
+    """
+    collect = config.collect
+    return collect.token_mask != "attention" or collect.statistics_codec == "bitround" or dtype != torch.float32
+
+
+def _rank_deficient(targets: Targets, num_tokens: int, sums: bool) -> str | None:
+    """A note where the tokens that enter the moments are few for the input dimensions; `sums`: made in any case."""
     few: Sequence[str] = [spec.name for spec in targets.linears if TOKENS_PER_INPUT * spec.d_in > num_tokens]
-    short: Sequence[str] = [spec.name for spec in targets.linears if spec.d_in > num_tokens]
+    short = [spec for spec in targets.linears if spec.d_in > num_tokens]
     if short:
+        summed = [spec for spec in short if sums or not keeps_rows(num_tokens, spec.d_in, [spec.d_out])]
+        rounding = (
+            f"; {len(summed)} of them are solved from sums in float32, whose rounding may be most of what they get, "
+            "whatever their status says"
+        )
         return (
-            f"{num_tokens} tokens are fewer than the inputs of {len(short)} layers (such as {short[0]}): their input "
-            "moments are rank-deficient, and what no token shows is left to the damping; more samples are better"
+            f"{num_tokens} tokens are fewer than the inputs of {len(short)} layers (such as {short[0].name}): what no "
+            f"token shows is left to the damping; more samples are better{rounding if summed else ''}"
         )
     if few:
         return (

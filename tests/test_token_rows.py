@@ -143,6 +143,15 @@ def test_what_is_kept_masked_or_rounded_is_summed_up(given: dict[str, Any], inpu
     assert kinds == {"gradient", "input_moment", "output_moment"}
 
 
+@pytest.mark.parametrize(("given", "warns"), [({}, False), ({"keep_statistics": True}, True)], ids=str)
+def test_a_run_says_where_rounding_may_be_most_of_what_layers_get(
+    given: dict[str, Any], warns: bool, inputs: Path, tmp_path: Path
+) -> None:
+    report = streamda.initialize(**options(inputs, tmp_path, **given))
+    (note,) = (notice for notice in report.notices if "23 tokens are fewer than the inputs of 21 layers" in notice)
+    assert ("21 of them are solved from sums" in note) == warns
+
+
 def test_collected_statistics_are_sums(inputs: Path, tmp_path: Path) -> None:
     given = options(inputs, tmp_path, statistics=str(tmp_path / "s"))
     del given["output_dir"]

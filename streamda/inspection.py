@@ -13,6 +13,7 @@ from streamda.files import shown
 from streamda.memory import format_size
 from streamda.report import REPORT_FILE, read_report, table
 from streamda.rundir import RunDirectory
+from streamda.solutions import solve_unit
 from streamda.store import stats_unit
 
 UNIT_KINDS = {
@@ -71,6 +72,8 @@ def _inspect_run(run: RunDirectory) -> tuple[dict[str, Any], str]:
         sizes[name] = sum(record.size for record in run.units.metadata(name).files.values())
     settings = run.settings
     collected = [index for index in settings["adapted_blocks"] if stats_unit(index) in sizes]
+    # where statistics stay in memory, what is solved is all that is seen of them
+    solved = [index for index in settings["adapted_blocks"] if solve_unit(index) in sizes]
     facts: dict[str, Any] = {
         "model": settings["model"],
         "data": settings["data"],
@@ -78,6 +81,7 @@ def _inspect_run(run: RunDirectory) -> tuple[dict[str, Any], str]:
         "loss": settings.get("loss"),
         "adapted_blocks": settings["adapted_blocks"],
         "collected_blocks": collected,
+        "solved_blocks": solved,
         "units": sizes,
     }
     data = settings["data"]
@@ -87,6 +91,7 @@ def _inspect_run(run: RunDirectory) -> tuple[dict[str, Any], str]:
         f"  data         {data['source']}  ({data['num_samples']} samples, {data['num_tokens']} tokens)",
         f"  layers       {len(run.parts['method']['modules'])}",
         f"  collected    {len(collected)} of {len(settings['adapted_blocks'])} blocks",
+        f"  solved       {len(solved)} of {len(settings['adapted_blocks'])} blocks",
         "",
         *table(["units", "number", "size"], unit_rows(sizes)),
     ]

@@ -25,7 +25,8 @@ def test_init_inspect_solve_and_back(
     assert "21 ok" in capsys.readouterr().out
     work = tmp_path / "adapter.work"
     assert run(monkeypatch, "inspect", str(work), "--json") == 0
-    assert json.loads(capsys.readouterr().out)["collected_blocks"] == [0, 1, 2]
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["collected_blocks"] == facts["solved_blocks"] == [0, 1, 2]
     arguments = ["--statistics", str(work), "--output-dir", str(tmp_path / "other"), "--rank", "4"]
     assert run(monkeypatch, "solve", *arguments) == 0
     assert "train from it" in capsys.readouterr().out

@@ -21,6 +21,7 @@ import streamda
 from streamda import plan, workload
 from streamda.config import RunConfig
 from streamda.errors import DamagedError
+from streamda.inspection import inspect_folder
 from streamda.layers import BlockSpec
 from streamda.panels import Replay
 from streamda.pipeline import plan as plan_run
@@ -181,6 +182,17 @@ def stopped(inputs: Path, tmp_path: Path) -> Path:
         if list(work.glob("units/stats-*/COMMIT.json")):
             break
     return work
+
+
+def test_a_run_whose_statistics_stay_in_memory_shows_what_is_solved(inputs: Path, tmp_path: Path) -> None:
+    work = tmp_path / "adapter.work"
+    for number in range(1, 40):
+        assert run_until(f"unit-committed:{number}", options(inputs, tmp_path)) == -signal.SIGKILL
+        if solved := list(work.glob("units/solve-*/COMMIT.json")):
+            break
+    facts = inspect_folder(work)[0]
+    assert len(facts["solved_blocks"]) == len(solved)
+    assert facts["collected_blocks"] == []
 
 
 def test_rows_on_disk_are_read_as_what_they_stand_for(stopped: Path, inputs: Path) -> None:

@@ -6,7 +6,7 @@
 Shapes are two blocks of real models, with random weights: `1b` (TinyLlama's), `mlp` (narrow with a very wide MLP, as a
 70B model's blocks are cut: one input moment above everything else), `vocab` (128k entries, so that the head is large),
 `7b` (Llama-2-7B's). Budgets are multiples of the smallest one that the plan gives; samples are COUNTxTOKENS, of
-the defaults the first few enough to be solved on the span of their inputs. Float32 on the CPU, measured by the run's
+the defaults the first few enough to be kept as rows in place of sums. Float32 on the CPU, measured by the run's
 own meter: anonymous memory above the baseline, sampled every 10 ms.
 
 Prints per run the planned and the measured peak and their ratio, and the phases that outgrew their plan. Exits with 1

@@ -121,6 +121,12 @@ def largest_magnitude(values: torch.Tensor) -> float:
     return max(-low, high)
 
 
+def is_finite(values: torch.Tensor) -> bool:
+    """Whether there is neither NaN nor Inf."""
+    # the sum first, at the speed of memory; it may overflow where no value is more than large
+    return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
+
+
 def frobenius_norm(weight: torch.Tensor) -> float:
     """Of a matrix [rows, columns], to six digits."""
     # row by row in float32, at the speed of memory and float64 at a twentieth of it; squares may under- or overflow

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from streamda.batches import Batch
 from streamda.block_statistics import PanelMaker, zero_panel
 from streamda.errors import ModelError, NumericalError
-from streamda.factors import add_gradient_, add_input_moment_, add_output_moment_
+from streamda.factors import add_gradient_, add_input_moment_, add_output_moment_, is_finite
 from streamda.layers import BlockSpec, InputGroup
 from streamda.panels import OF_INPUTS, Panel
 
@@ -38,14 +38,16 @@ class PanelCollector:
         self._handles: list[RemovableHandle] = []
         self._batch: Batch | None = None
         self._group_inputs: dict[str, list[tuple[torch.Tensor, slice | None]]] = {}
-        self._filled = dict.fromkeys((group.name for group in spec.groups), 0)
         self._crowded: str | None = None  # a group that saw more tokens than it has rows
         self.totals = {panel: new_panel(panel, device) for panel in panels}
         self.num_tokens = {linear.name: 0 for linear in spec.linears}
         """Rows that entered the second moments of each layer."""
         self._of_inputs = {group.name: self._panels_of(group.name, *OF_INPUTS) for group in spec.groups}
         self._of_outputs = {
-            linear.name: self._panels_of(linear.name, "gradient", "output_moment", "output_rows")
+            linear.name: (
+                self._panels_of(linear.name, "gradient"),
+                self._panels_of(linear.name, "output_moment", "output_rows"),
+            )
             for linear in spec.linears
         }
 
@@ -77,18 +79,12 @@ class PanelCollector:
         self._batch = batch
         self._group_inputs = {}
 
-    @staticmethod
-    def is_finite(total: torch.Tensor) -> bool:
-        """Whether a panel holds neither NaN nor Inf."""
-        # above the diagonal an input moment's panel holds partial blocks, finite like the rest
-        # the sum first, at the speed of memory; it may overflow where no value is more than large
-        return bool(torch.isfinite(total.sum())) or bool(torch.isfinite(total).all())
-
     def bad_layers(self) -> dict[str, str]:
         """Layers with NaN or Inf in a statistic of theirs, and which; all that share a bad input moment."""
         bad: dict[str, str] = {}
         for panel, total in self.totals.items():
-            if not self.is_finite(total):
+            # above the diagonal an input moment's panel holds partial blocks, finite like the rest
+            if not is_finite(total):
                 shared = panel.statistic in OF_INPUTS
                 names = self._spec.group_of(panel.module).modules if shared else (panel.module,)
                 what = {"input_rows": "input", "output_rows": "output gradient"}.get(panel.statistic, panel.statistic)
@@ -111,7 +107,7 @@ class PanelCollector:
 
     def _forward_hook(self, name: str) -> Any:
         group = self._spec.group_of(name)
-        panels = self._of_outputs[name]
+        gradients, outputs = self._of_outputs[name]
 
         def hook(_module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
             batch = self._batch
@@ -122,7 +118,7 @@ class PanelCollector:
             self.num_tokens[name] += count
             seen = self._group_inputs.setdefault(group.name, [])
             if name == group.name:
-                place = self._next_place(group, count)
+                place = self._place(group, count)
                 self._add_input(name, x, rows, place)
                 seen.append((args[0], place))
             else:
@@ -130,9 +126,9 @@ class PanelCollector:
                 if not places:
                     raise ModelError(f"{name} does not read the input of {group.name}, though it did when planned")
                 place = places[-1]
-            if panels and output.requires_grad:
+            if (gradients or outputs) and output.requires_grad:
                 output.register_hook(  # type: ignore[no-untyped-call]  # torch has no types for it
-                    lambda g: self._add_output(panels, x, g, rows, place)
+                    lambda g: self._add_output(gradients, outputs, x, g, rows, place)
                 )
 
         return hook
@@ -151,14 +147,13 @@ class PanelCollector:
             )
         return None
 
-    def _next_place(self, group: InputGroup, count: int) -> slice | None:
-        """Where the next tokens of a group's input lie among its rows; None where there are no more of them."""
-        start = self._filled[group.name]
-        if 0 < group.token_rows < start + count:
+    def _place(self, group: InputGroup, count: int) -> slice | None:
+        """Where the last counted tokens of a group's input lie among its rows; None where there are no more of them."""
+        stop = self.num_tokens[group.name]
+        if 0 < group.token_rows < stop:
             self._crowded = group.name
             return None
-        self._filled[group.name] = start + count
-        return slice(start, start + count)
+        return slice(stop - count, stop)
 
     def _add_input(self, name: str, x: torch.Tensor, rows: torch.Tensor | None, place: slice | None) -> None:
         panels = self._of_inputs[name]
@@ -173,16 +168,22 @@ class PanelCollector:
                     add_input_moment_(self.totals[panel], flat, panel.start)
 
     def _add_output(
-        self, panels: list[Panel], x: torch.Tensor, g: torch.Tensor, rows: torch.Tensor | None, place: slice | None
+        self,
+        gradients: list[Panel],
+        outputs: list[Panel],
+        x: torch.Tensor,
+        g: torch.Tensor,
+        rows: torch.Tensor | None,
+        place: slice | None,
     ) -> None:
-        flat_g = g.detach().reshape(-1, g.shape[-1])  # [tokens, d_out]
         flat_x = x.reshape(-1, x.shape[-1])  # [tokens, d_in]
-        for panel in panels:
-            if panel.statistic == "gradient":
-                add_gradient_(self.totals[panel], flat_x, flat_g[:, panel.start : panel.stop])
-                continue
+        flat_g = g.detach().reshape(-1, g.shape[-1])  # [tokens, d_out]
+        for panel in gradients:
+            add_gradient_(self.totals[panel], flat_x, flat_g[:, panel.start : panel.stop])
+        if outputs:
             chosen = flat_g if rows is None else flat_g[rows]
-            if panel.statistic == "output_moment":
-                add_output_moment_(self.totals[panel], chosen)
-            elif place is not None:
-                self.totals[panel][place] = chosen  # those that are not chosen are zero: nothing hangs on padding
+            for panel in outputs:
+                if panel.statistic == "output_moment":
+                    add_output_moment_(self.totals[panel], chosen)
+                elif place is not None:
+                    self.totals[panel][place] = chosen  # those that are not chosen are zero: nothing hangs on padding

@@ -33,7 +33,7 @@ from streamda import files
 from streamda.block_statistics import TILE, TILES_AT_A_TIME, BlockStatistics, zero_panel
 from streamda.config import StatisticsCodec
 from streamda.errors import DamagedError
-from streamda.factors import mirror_lower_
+from streamda.factors import is_finite, mirror_lower_
 from streamda.layers import BlockSpec, InputGroup, LinearSpec
 from streamda.panels import Panel
 from streamda.statistics_codecs import zarr_codecs
@@ -237,8 +237,7 @@ class BlockStatisticsReader(BlockStatistics):
         values = torch.empty(shape)  # not NumPy's, whose alignment varies, and with it the bits of a product
         with self._reading():
             array.get_basic_selection(where, out=NDBuffer.from_numpy_array(values.numpy()))
-        # all was checked to be finite when it was written; a sum of it is looked at first, at the speed of memory
-        if not bool(torch.isfinite(values.sum())) and not bool(torch.isfinite(values).all()):
+        if not is_finite(values):  # as all was when it was written
             raise self._damage(f"{array.name} holds values that were never written; a chunk is missing")
         return values
 

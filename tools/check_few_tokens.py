@@ -17,15 +17,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 import streamda
 from streamda.config import RunConfig, SolveConfig
 from streamda.report import table
 from streamda.setup import prepare
+from tests.autograd_oracle import load_model
+from tests.golden_options import products, read_adapter
 
 WAYS = {"rows": {}, "sums": {"keep_statistics": True}}
 Rows = dict[str, tuple[Tensor, Tensor]]
@@ -90,7 +91,7 @@ def compare(model: Path, data: str, num_samples: int, max_length: int, rank: int
     samples = [
         (torch.as_tensor(sample.input_ids), torch.as_tensor(sample.labels)) for sample in prepared.calibration.samples
     ]
-    rows = whole_rows(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64).eval(), samples, names)
+    rows = whole_rows(load_model(model), samples, names)
     config = SolveConfig(rank=rank)
     truth = {name: dense_product(*rows.pop(name), len(samples), prepared.population_size, config) for name in names}
     errors: dict[str, dict[str, float]] = {}
@@ -98,14 +99,10 @@ def compare(model: Path, data: str, num_samples: int, max_length: int, rank: int
         with tempfile.TemporaryDirectory() as folder:
             output = Path(folder) / "adapter"
             report = streamda.initialize(**options, **given, output_dir=str(output))
-            tensors = load_file(output / "adapter_model.safetensors")
+            found = products(read_adapter(output))
         statuses = dict(Counter(facts["status"] for facts in report.modules.values()))
         print(f"{way}: {statuses}, {sum(report.seconds.values()):.1f} s")
-        errors[way] = {}
-        for name in names:
-            key = f"base_model.model.{name}.lora_"
-            product = tensors[key + "B.weight"].double() @ tensors[key + "A.weight"].double()
-            errors[way][name] = float((product - truth[name]).norm() / truth[name].norm())
+        errors[way] = {name: float((found[name] - truth[name]).norm() / truth[name].norm()) for name in names}
     print(f"{sum(prepared.lengths)} tokens, {len(names)} layers")
     return errors
 

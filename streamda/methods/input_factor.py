@@ -22,6 +22,7 @@ import torch
 
 from streamda import cholesky
 from streamda.errors import NumericalError
+from streamda.factors import is_finite
 from streamda.low_rank import low_rank_factor
 from streamda.solve_plan import few_tokens
 from streamda.token_span import TokenSpan, token_span
@@ -155,7 +156,7 @@ def prepare_token_factor(rows: torch.Tensor, damping: float, names: tuple[str, .
     Raises:
         NumericalError: non-finite values.
     """
-    if not bool(torch.isfinite(rows).all()):
+    if not is_finite(rows):
         raise NumericalError(f"{names[0]}: its input is not finite")
     span = token_span(rows)
     return None if span is None else TokenFactor(span, damping)

@@ -208,14 +208,15 @@ def on_span(
 
 def token_gradient_on_span(factor: TokenFactor, gradient: TokenGradient) -> GradientOnSpan | None:
     """A gradient of few tokens along the span of their inputs; None where it is zero."""
-    images = factor.span.images
-    product = gradient.along(images)
+    images, rest = factor.span.images, factor.span.rest
+    # both at once: the rows are cast for each product
+    whole = gradient.along(torch.cat((images, rest), dim=1))
+    product, outside = whole[:, : images.shape[1]], whole[:, images.shape[1] :]
     size = float(torch.linalg.vector_norm(gradient.rows, dtype=torch.float64)) * float(images.norm())
     inside = float(product.norm())
     if inside * gradient.num_samples <= NO_GRADIENT * size:
         return None
-    outside = float(gradient.along(factor.span.rest).norm())
-    return GradientOnSpan(product, factor.span.is_faint or outside > NOISY_LEAK * inside)
+    return GradientOnSpan(product, factor.span.is_faint or float(outside.norm()) > NOISY_LEAK * inside)
 
 
 def gradient_on_span(

@@ -38,6 +38,7 @@ from streamda.shards import (
     opened,
     read_tensor,
 )
+from streamda.spare_memory import SpareMemory
 from streamda.stored_weights import StoredWeight
 from streamda.weight_map import WeightMap
 
@@ -69,6 +70,7 @@ class Checkpoint:
         self.bytes_read = 0
         self._reading = threading.Lock()  # one read at a time: they share the copier, and the count
         self._copier = DeviceCopier(device)
+        self._spare = SpareMemory()
         self._model = model
         self._device = device
         self.map = WeightMap(folder, model)
@@ -100,19 +102,20 @@ class Checkpoint:
 
     def read(self, names: Iterable[str], *, keep_stored: bool = False) -> ReadWeights:
         """Reads parameters to the device and leaves the model alone; any thread may. For the rest as `load`."""
-        wanted: list[tuple[StoredTensor, str]] = []
+        wanted: list[tuple[StoredTensor, torch.dtype, str]] = []
         for name in names:
             for target in self.map.targets_below(name):
-                wanted += [(tensor, target) for tensor in self.map.stored(target)]
+                for tensor in self.map.stored(target):
+                    wanted.append((tensor, self._read_dtype(tensor, keep_stored), target))
         values: list[tuple[StoredTensor, torch.Tensor, str]] = []
         with self._reading, self._copier as copier:
-            for shard in dict.fromkeys(tensor.file for tensor, _ in wanted):
+            self._spare.hold_for(torch.Size(tensor.shape).numel() * dtype.itemsize for tensor, dtype, _ in wanted)
+            for shard in dict.fromkeys(tensor.file for tensor, _, _ in wanted):
                 with opened(shard) as descriptor:
                     self._require_unchanged(shard, descriptor)
-                    for tensor, target in wanted:
+                    for tensor, dtype, target in wanted:
                         if tensor.file == shard:
                             stopping.check()  # in the thread that reads ahead, too: a block may take a while
-                            dtype = self._read_dtype(tensor, keep_stored)
                             values.append((tensor, self._read_tensor(descriptor, tensor, dtype, copier), target))
                             self.bytes_read += tensor.num_bytes
             return ReadWeights(values, copier.mark())
@@ -151,16 +154,25 @@ class Checkpoint:
                     if tensor.file == shard:
                         read_ahead.ask(descriptor, tensor.offset, tensor.num_bytes, dropped)
 
-    def release(self, names: Iterable[str]) -> None:
-        """Puts parameters back on meta and so frees them; names as in `load`."""
+    def release(self, names: Iterable[str], *, spare: bool = False) -> None:
+        """Puts parameters back on meta and so frees them.
+
+        Args:
+            names: as for `load`.
+            spare: their memory is kept for the weights that are read next, until `free_spare`.
+        """
         for name in names:
             module, _, leaf = name.rpartition(".")
             owner = self._model.get_submodule(module)
             if leaf in owner._parameters:
-                self._empty(name)
+                self._empty(name, spare)
                 continue
             for below, _ in self._model.get_submodule(name).named_parameters():
-                self._empty(f"{name}.{below}")
+                self._empty(f"{name}.{below}", spare)
+
+    def free_spare(self) -> None:
+        """Frees what `release` has kept and no `read` has taken."""
+        self._spare.clear()
 
     def fingerprint(self) -> dict[str, Any]:
         """What identifies the weights: of each shard its size, and a digest of its header and of each tensor's ends.
@@ -183,12 +195,12 @@ class Checkpoint:
         self, descriptor: int, tensor: StoredTensor, dtype: torch.dtype, copier: DeviceCopier
     ) -> torch.Tensor:
         try:
-            value, checksum = read_tensor(descriptor, tensor, dtype, copier)
+            value, checksum = read_tensor(descriptor, tensor, dtype, copier, self._spare)
         except NonFiniteWeightError as error:
             if tensor.target not in self._tolerated:
                 raise
             self._zeroed.setdefault(tensor.target, {})[tensor.key] = error.count
-            value, checksum = read_tensor(descriptor, tensor, dtype, copier, zero_not_finite=True)
+            value, checksum = read_tensor(descriptor, tensor, dtype, copier, self._spare, zero_not_finite=True)
         if self._checksums.setdefault(tensor.key, checksum) != checksum:
             raise _changed(tensor.file, f"{one_line(tensor.key)} has other bytes")
         return value
@@ -246,9 +258,13 @@ class Checkpoint:
         # it stands for a parameter, and is none
         self._model.get_submodule(module)._parameters[leaf] = StoredWeight.keep(value, dtype)  # type: ignore[assignment]
 
-    def _empty(self, target: str) -> None:
+    def _empty(self, target: str, spare: bool) -> None:
         module, _, leaf = target.rpartition(".")
         owner = self._model.get_submodule(module)
+        weight = owner._parameters[leaf]
+        if spare and weight is not None and not weight.is_meta:
+            self._spare.keep(weight)
+        del weight
         if isinstance(owner._parameters[leaf], StoredWeight):
             # accelerate would keep the stored dtype, and take a cast for the way
             empty = torch.empty_like(self.map.expected[target], device="meta")

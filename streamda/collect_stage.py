@@ -335,6 +335,8 @@ class Collection:
 
     def _solve(self, solver: Solver, statistics: BlockStatistics) -> None:
         self._require_solution_room(statistics.spec, solver)
+        if not self._plan.spare_bytes:
+            self._checkpoint.free_spare()
         with self._phase("solve"):
             solver.solve(self._run.units, statistics)
 

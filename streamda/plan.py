@@ -54,6 +54,8 @@ class Plan:
     """Whether weights stay in the dtype of their files and are cast for each product."""
     prefetch: bool
     """Whether the next block is read into memory while one is in use; if not, the system is asked to cache it."""
+    spare_bytes: int
+    """In the peak of the solution: memory of a block's weights that meanwhile stays for the next one's."""
     spill_statistics: bool
     """Whether the statistics of a block lie on disk until it is solved; if not, they stay in memory."""
     boundaries_in_memory: int
@@ -224,8 +226,13 @@ def _plan_at(
             capacity, layouts = beside.capacity, beside.layouts
             peaks["solve"] += beside.growth
     reused: dict[str, int] = {}
+    spare = 0
     if host_is_device:
         highest = max(peaks.values())
+        weights = max(cost.resident_bytes(keep_stored) for cost in workload.blocks)
+        if "solve" in peaks and peaks["solve"] + weights <= highest:
+            spare = weights
+            peaks["solve"] += spare
         # of a tensor that is read ahead nobody knows how much is there already
         unknown = max(cost.largest_module_bytes for cost in workload.blocks) if prefetch else 0
         reused = {
@@ -255,6 +262,7 @@ def _plan_at(
         logit_rows=logit_rows,
         keep_stored=keep_stored,
         prefetch=prefetch,
+        spare_bytes=spare,
         spill_statistics=beside is None,
         boundaries_in_memory=in_memory,
         solve_capacity=capacity,

@@ -26,6 +26,7 @@ from streamda.errors import ModelError
 from streamda.files import shown
 from streamda.memory import READ_CHUNK_BYTES, DeviceCopier
 from streamda.quoting import NUM_NAMED, one_line, quoted
+from streamda.spare_memory import SpareMemory
 
 STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 MAX_JSON_BYTES = 100_000_000
@@ -179,7 +180,13 @@ def opened(shard: Path) -> Iterator[int]:
 
 
 def read_tensor(
-    descriptor: int, tensor: StoredTensor, dtype: torch.dtype, copier: DeviceCopier, *, zero_not_finite: bool = False
+    descriptor: int,
+    tensor: StoredTensor,
+    dtype: torch.dtype,
+    copier: DeviceCopier,
+    spare: SpareMemory,
+    *,
+    zero_not_finite: bool = False,
 ) -> tuple[torch.Tensor, int]:
     """Reads one tensor in some dtype, by chunks, so that no two whole copies of it exist at a time.
 
@@ -188,6 +195,7 @@ def read_tensor(
         tensor: what to read.
         dtype: what to cast it to.
         copier: knows the device.
+        spare: memory that the tensor may take.
         zero_not_finite: puts zeros in the place of NaN and Inf.
 
     Returns:
@@ -197,7 +205,7 @@ def read_tensor(
         NonFiniteWeightError: it holds NaN or Inf, before or after the cast.
         ModelError: it cannot be read.
     """
-    value = torch.empty(tensor.shape, dtype=dtype, device=copier.device)
+    value = spare.empty(tensor.shape, dtype, copier.device)
     flat = value.view(-1)
     in_place = copier.device.type == "cpu" and dtype == tensor.dtype
     largest = min(torch.finfo(dtype).max, torch.finfo(tensor.dtype).max)

@@ -39,7 +39,7 @@ from streamda.timeline import Timeline
 from streamda.token_span import TokenGradient
 from streamda.units import UnitStore
 
-SOLVER_VERSION = 5
+SOLVER_VERSION = 6
 """Raised with every change that gives a layer another solution from the same statistics and settings: no adapter is to
 mix the two."""
 MAX_ASYMMETRY = 1e-5

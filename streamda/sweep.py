@@ -98,8 +98,9 @@ class Sweep:
         self._blocks_ahead = Prefetcher(checkpoint, timeline, in_memory=prefetch)
 
     def close(self) -> None:
-        """Ends what reads ahead."""
+        """Ends what reads ahead, and frees what was kept for it."""
         self._blocks_ahead.close()
+        self._checkpoint.free_spare()
 
     @property
     def num_blocks(self) -> int:
@@ -228,7 +229,7 @@ class Sweep:
                     with self._timeline.span("write statistics"):
                         sink.write_panel(panel, values)
                 del values
-        self._checkpoint.release([spec.prefix])
+        self._checkpoint.release([spec.prefix], spare=push)
         release_unused(self._device)
         return facts
 
@@ -309,7 +310,7 @@ class Sweep:
                 output = self._stack.calls(*batch.shape)[index].run(block, hidden)
                 faults |= self._examiner.reasons(index, batch, bad_samples(output), hidden)
                 writer.append(output)
-        self._checkpoint.release([prefix])
+        self._checkpoint.release([prefix], spare=after >= 0)
 
     def _replay_forward(self, index: int, collector: PanelCollector) -> None:
         block = self._stack.blocks[index]

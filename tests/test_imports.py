@@ -26,7 +26,7 @@ LAYERS = (
     {
         "layers", "memory", "batches", "panels", "costs", "disk_plan", "flops", "plan", "bounds", "products", "factors",
         "cholesky", "block_statistics", "eigen", "low_rank", "token_span", "solve_plan", "stored_weights", "workers",
-        "methods",
+        "methods", "spare_memory",
     },
     # edges: files, data sets, the hub
     {
@@ -56,6 +56,7 @@ WITHIN = {
     "requirements": {"errors"},
     "stopping": {"errors"},
     "panels": {"layers"},
+    "spare_memory": {"memory"},
     "disk_plan": {"layers", "panels"},
     "factors": {"products"},
     "low_rank": {"products"},

@@ -109,7 +109,7 @@ class Checkpoint:
                     wanted.append((tensor, self._read_dtype(tensor, keep_stored), target))
         values: list[tuple[StoredTensor, torch.Tensor, str]] = []
         with self._reading, self._copier as copier:
-            self._spare.hold_for(torch.Size(tensor.shape).numel() * dtype.itemsize for tensor, dtype, _ in wanted)
+            self._spare.trim_to((tensor.shape, dtype) for tensor, dtype, _ in wanted)
             for shard in dict.fromkeys(tensor.file for tensor, _, _ in wanted):
                 with opened(shard) as descriptor:
                     self._require_unchanged(shard, descriptor)
@@ -136,6 +136,7 @@ class Checkpoint:
                 self._put(target, value)
             del value
         if fused:
+            self.free_spare()  # there would be three blocks' weights: the conversion makes a copy of each
             self._convert(fused)
 
     def announce(self, names: Iterable[str], dropped: threading.Event) -> None:
@@ -262,9 +263,8 @@ class Checkpoint:
         module, _, leaf = target.rpartition(".")
         owner = self._model.get_submodule(module)
         weight = owner._parameters[leaf]
-        if spare and weight is not None and not weight.is_meta:
+        if spare and weight is not None:
             self._spare.keep(weight)
-        del weight
         if isinstance(owner._parameters[leaf], StoredWeight):
             # accelerate would keep the stored dtype, and take a cast for the way
             empty = torch.empty_like(self.map.expected[target], device="meta")

@@ -17,11 +17,12 @@ from streamda.disk_plan import needed_boundaries, solution_bytes
 from streamda.disk_space import require_room
 from streamda.errors import MismatchError, NumericalError
 from streamda.files import reached
+from streamda.kept_memory import REUSING_PHASES
 from streamda.layers import BlockSpec
 from streamda.memory import bound_allocator, release_unused, reuse_heap
 from streamda.nonfinite import BadSamplesError, named_samples, skip_notice
 from streamda.panels import stored_bytes
-from streamda.plan import REUSING_PHASES, Plan
+from streamda.plan import Plan
 from streamda.progress import Progress
 from streamda.report import InitReport
 from streamda.rundir import RunDirectory
@@ -236,10 +237,8 @@ class Collection:
             with self._phase("prologue"):
                 self._sweep.prologue()
         missing = self._sweep.missing_boundaries(wanted)
-        with (
-            self._phase("forward"),
-            self._progress.pass_over("forward", len(missing), self._num_tokens) as bar,
-        ):
+        passing = self._progress.pass_over("forward", len(missing), self._num_tokens)
+        with self._phase("forward"), passing as bar:
             self._sweep.forward(wanted, bar)
         if begins or grads(top) in self._boundaries:  # in the second case only its loss is read
             with (
@@ -337,6 +336,7 @@ class Collection:
         self._require_solution_room(statistics.spec, solver)
         if not self._plan.spare_bytes:
             self._checkpoint.free_spare()
+            release_unused(self._prepared.device)
         with self._phase("solve"):
             solver.solve(self._run.units, statistics)
 

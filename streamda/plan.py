@@ -16,7 +16,8 @@ from streamda.costs import BlockCost, Workload
 from streamda.disk_plan import DiskUse, choose_stride, disk_work, stride_text
 from streamda.errors import BudgetError, StorageError
 from streamda.flops import count_flops
-from streamda.memory import HEAP_ROOM_BYTES, READ_CHUNK_BYTES, MemoryBudget, format_size
+from streamda.kept_memory import reused_bytes, spare_bytes
+from streamda.memory import READ_CHUNK_BYTES, MemoryBudget, format_size
 from streamda.panels import FLOAT32_BYTES, Replay, block_panels, pack_replays
 from streamda.solve_plan import (
     WORKSPACE_BYTES,
@@ -37,8 +38,6 @@ MAX_LOGIT_BYTES = 64 << 20
 FRAGMENTATION_BYTES = 80 << 20
 """Activations of many shapes leave holes in an allocator that are as large as themselves, up to about this much: larger
 blocks are mapped one by one. Measured on CPU."""
-REUSING_PHASES = ("forward", "backward", "solve")
-"""Where the same sizes are needed again and again: block by block, and micro-batch by micro-batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,18 +227,10 @@ def _plan_at(
     reused: dict[str, int] = {}
     spare = 0
     if host_is_device:
-        highest = max(peaks.values())
-        weights = max(cost.resident_bytes(keep_stored) for cost in workload.blocks)
-        if "solve" in peaks and peaks["solve"] + weights <= highest:
-            spare = weights
-            peaks["solve"] += spare
-        # of a tensor that is read ahead nobody knows how much is there already
         unknown = max(cost.largest_module_bytes for cost in workload.blocks) if prefetch else 0
-        reused = {
-            phase: min(HEAP_ROOM_BYTES, max(0, highest - peaks[phase] - unknown))
-            for phase in REUSING_PHASES
-            if phase in peaks
-        }
+        if spare := spare_bytes(workload, peaks, keep_stored, unknown):
+            peaks["solve"] += spare
+        reused = reused_bytes(peaks, unknown)
         peaks |= {phase: peaks[phase] + size for phase, size in reused.items()}
         peaks = {phase: peak + in_memory * boundary for phase, peak in peaks.items()}
     scratch = spilled_bytes(layouts)

@@ -67,6 +67,7 @@ class Prefetcher:
             return
         if future is not None:  # its memory must be free before other weights are read
             _discard(future)
+            del future  # it holds what it has read
         self._checkpoint.load(names, keep_stored=keep_stored)
 
     def close(self) -> None:

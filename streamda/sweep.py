@@ -8,6 +8,7 @@ what is already committed.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -202,9 +203,8 @@ class Sweep:
         """
         index = spec.index
         block = self._stack.blocks[index]
-        self._load_block(index)
-        if push and acts(index - 1) in self._boundaries:  # else blocks below run forward first
-            self._announce_block(index - 1)
+        leads_on = push and acts(index - 1) in self._boundaries  # else blocks below run forward first
+        self._load_block(index, index - 1 if leads_on else -1)
         facts = {linear.name: self._first_facts(linear.name) for linear in spec.linears}
         wants_push = push and grads(index) not in self._boundaries
         assert sink is not None or not replays
@@ -267,16 +267,18 @@ class Sweep:
             self._checkpoint.load(names, keep_stored=self._keep_stored)
         release_unused(self._device)
 
-    def _load_block(self, index: int) -> None:
+    def _load_block(self, index: int, after: int) -> None:
+        """Loads a block, and says which one is asked for next (-1: none); on the way down its boundary is there."""
         with self._timeline.span("read weights"):
             self._blocks_ahead.take([self._stack.prefixes[index]], keep_stored=self._keep_stored)
+        if after < 0:
+            self._checkpoint.free_spare()
         release_unused(self._device)
-
-    def _announce_block(self, index: int) -> None:
-        """Says which block `_load_block` is asked for next; on the way down its boundary is on disk already."""
-        names, keep_stored = [self._stack.prefixes[index]], self._keep_stored
-        # behind a block of weights the disk would let its first micro-batch wait
-        self._blocks_ahead.start(names, keep_stored=keep_stored, before=lambda: self._boundaries.announce(acts(index)))
+        if after >= 0:
+            names, keep_stored = [self._stack.prefixes[after]], self._keep_stored
+            # behind a block of weights the disk would let its first micro-batch wait
+            first = functools.partial(self._boundaries.announce, acts(after))
+            self._blocks_ahead.start(names, keep_stored=keep_stored, before=first)
 
     def _over(self, name: str) -> Any:
         """Micro-batches together with their states at a boundary."""
@@ -302,9 +304,7 @@ class Sweep:
     def _forward_block(self, index: int, after: int) -> None:
         """Makes the boundary above a block; `after` is the block that is next (-1: none)."""
         block, prefix = self._stack.blocks[index], self._stack.prefixes[index]
-        self._load_block(index)
-        if after >= 0:
-            self._announce_block(after)
+        self._load_block(index, after)
         with self._writing(acts(index + 1)) as writer, noting_bad_samples() as faults, torch.no_grad():
             for batch, hidden in self._over(acts(index)):
                 output = self._stack.calls(*batch.shape)[index].run(block, hidden)

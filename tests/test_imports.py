@@ -26,7 +26,7 @@ LAYERS = (
     {
         "layers", "memory", "batches", "panels", "costs", "disk_plan", "flops", "plan", "bounds", "products", "factors",
         "cholesky", "block_statistics", "eigen", "low_rank", "token_span", "solve_plan", "stored_weights", "workers",
-        "methods", "spare_memory",
+        "methods", "spare_memory", "kept_memory",
     },
     # edges: files, data sets, the hub
     {
@@ -66,7 +66,8 @@ WITHIN = {
     "solve_plan": {"cholesky", "eigen", "layers", "low_rank", "memory", "panels", "token_span"},
     "costs": {"layers"},
     "flops": {"costs", "eigen", "low_rank", "panels", "products", "solve_plan"},
-    "plan": {"costs", "disk_plan", "flops", "layers", "memory", "panels", "solve_plan"},
+    "kept_memory": {"costs", "memory"},
+    "plan": {"costs", "disk_plan", "flops", "kept_memory", "layers", "memory", "panels", "solve_plan"},
     "eigen": {"cholesky"},
     "methods": {"cholesky", "eigen", "factors", "low_rank", "products", "solve_plan", "token_span"},
     # the families of a noun

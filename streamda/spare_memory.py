@@ -15,8 +15,8 @@ import torch
 from streamda.memory import LARGE_BLOCK_BYTES
 
 _use_count = getattr(torch._C, "_storage_Use_Count", None)
-"""How many tensors, views, graphs and names in Python hold a storage. Private, and the only way to ask: without it
-nothing is kept."""
+"""How many tensors, views and graphs hold a storage, and one more for Python's name of it. Private, and the only way to
+ask: without it nothing is kept."""
 
 
 class SpareMemory:

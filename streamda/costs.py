@@ -23,6 +23,8 @@ class BlockCost:
     """With matrices in the dtype of their files where that is narrower."""
     largest_module_bytes: int
     """Of the largest parameter in the compute dtype: what is cast at a time if weights stay in their stored dtype."""
+    fused_count: int = 0
+    """Weights that are there beside the block's while those that the files hold in pieces are put together."""
     product_bytes: int = 0
     """Of a product that goes into a panel, beside its operands and the panel."""
 
@@ -34,6 +36,11 @@ class BlockCost:
     def resident_bytes(self, keep_stored: bool) -> int:
         """Weights at rest."""
         return self.stored_weight_bytes if keep_stored else self.weight_bytes
+
+    def loading_bytes(self, keep_stored: bool) -> int:
+        """Weights while they are loaded."""
+        resident = self.resident_bytes(keep_stored)
+        return resident + resident * self.fused_count // max(1, self.weight_count)
 
     def used_bytes(self, keep_stored: bool) -> int:
         """Weights while the block runs."""

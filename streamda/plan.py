@@ -201,14 +201,13 @@ def _plan_at(
     specs = [cost.spec for cost in workload.blocks]
     capacity = max(0, available - workload.small_bytes - WORKSPACE_BYTES)
     layouts = solve_layouts(specs, rank, capacity, workload.num_rows)
-    peaks = _fixed_peaks(workload, logit_rows, layouts, keep_stored)
     # the next block is there from one block's start to its own, through the solution between them
     ahead = _ahead_bytes(workload, keep_stored) if prefetch else 0
-    peaks |= {phase: peaks[phase] + ahead for phase in ("forward", "solve") if phase in peaks}
+    peaks = _fixed_peaks(workload, logit_rows, layouts, keep_stored, ahead)
     schedule: list[tuple[Replay, ...]] = []
     peaks["backward"] = 0
     for cost in workload.blocks:
-        fixed = _backward_fixed(workload, cost, keep_stored) + ahead
+        fixed = _backward_fixed(workload, cost, keep_stored, ahead)
         replays = pack_replays(block_panels(cost.spec), available - fixed)
         if replays is None:
             return None
@@ -291,7 +290,7 @@ def _logit_rows(workload: Workload, available: int | None, keep_stored: bool) ->
 
 
 def _fixed_peaks(
-    workload: Workload, logit_rows: int, layouts: Sequence[SolveLayout], keep_stored: bool
+    workload: Workload, logit_rows: int, layouts: Sequence[SolveLayout], keep_stored: bool, ahead: int = 0
 ) -> dict[str, int]:
     """Peaks of the phases that cannot be cut further."""
     base = workload.small_bytes + WORKSPACE_BYTES
@@ -300,29 +299,34 @@ def _fixed_peaks(
     peaks = {
         # token embeddings, and the micro-batch that they make
         "prologue": base + embedding + 2 * hidden,
-        # one block; its input, its output, and the activations of one sub-layer in passing
+        # one block as it is loaded, before the next one is read; or with its input, its output, and the activations of
+        # one sub-layer in passing
         "forward": base
         + max(
-            cost.used_bytes(keep_stored) + _fragmented(2 * hidden + min(cost.saved_bytes, 3 * cost.largest_bytes))
+            max(
+                cost.loading_bytes(keep_stored),
+                cost.used_bytes(keep_stored)
+                + _fragmented(2 * hidden + min(cost.saved_bytes, 3 * cost.largest_bytes))
+                + ahead,
+            )
             for cost in workload.blocks
         ),
         # the head, one chunk of logits, and the boundary state and its gradient
         "epilogue": base + head + LOGIT_COPIES * logit_rows * workload.vocab_size * FLOAT32_BYTES + 3 * hidden,
     }
     if layouts:
-        peaks["solve"] = base + largest_bytes(layouts)
+        peaks["solve"] = base + largest_bytes(layouts) + ahead
     return peaks
 
 
-def _backward_fixed(workload: Workload, cost: BlockCost, keep_stored: bool) -> int:
-    """A block in replay without its panels: weights, what autograd keeps, four hidden states, gradients in passing."""
-    return (
-        workload.small_bytes
-        + WORKSPACE_BYTES
-        + cost.used_bytes(keep_stored)
-        + cost.product_bytes
-        + _fragmented(cost.saved_bytes + 3 * cost.largest_bytes + 4 * _hidden_bytes(workload))
-    )
+def _backward_fixed(workload: Workload, cost: BlockCost, keep_stored: bool, ahead: int = 0) -> int:
+    """A block without its panels, as it is loaded, before the next one is read, or in replay.
+
+    That takes its weights, what autograd keeps, four hidden states, gradients in passing.
+    """
+    activations = _fragmented(cost.saved_bytes + 3 * cost.largest_bytes + 4 * _hidden_bytes(workload))
+    replayed = cost.used_bytes(keep_stored) + cost.product_bytes + activations + ahead
+    return workload.small_bytes + WORKSPACE_BYTES + max(cost.loading_bytes(keep_stored), replayed)
 
 
 def _ahead_bytes(workload: Workload, keep_stored: bool) -> int:

@@ -21,6 +21,22 @@ from streamda.quoting import one_line
 from streamda.shards import STORED_DTYPES, StoredTensor, find_shards, read_header
 
 
+def fused_parameters(model: PreTrainedModel) -> dict[str, int]:
+    """Parameters that transformers puts together from several tensors of the files, such as fused experts.
+
+    Returns:
+        By name the copies that it makes while these tensors are there: one of each kind of them (gate, up), and one of
+        all where there are several kinds.
+    """
+    copies: dict[str, int] = {}
+    for entry in get_model_conversion_mapping(model):
+        if isinstance(entry, WeightConverter):
+            for name, _ in model.named_parameters():
+                if any(pattern in name for pattern in entry.target_patterns):
+                    copies[name] = 1 if len(entry.source_patterns) == 1 else 2
+    return copies
+
+
 class WeightMap:
     """The tensors of a model folder and the parameters of a skeleton."""
 

@@ -18,6 +18,7 @@ from streamda.probe import BlockProbe, input_groups, probe_block
 from streamda.products import TRIANGLE_ROWS, work_bytes
 from streamda.solve_plan import keeps_rows
 from streamda.stored_weights import BAND_BYTES, LARGE_BYTES
+from streamda.weight_map import fused_parameters
 
 CAST_CHUNK_BYTES = READ_CHUNK_BYTES
 
@@ -43,6 +44,7 @@ class WorkloadModel:
         self._num_labels = num_labels
         self._stored_dtype_bytes = stored_dtype_bytes
         self._dtype = stack.model.dtype
+        self._fused = fused_parameters(stack.model)
         self._probes: dict[object, BlockProbe] = {}
         self._known: dict[tuple[int, int], Workload] = {}
 
@@ -121,6 +123,10 @@ class WorkloadModel:
                     largest_bytes=max(probe.largest_bytes for probe in probes),
                     stored_weight_bytes=count * self._dtype.itemsize - sum(matrices) * (self._dtype.itemsize - narrow),
                     largest_module_bytes=max(casts, default=0),
+                    fused_count=sum(
+                        weight.numel() * self._fused.get(f"{prefix}.{name}", 0)
+                        for name, weight in block.named_parameters()
+                    ),
                     product_bytes=self._product_bytes(spec, max(batch.num_rows for batch in batches)),
                 )
             )

@@ -23,6 +23,7 @@ from streamda import shards
 from streamda.checkpoint import Checkpoint
 from streamda.errors import MismatchError, ModelError
 from streamda.skeleton import build_skeleton, load_config
+from streamda.weight_map import fused_parameters
 from tests.models import make_config, write_checkpoint
 
 CPU = torch.device("cpu")
@@ -86,6 +87,24 @@ def test_a_block_is_loaded_as_from_pretrained_loads_it(family: str, tmp_path: Pa
     gc.collect()
     assert all(reference() is None for reference in gone)
     assert on_meta(checkpoint) == {name for name, _ in whole.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("family", "copies"),
+    [
+        ("llama", {}),
+        ("gpt_oss", {}),  # whose files hold them fused
+        ("qwen3_moe", {"mlp.experts.gate_up_proj": 2, "mlp.experts.down_proj": 1}),
+        ("mixtral", {"mlp.experts.gate_up_proj": 2, "mlp.experts.down_proj": 1}),
+    ],
+)
+def test_parameters_that_are_fused_are_known_from_the_model_alone(
+    family: str, copies: dict[str, int], tmp_path: Path
+) -> None:
+    checkpoint = opened(write_checkpoint(tmp_path, family))
+    found = fused_parameters(checkpoint._model)
+    assert {name.removeprefix("model.layers.1."): count for name, count in found.items() if ".1." in name} == copies
+    assert {tensor.target for tensor in checkpoint.map.tensors if tensor.converted} == set(found)
 
 
 def test_every_byte_read_is_counted(llama: Path) -> None:

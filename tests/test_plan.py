@@ -517,6 +517,35 @@ class TestBoundaries:
         assert {0, HEAP_ROOM_BYTES} <= kept
         assert spare == {0, weights}
 
+    @pytest.mark.parametrize("copies", [1, 2])
+    def test_experts_that_are_fused_while_they_are_loaded_are_there_more_than_once(self, copies: int) -> None:
+        plain = llama_workload(MODELS["Llama-2-7B"], 1)
+        weights = plain.blocks[0].weight_bytes
+        experts = 3 * plain.blocks[0].weight_count // 4
+        blocks = tuple(dataclasses.replace(cost, fused_count=copies * experts) for cost in plain.blocks)
+        fused = dataclasses.replace(plain, blocks=blocks)
+        loading = weights + copies * weights * 3 // 4
+        assert [cost.loading_bytes(False) for cost in (plain.blocks[0], blocks[0])] == [weights, loading]
+        smallest = minimum_bytes(fused, 8, 0)
+        assert smallest >= loading > weights
+        for budget in (smallest, 3 * smallest, 30 * smallest):
+            made, without = (
+                make_plan(
+                    MemoryBudget(budget, 0, None),
+                    (1,),
+                    lambda _, workload=workload: workload,
+                    rank=8,
+                    keep_statistics=False,
+                    host_is_device=False,
+                )
+                for workload in (fused, plain)
+            )
+            for phase in ("forward", "backward"):
+                assert loading < made.peaks[phase] <= budget
+                # the next block is not read yet while one is fused: no peak has both
+                if made.prefetch and without.prefetch:
+                    assert made.peaks[phase] < max(without.peaks[phase] + 1, loading + weights)
+
     def test_the_smallest_budget_holds_no_more_boundaries_than_there_are(self) -> None:
         """Blocks and one, however much host memory is offered beside them."""
         workload = llama_workload(MODELS["Llama-2-7B"], 1)

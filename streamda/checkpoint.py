@@ -136,7 +136,7 @@ class Checkpoint:
                 self._put(target, value)
             del value
         if fused:
-            self.free_spare()  # there would be three blocks' weights: the conversion makes a copy of each
+            self.free_spare()  # the conversion makes copies of its own, which the plan counts, and no more than these
             self._convert(fused)
 
     def announce(self, names: Iterable[str], dropped: threading.Event) -> None:
@@ -262,10 +262,10 @@ class Checkpoint:
     def _empty(self, target: str, spare: bool) -> None:
         module, _, leaf = target.rpartition(".")
         owner = self._model.get_submodule(module)
-        weight = owner._parameters[leaf]
+        weight: Any = owner._parameters[leaf]  # a StoredWeight is no Parameter
         if spare and weight is not None:
             self._spare.keep(weight)
-        if isinstance(owner._parameters[leaf], StoredWeight):
+        if isinstance(weight, StoredWeight):
             # accelerate would keep the stored dtype, and take a cast for the way
             empty = torch.empty_like(self.map.expected[target], device="meta")
             owner._parameters[leaf] = torch.nn.Parameter(empty, requires_grad=False)

@@ -83,6 +83,10 @@ class Workload:
         outer = self.stored_embedding_bytes is not None or self.stored_head_bytes is not None
         return outer or any(cost.shrinks for cost in self.blocks)
 
+    def block_bytes(self, keep_stored: bool) -> int:
+        """Weights of the largest block at rest."""
+        return max(cost.resident_bytes(keep_stored) for cost in self.blocks)
+
     def outer_bytes(self, keep_stored: bool) -> tuple[int, int]:
         """Bytes of the embeddings and of the head while they are used."""
         if not keep_stored:

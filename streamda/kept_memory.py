@@ -25,7 +25,7 @@ def spare_bytes(workload: Workload, peaks: Mapping[str, int], keep_stored: bool,
     """
     if "solve" not in peaks:
         return 0
-    weights = max(cost.resident_bytes(keep_stored) for cost in workload.blocks)
+    weights = workload.block_bytes(keep_stored)
     has_sums = any(not group.token_rows for cost in workload.blocks for group in cost.spec.groups)
     left = max(peaks.values()) - peaks["solve"] - weights
     return weights if left >= (HEAP_ROOM_BYTES + unknown if has_sums else 0) else 0

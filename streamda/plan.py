@@ -331,7 +331,7 @@ def _backward_fixed(workload: Workload, cost: BlockCost, keep_stored: bool, ahea
 
 def _ahead_bytes(workload: Workload, keep_stored: bool) -> int:
     """The largest block that is read while another one is in use, and what its reader holds."""
-    return max(cost.resident_bytes(keep_stored) for cost in workload.blocks) + READ_CHUNK_BYTES
+    return workload.block_bytes(keep_stored) + READ_CHUNK_BYTES
 
 
 def _fragmented(activation_bytes: int) -> int:

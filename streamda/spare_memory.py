@@ -55,6 +55,7 @@ class SpareMemory:
                 storage = kept.pop()
                 if _use_count is not None and _use_count(storage._cdata) == 1:  # this name alone
                     tensor = torch.empty(0, dtype=dtype)
+                    # torch's types know no untyped storages here
                     return tensor.set_(storage, 0, torch.Size(shape))  # type: ignore[call-overload,no-any-return]
         return torch.empty(shape, dtype=dtype, device=device)
 

@@ -66,14 +66,19 @@ class BlockStatistics(ABC):
             DamagedError: on disk, it is not what was committed, or not finite.
         """
 
-    def token_rows(self, module: str, statistic: str) -> torch.Tensor:
+    def token_rows(
+        self, module: str, statistic: str, tokens: slice = slice(None), columns: slice = slice(None)
+    ) -> torch.Tensor:
         """Rows that stand for sums, one for each token that was seen, [tokens, columns] float32; not to be changed.
 
         Args:
             module: of a group with `token_rows`; for inputs its first one.
             statistic: ``input_rows`` or ``output_rows``.
+            tokens: those that are wanted.
+            columns: those that are wanted.
         """
-        return self.sums(module, statistic, slice(self.facts(module)["num_tokens"]), slice(None))
+        start, stop, _ = tokens.indices(self.facts(module)["num_tokens"])
+        return self.sums(module, statistic, slice(start, stop), columns)
 
     def moment(self, group: InputGroup, device: torch.device) -> MeanMoment:
         """The mean input moment of a group, to be read band by band."""
@@ -175,9 +180,18 @@ class HeldStatistics(BlockStatistics):
         """As `BlockStatistics` says."""
         return self._facts[module]
 
-    def token_rows(self, module: str, statistic: str) -> torch.Tensor:
-        """As `BlockStatistics` says; no copy."""
-        return self._panels[module, statistic, 0][: self.facts(module)["num_tokens"]]
+    def token_rows(
+        self, module: str, statistic: str, tokens: slice = slice(None), columns: slice = slice(None)
+    ) -> torch.Tensor:
+        """As `BlockStatistics` says; a copy only where the rows lie in several panels."""
+        first, last, _ = tokens.indices(self.facts(module)["num_tokens"])
+        starts = sorted(start for name, kind, start in self._panels if (name, kind) == (module, statistic))
+        parts: list[torch.Tensor] = []
+        for start in starts:
+            panel = self._panels[module, statistic, start]
+            if start == 0 or (start < last and start + panel.shape[0] > first):
+                parts.append(panel[max(first - start, 0) : max(last - start, 0), columns])
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def sums(self, module: str, statistic: str, *where: slice) -> torch.Tensor:
         """As `BlockStatistics` says; rows are those of one panel."""

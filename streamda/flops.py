@@ -12,7 +12,7 @@ from streamda.eigen import guard_vectors
 from streamda.low_rank import extra_vectors
 from streamda.panels import Replay
 from streamda.products import TRIANGLE_ROWS
-from streamda.solve_plan import few_tokens
+from streamda.solve_plan import few_tokens, on_basis
 
 EIGEN_STEPS = 8
 """Steps of the eigensolver per layer, for the estimate of its work. The report has the true number of each layer."""
@@ -50,10 +50,14 @@ def count_flops(
         )
         for group in cost.spec.groups if rank else ():
             widths = [cost.spec.linear(name).d_out for name in group.modules]
-            if tokens := group.token_rows:
+            tokens = group.token_rows
+            if tokens and not on_basis(group.d_in, tokens):
                 solve += _span_flops(group.d_in, widths, tokens)
                 continue
-            in_float64, in_float32 = _solve_flops(group.d_in, widths, rank, rows)
+            if tokens:
+                in_float64, in_float32 = _basis_flops(group.d_in, widths, rank, tokens)
+            else:
+                in_float64, in_float32 = _solve_flops(group.d_in, widths, rank, rows)
             solve += in_float64
             solve_float32 += in_float32
     head = 4 * workload.num_labels * workload.vocab_size * workload.hidden_size
@@ -74,6 +78,20 @@ def _span_flops(d_in: int, widths: Sequence[int], tokens: int) -> int:
     return side * (d_in + sum(widths)) + EIGH_FLOPS * tokens**3 * (1 + len(widths))
 
 
+def _basis_flops(d_in: int, widths: Sequence[int], rank: int, tokens: int) -> tuple[int, int]:
+    """Of an input group whose rows are solved along a basis of theirs, in float64 and in float32."""
+    # the product of its rows with themselves; its factor, the moment along the basis, and the factor of that
+    factors = _symmetric(tokens) * d_in + tokens**3
+    # output gradients times a triangle, in float32
+    return factors + _krylov_flops(tokens, widths, rank), sum(tokens**2 * d_out for d_out in widths)
+
+
+def _krylov_flops(size: int, widths: Sequence[int], rank: int) -> int:
+    """An estimate: each step takes two products with Z^-1, two triangular solves each, and two with the gradient."""
+    per_vector = sum(4 * size**2 + 4 * size * d_out for d_out in widths)
+    return EIGEN_STEPS * min(size, rank + guard_vectors(size)) * per_vector
+
+
 def _symmetric(size: int) -> int:
     """Per term of a symmetric product, of which nothing is computed to the right of blocks on the diagonal."""
     return size * min(2 * size, size + TRIANGLE_ROWS)
@@ -88,6 +106,4 @@ def _solve_flops(d_in: int, widths: Sequence[int], rank: int, num_tokens: int) -
         # the second product, a basis again, an SVD; per layer what its gradient makes, eigenvalues and eigenvectors
         shared = 2 * d_in**2 * wide + 4 * d_in * wide**2 + SVD_FLOPS * num_tokens**3
         return shared + sum(d_out * _symmetric(num_tokens) + EIGH_FLOPS * num_tokens**3 for d_out in widths), single
-    # an estimate: each step takes two products with Z^-1, two triangular solves each, and two with the gradient
-    per_vector = sum(4 * d_in**2 + 4 * d_in * d_out for d_out in widths)
-    return d_in**3 // 3 + EIGEN_STEPS * min(d_in, rank + guard_vectors(d_in)) * per_vector, 0
+    return d_in**3 // 3 + _krylov_flops(d_in, widths, rank), 0

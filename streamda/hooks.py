@@ -162,8 +162,7 @@ class PanelCollector:
             flat = flat if rows is None else flat[rows]
             for panel in panels:
                 if panel.statistic == "input_rows":
-                    if place is not None:
-                        self.totals[panel][place] = flat
+                    self._keep_rows(panel, flat, place)
                 else:
                     add_input_moment_(self.totals[panel], flat, panel.start)
 
@@ -185,5 +184,15 @@ class PanelCollector:
             for panel in outputs:
                 if panel.statistic == "output_moment":
                     add_output_moment_(self.totals[panel], chosen)
-                elif place is not None:
-                    self.totals[panel][place] = chosen  # those that are not chosen are zero: nothing hangs on padding
+                else:
+                    self._keep_rows(panel, chosen, place)  # others are zero: nothing hangs on padding
+
+    def _keep_rows(self, panel: Panel, rows: torch.Tensor, place: slice | None) -> None:
+        """Copies what a panel holds of the rows at a place among its group's."""
+        if place is None:
+            return
+        start, stop = max(place.start, panel.start), min(place.stop, panel.stop)
+        if start < stop:
+            self.totals[panel][start - panel.start : stop - panel.start] = rows[
+                start - place.start : stop - place.start
+            ]

@@ -4,17 +4,17 @@ A *panel* is a band of rows of one statistic, the unit of accumulation and of st
 each runs the block over all samples again and accumulates its own panels. Panels of input moments need the forward half
 of a replay only, so they are packed last, and what overflows costs a forward pass and no more.
 
-Of few tokens the rows themselves are less than the sums of their products: they then are the statistics, of inputs and
-of output gradients.
+Of few tokens the rows themselves may stand for the sums of their products: they then are the statistics, of inputs and
+of output gradients, and a panel holds those of some tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from streamda.layers import BlockSpec
+from streamda.layers import BlockSpec, InputGroup
 
 PANEL_ROWS = 2048
 """Rows of a panel, and side of a stored tile: 2048 x 28672 float32 are 235 MB."""
@@ -65,20 +65,39 @@ def block_panels(spec: BlockSpec) -> tuple[Panel, ...]:
     panels: list[Panel] = []
     for linear in spec.linears:
         panels.append(Panel("output_moment", linear.name, 0, linear.d_out, 1))
-        if tokens := spec.group_of(linear.name).token_rows:
-            panels.append(Panel("output_rows", linear.name, 0, tokens, linear.d_out))
+        group = spec.group_of(linear.name)
+        if group.token_rows:
+            panels += _row_panels(spec, group, "output_rows", linear.name, linear.d_out)
             continue
         for start in range(0, linear.d_out, PANEL_ROWS):
             stop = min(start + PANEL_ROWS, linear.d_out)
             panels.append(Panel("gradient", linear.name, start, stop, linear.d_in))
     for group in spec.groups:
         if group.token_rows:
-            panels.append(Panel("input_rows", group.name, 0, group.token_rows, group.d_in))
+            panels += _row_panels(spec, group, "input_rows", group.name, group.d_in)
             continue
         for start in range(0, group.d_in, PANEL_ROWS):
             stop = min(start + PANEL_ROWS, group.d_in)
             panels.append(Panel("input_moment", group.name, start, stop, stop))
     return tuple(panels)
+
+
+def _row_panels(spec: BlockSpec, group: InputGroup, statistic: Statistic, module: str, columns: int) -> Iterator[Panel]:
+    step = panel_tokens(group.d_in, [spec.linear(name).d_out for name in group.modules])
+    for start in range(0, group.token_rows, step):
+        yield Panel(statistic, module, start, min(start + step, group.token_rows), columns)
+
+
+def panel_tokens(d_in: int, widths: Sequence[int]) -> int:
+    """Tokens in a panel of rows: as many as make none larger than the largest panel of sums.
+
+    Args:
+        d_in: of an input group.
+        widths: outputs of its layers.
+    """
+    last = d_in - d_in % PANEL_ROWS  # the last whole panel of a moment ends there; one that is cut short may be larger
+    largest = max(min(PANEL_ROWS, max(widths)) * d_in, PANEL_ROWS * last, (d_in - last) * d_in)
+    return max(1, min(PANEL_ROWS, largest // max(d_in, *widths)))
 
 
 def statistics_bytes(spec: BlockSpec) -> int:
@@ -93,12 +112,12 @@ def stored_bytes(spec: BlockSpec) -> int:
         tile = min(PANEL_ROWS, side)
         return -(-side // tile) * tile
 
-    return FLOAT32_BYTES * sum(
-        padded(panel.stop - panel.start) * padded(panel.columns)
-        if panel.start == 0
-        else PANEL_ROWS * padded(panel.columns)
-        for panel in block_panels(spec)
-    )
+    heights: dict[tuple[str, str], int] = {}  # of the tiles of each statistic: those of its first panel
+    total = 0
+    for panel in block_panels(spec):
+        height = heights.setdefault((panel.module, panel.statistic), padded(panel.stop - panel.start))
+        total += height * padded(panel.columns)
+    return FLOAT32_BYTES * total
 
 
 def pack_replays(panels: Sequence[Panel], capacity_bytes: int) -> tuple[Replay, ...] | None:

@@ -46,6 +46,15 @@ FEW_TOKENS = 1024
 """Rows that the small eigenproblem may have: dense, it costs the cube of them."""
 FEW_ENTRIES = 1 << 24
 """And entries of its span: what it needs then hardly exceeds what the Cholesky factor needs."""
+ROWS_PER_INPUT = 1.5
+"""Tokens for each input, below which a layer is solved from their rows: with hardly more tokens than inputs the
+smallest eigenvalues of a moment are below the rounding of a float32 sum. Adapters of SmolLM2 from sums were off by 0.9
+at 1.02 for each, by 0.1 at 1.26, and by 0.02, as others are, at 1.6."""
+MORE_FOR_ROWS, SMALL_SOLUTION_BYTES = 1.25, 96 << 20
+"""Memory that the solution may take for it, times that of sums, or in any case: blocks of a model with small layers
+need more than that."""
+USUAL_RANK = 8
+"""Of the adapter, where it is asked whether one way takes more than another."""
 
 GradientForm = Literal["float64", "float32", "streamed"]
 
@@ -99,21 +108,26 @@ def few_tokens(d_in: int) -> int:
 def keeps_rows(num_tokens: int, d_in: int, widths: Sequence[int]) -> bool:
     """Whether rows of inputs and output gradients stand for the sums of their products, in a run that keeps no sums.
 
-    Where they do nothing is larger: not the statistics of the group, nor the largest panel of them, nor the solution.
-    Decided by shapes only, never by the budget.
+    They do where they are fewer than inputs or hardly more, unless the solution would need much more memory. Decided by
+    shapes only, never by the budget.
 
     Args:
         num_tokens: rows of each.
         d_in: of an input group.
         widths: outputs of its layers.
     """
-    if not 0 < num_tokens <= few_tokens(d_in):
+    if not 0 < num_tokens < ROWS_PER_INPUT * d_in:
         return False
     widest = max(widths)
-    panels = num_tokens * max(d_in, widest), min(PANEL_ROWS, max(d_in, widest)) * d_in
-    statistics = num_tokens * (d_in + sum(widths)), d_in * (d_in // 2 + sum(widths))
-    solutions = _token_rows_bytes(d_in, widest, num_tokens), _few_tokens_bytes(d_in, widest, 0)
-    return all(rows <= sums for rows, sums in (panels, statistics, solutions))
+    rows, sums = (
+        solve_layout(d_in, widest, USUAL_RANK, 0, num_tokens, token_rows=count).num_bytes for count in (num_tokens, 0)
+    )
+    return rows <= max(MORE_FOR_ROWS * sums, SMALL_SOLUTION_BYTES)
+
+
+def on_basis(d_in: int, token_rows: int) -> bool:
+    """Whether rows that stand for sums are solved along a basis of theirs, being too many for a dense eigenproblem."""
+    return token_rows > few_tokens(d_in)
 
 
 def band_bytes(d_in: int) -> list[int]:
@@ -144,18 +158,21 @@ def solve_layout(
         tile_copies: of a tile of the statistics while they are read.
         token_rows: that stand for the statistics; 0 for sums.
     """
-    if token_rows:
+    if token_rows and not on_basis(d_in, token_rows):
         return SolveLayout(0, "float32", _token_rows_bytes(d_in, d_out, token_rows), 0)
-    sizes = band_bytes(d_in)
+    sizes = band_bytes(token_rows or d_in)
     whole = len(sizes)
     forms: tuple[GradientForm, ...] = ("float64", "float32", "streamed")
-    if num_tokens is not None and 0 < num_tokens <= few_tokens(d_in):
+    if not token_rows and num_tokens is not None and 0 < num_tokens <= few_tokens(d_in):
         # the factor that is made for a gradient off the span, if there is any, goes to a file
         whole, forms = 0, forms[1:]
     choices = [(whole, form) for form in forms]
     choices += [(count, form) for form in forms[1:] for count in range(whole - 1, -1, -1)]
     tiles = tile_copies * min(d_in, PANEL_ROWS) ** 2 * FLOAT32_BYTES
-    layouts = [_layout(d_in, d_out, rank, sizes, count, form, tiles) for count, form in choices]
+    if token_rows:
+        layouts = [_basis_layout(token_rows, d_out, rank, sizes, count, form, tiles) for count, form in choices]
+    else:
+        layouts = [_layout(d_in, d_out, rank, sizes, count, form, tiles) for count, form in choices]
     fitting = (each for each in layouts if capacity_bytes is None or each.num_bytes <= capacity_bytes)
     return next(fitting, min(layouts, key=lambda each: each.num_bytes))
 
@@ -217,9 +234,7 @@ def _layout(
     d_in: int, d_out: int, rank: int, sizes: list[int], in_memory: int, form: GradientForm, tiles: int
 ) -> SolveLayout:
     held, spilled = sum(sizes[:in_memory]), sorted(sizes[in_memory:])  # the last band may be a part of one
-    # a block column of a band and what it becomes, twice over
-    columns = 4 * min(d_in, PANEL_ROWS) * min(d_in, MAX_BLOCK_ROWS) * FLOAT64_BYTES
-    factorizing = held + sum(spilled[-2:]) + tiles + columns
+    factorizing = held + sum(spilled[-2:]) + tiles + _column_bytes(d_in)
     gradient_band = min(PANEL_ROWS, d_out) * d_in * FLOAT32_BYTES
     chunk = _chunk_rows(d_in, d_out) * d_in * FLOAT64_BYTES
     gradient = {
@@ -227,12 +242,46 @@ def _layout(
         "float32": d_out * d_in * FLOAT32_BYTES + chunk,
         "streamed": gradient_band + chunk,
     }[form]
-    width = min(d_in, rank + guard_vectors(d_in))
-    limit = basis_limit(d_in, width)
-    thin = (2 * limit + width * (THIN_BLOCKS + RESIDUAL_BLOCKS)) * d_in + 4 * width * d_out + RITZ_MATRICES * limit**2
-    solving = held + sum(spilled[-1:]) + gradient + tiles + thin * FLOAT64_BYTES
+    solving = held + sum(spilled[-1:]) + gradient + tiles + _krylov_bytes(d_in, d_out, rank)
     peak = max(factorizing, solving, _few_tokens_bytes(d_in, d_out, gradient) + tiles)
     return SolveLayout(in_memory, form, peak, sum(spilled))
+
+
+def _basis_layout(
+    tokens: int, d_out: int, rank: int, sizes: list[int], in_memory: int, form: GradientForm, tiles: int
+) -> SolveLayout:
+    """Along a basis of tokens, where there are two factors of their number; ``streamed`` is a gradient in a file.
+
+    See `token_basis`. Two tiles of rows are in float64 at a time while they are multiplied with each other.
+    """
+    held, spilled = 2 * sum(sizes[:in_memory]), sorted(sizes[in_memory:])
+    side = min(tokens, PANEL_ROWS)
+    # diagonal blocks beside their inverses, and coordinates of a few tokens
+    small = 2 * tokens * MAX_BLOCK_ROWS * FLOAT64_BYTES
+    factorizing = held + sum(spilled[-2:]) + 2 * side * PANEL_ROWS * FLOAT64_BYTES + tiles + _column_bytes(tokens)
+    band = min(PANEL_ROWS, d_out) * tokens
+    gradient = {"float64": d_out * tokens * FLOAT64_BYTES, "float32": d_out * tokens * FLOAT32_BYTES, "streamed": 0}[
+        form
+    ]
+    # a band of the gradient in both precisions
+    multiplying = held + gradient + sum(spilled[-1:]) + band * (FLOAT64_BYTES + FLOAT32_BYTES) + tiles
+    chunk = _chunk_rows(tokens, d_out) * tokens * FLOAT64_BYTES + (band * FLOAT32_BYTES if form == "streamed" else 0)
+    solving = held + sum(spilled[-1:]) + gradient + chunk + tiles + _krylov_bytes(tokens, d_out, rank)
+    in_file = 2 * sum(spilled) + (d_out * tokens * FLOAT32_BYTES if form == "streamed" else 0)
+    return SolveLayout(in_memory, form, max(factorizing, multiplying, solving) + small, in_file)
+
+
+def _column_bytes(size: int) -> int:
+    """A block column of a band and what it becomes, twice over, while a matrix of that size is factorized."""
+    return 4 * min(size, PANEL_ROWS) * min(size, MAX_BLOCK_ROWS) * FLOAT64_BYTES
+
+
+def _krylov_bytes(size: int, d_out: int, rank: int) -> int:
+    """Vectors of an eigenproblem of that size."""
+    width = min(size, rank + guard_vectors(size))
+    limit = basis_limit(size, width)
+    thin = (2 * limit + width * (THIN_BLOCKS + RESIDUAL_BLOCKS)) * size + 4 * width * d_out + RITZ_MATRICES * limit**2
+    return thin * FLOAT64_BYTES
 
 
 def _few_tokens_bytes(d_in: int, d_out: int, gradient: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from streamda import stopping
 from streamda.adapter import relative_change
 from streamda.block_statistics import BlockStatistics, MeanMoment
+from streamda.cholesky import Bands
 from streamda.config import SolveConfig
 from streamda.errors import DamagedError, MismatchError, NumericalError
 from streamda.factors import frobenius_norm, largest_magnitude
@@ -20,26 +22,30 @@ from streamda.files import shown
 from streamda.layers import InputGroup, require_rank
 from streamda.memory import release_unused
 from streamda.methods import (
+    BasisFactor,
     InputFactor,
     LayerSolution,
     SolveStatus,
     SpannedFactor,
     TokenFactor,
+    prepare_basis_factor,
     prepare_input_factor,
     prepare_token_factor,
     solve_layer,
 )
+from streamda.panels import OF_INPUTS
 from streamda.products import TRIANGLE_ROWS
 from streamda.run_parts import canonical_digest, differences
 from streamda.scratch import SpilledBands
 from streamda.solutions import is_skipped, read_summaries, solve_unit, write_solutions
-from streamda.solve_plan import GradientForm, solve_layout
+from streamda.solve_plan import GradientForm, on_basis, solve_layout
 from streamda.store import stats_unit
 from streamda.timeline import Timeline
+from streamda.token_basis import BasisGradient
 from streamda.token_span import TokenGradient
 from streamda.units import UnitStore
 
-SOLVER_VERSION = 6
+SOLVER_VERSION = 7
 """Raised with every change that gives a layer another solution from the same statistics and settings: no adapter is to
 mix the two."""
 MAX_ASYMMETRY = 1e-5
@@ -97,6 +103,24 @@ class _CheckedMoment:
                         f"{self._name}: its stored input moment is not symmetric (by {worst / largest:.1e} of its "
                         "largest value); collect the statistics of its block again"
                     )
+
+
+class _TokenRows:
+    """Rows of a block's statistics as `streamda.token_basis` reads them."""
+
+    def __init__(
+        self, statistics: BlockStatistics, module: str, statistic: str, device: torch.device, timeline: Timeline
+    ) -> None:
+        self._statistics, self._device, self._timeline = statistics, device, timeline
+        self._of = (module, statistic)
+        linear = statistics.spec.linear(module)
+        columns = linear.d_in if statistic in OF_INPUTS else linear.d_out
+        self.shape: tuple[int, int] = (statistics.facts(module)["num_tokens"], columns)
+
+    def part(self, tokens: slice, columns: slice) -> torch.Tensor:
+        stopping.check()
+        with self._timeline.span("read statistics"):
+            return self._statistics.token_rows(*self._of, tokens, columns).to(self._device)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -160,23 +184,27 @@ class Solver:
             layout = solve_layout(
                 group.d_in, widest, self.config.rank, self.capacity_bytes, num_tokens, token_rows=group.token_rows
             )
-            with SpilledBands(scratch, layout.bands_in_memory, self.device) as bands:
+            in_memory = layout.bands_in_memory
+            with (
+                SpilledBands(scratch, in_memory, self.device) as bands,
+                SpilledBands(scratch, in_memory, self.device) as basis_bands,
+            ):
                 moment = _CheckedMoment(statistics.moment(group, self.device), group, self.timeline)
                 try:
-                    factor = self._factorize(statistics, group, wanted, moment, bands)
+                    factor = self._factorize(statistics, group, wanted, moment, (bands, basis_bands))
                 except NumericalError as error:
                     facts |= {name: self._left_out(statistics, name, error) for name in wanted}
                     continue
                 for name in wanted:
                     stopping.check()
                     try:
-                        solutions.append(self._solve_layer(statistics, name, factor, layout.gradient))
+                        solutions.append(self._solve_layer(statistics, name, factor, layout.gradient, scratch))
                     except NumericalError as error:
                         facts[name] = self._left_out(statistics, name, error)
                         continue
                     spread = moment.effective_rank
                     if group.token_rows:
-                        spread = factor.effective_rank if isinstance(factor, TokenFactor) else 0.0
+                        spread = factor.effective_rank if isinstance(factor, TokenFactor | BasisFactor) else 0.0
                     facts[name] = self._facts(statistics, solutions[-1]) | {"effective_rank": spread}
             release_unused(self.device)
         return solutions, facts
@@ -187,9 +215,13 @@ class Solver:
         group: InputGroup,
         wanted: tuple[str, ...],
         moment: _CheckedMoment,
-        bands: SpilledBands,
-    ) -> InputFactor | SpannedFactor | TokenFactor | None:
+        bands: tuple[SpilledBands, SpilledBands],
+    ) -> InputFactor | SpannedFactor | TokenFactor | BasisFactor | None:
         damping = self.config.damping
+        if on_basis(group.d_in, group.token_rows):
+            inputs = _TokenRows(statistics, group.name, "input_rows", self.device, self.timeline)
+            with self.timeline.span("cholesky"):
+                return prepare_basis_factor(inputs, damping, wanted, bands[1], bands[0])
         if group.token_rows:
             with self.timeline.span("read statistics"):
                 rows = statistics.token_rows(group.name, "input_rows").to(self.device)
@@ -197,7 +229,7 @@ class Solver:
                 return prepare_token_factor(rows, damping, wanted)
         with self.timeline.span("cholesky"):
             num_tokens = statistics.facts(group.name)["num_tokens"]
-            return prepare_input_factor(moment, damping, wanted, bands, num_tokens)
+            return prepare_input_factor(moment, damping, wanted, bands[0], num_tokens)
 
     def _left_out(self, statistics: BlockStatistics, name: str, error: NumericalError) -> dict[str, Any]:
         """What is kept of a layer without adapter.
@@ -219,28 +251,47 @@ class Solver:
         self,
         statistics: BlockStatistics,
         name: str,
-        factor: InputFactor | SpannedFactor | TokenFactor | None,
+        factor: InputFactor | SpannedFactor | TokenFactor | BasisFactor | None,
         form: GradientForm,
+        scratch: Path,
     ) -> LayerSolution:
-        bands = statistics.gradient_bands(name, self.device)
-        gradient: Sequence[torch.Tensor] | TokenGradient = bands
-        if statistics.spec.group_of(name).token_rows:
-            with self.timeline.span("read statistics"):
-                rows = statistics.token_rows(name, "output_rows").to(self.device)
-            gradient = TokenGradient(rows, statistics.spec.linear(name).d_in, statistics.facts(name)["num_samples"])
-        elif form != "streamed":
-            with self.timeline.span("read statistics"):
-                gradient = [band.to(getattr(torch, form)) for band in bands]
+        with ExitStack() as stack:
+            gradient: Sequence[torch.Tensor] | TokenGradient | BasisGradient
+            if isinstance(factor, BasisFactor):
+                held: Bands = {}
+                if form == "streamed":
+                    held = stack.enter_context(SpilledBands(scratch, 0, self.device))
+                gradient = self._along_basis(statistics, name, factor, form, held)
+            elif statistics.spec.group_of(name).token_rows:
+                with self.timeline.span("read statistics"):
+                    rows = statistics.token_rows(name, "output_rows").to(self.device)
+                d_in = statistics.spec.linear(name).d_in
+                gradient = TokenGradient(rows, d_in, statistics.facts(name)["num_samples"])
+            elif form == "streamed":
+                gradient = statistics.gradient_bands(name, self.device)
+            else:
+                with self.timeline.span("read statistics"):
+                    bands = statistics.gradient_bands(name, self.device)
+                    gradient = [band.to(getattr(torch, form)) for band in bands]
+            with self.timeline.span("eigenvectors"):
+                return solve_layer(
+                    name,
+                    factor,
+                    gradient,
+                    statistics.output_moment(name, self.device),
+                    self.config,
+                    population_size=self.population_size,
+                    seed=self.seed,
+                )
+
+    def _along_basis(
+        self, statistics: BlockStatistics, name: str, factor: BasisFactor, form: GradientForm, bands: Bands
+    ) -> BasisGradient:
+        rows = _TokenRows(statistics, name, "output_rows", self.device, self.timeline)
+        num_samples = statistics.facts(name)["num_samples"]
+        dtype = torch.float64 if form == "float64" else torch.float32
         with self.timeline.span("eigenvectors"):
-            return solve_layer(
-                name,
-                factor,
-                gradient,
-                statistics.output_moment(name, self.device),
-                self.config,
-                population_size=self.population_size,
-                seed=self.seed,
-            )
+            return BasisGradient(factor.basis, rows, num_samples, bands, dtype)
 
     def _facts(self, statistics: BlockStatistics, solution: LayerSolution) -> dict[str, Any]:
         stored = statistics.facts(solution.name)

@@ -8,7 +8,7 @@
             input_moment_sum             [d_in, d_in]; in the first module of each input group; its lower tiles only
 
 Where a run that keeps no statistics has few tokens, `input_rows` [tokens, d_in] and `output_rows` [tokens, d_out] stand
-in the place of the input moments and the gradients.
+in the place of the input moments and the gradients, in tiles of as many rows as a panel of them has.
 
 Sums and counts are stored, never means (see `streamda.factors`). A chunk that is lost reads as data in Zarr; here the
 unit's manifest says what must be there, the crc32c codec guards each chunk, and NaN as fill value is the second net.
@@ -35,7 +35,7 @@ from streamda.config import StatisticsCodec
 from streamda.errors import DamagedError
 from streamda.factors import is_finite, mirror_lower_
 from streamda.layers import BlockSpec, InputGroup, LinearSpec
-from streamda.panels import Panel
+from streamda.panels import Panel, panel_tokens
 from streamda.statistics_codecs import zarr_codecs
 from streamda.units import UnitStore
 
@@ -101,14 +101,16 @@ class BlockStatisticsWriter:
             )
             self._groups = {name: root.create_group(slug) for name, slug in self._slugs.items()}
             for linear in spec.linears:
+                group = spec.group_of(linear.name)
+                height = panel_tokens(group.d_in, [spec.linear(each).d_out for each in group.modules])
                 for name, shape in _array_shapes(spec, linear).items():
-                    self._create(linear.name, name, shape, codec)
+                    self._create(linear.name, name, shape, height if name.endswith("_rows") else TILE, codec)
 
-    def _create(self, module: str, name: str, shape: tuple[int, ...], codec: StatisticsCodec) -> None:
+    def _create(self, module: str, name: str, shape: tuple[int, ...], height: int, codec: StatisticsCodec) -> None:
         self._groups[module].create_array(
             name,
             shape=shape,
-            chunks=tuple(min(TILE, side) for side in shape),
+            chunks=(min(height, shape[0]), *(min(TILE, side) for side in shape[1:])),
             dtype="float32",
             fill_value=float("nan"),
             config={"write_empty_chunks": True},

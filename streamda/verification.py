@@ -172,7 +172,7 @@ def _verify_statistics(run: RunDirectory, name: str, reader: BlockStatisticsRead
         if linear.name not in kept:
             continue
         if reader.spec.group_of(linear.name).token_rows:
-            reader.token_rows(linear.name, "output_rows")
+            _read_rows(reader, linear.name, "output_rows")
         else:
             for row in range(0, linear.d_out, TILE):
                 for column in range(0, linear.d_in, TILE):
@@ -183,13 +183,18 @@ def _verify_statistics(run: RunDirectory, name: str, reader: BlockStatisticsRead
         if not kept & set(group.modules):
             continue
         if group.token_rows:
-            reader.token_rows(group.name, "input_rows")
+            _read_rows(reader, group.name, "input_rows")
             continue
         for row in range(0, group.d_in, TILE):
             for column in range(0, row + 1, TILE):
                 tile = reader.sums(group.name, "input_moment", slice(row, row + TILE), slice(column, column + TILE))
                 sound = row != column or not bool((tile.diagonal() < 0).any())
                 _require(run, name, sound, f"has an input moment with a diagonal below zero in {group.name}")
+
+
+def _read_rows(reader: BlockStatisticsReader, module: str, statistic: str) -> None:
+    for row in range(0, reader.facts(module)["num_tokens"], TILE):
+        reader.token_rows(module, statistic, slice(row, row + TILE))
 
 
 def _verify_factors(run: RunDirectory, name: str, index: int) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from streamda import panels
 from streamda.batches import Batch, collate
 from streamda.errors import ModelError, NumericalError
 from streamda.hooks import PanelCollector
@@ -187,8 +188,10 @@ def with_rows(tokens: int) -> BlockSpec:
     return dataclasses.replace(SPEC, groups=tuple(dataclasses.replace(each, token_rows=tokens) for each in SPEC.groups))
 
 
-def test_rows_of_few_tokens_make_the_sums_that_they_stand_for() -> None:
+@pytest.mark.parametrize("tokens", [12, 5])
+def test_rows_of_few_tokens_make_the_sums_that_they_stand_for(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two micro-batches, one of them padded; tokens lie in the order that they come in, without padding."""
+    monkeypatch.setattr(panels, "panel_tokens", lambda *_: tokens)
     spec, block = with_rows(12), Block()
     batches = [make_batch((4, 3)), make_batch((2, 2))]
     states = [make_states(batch, seed) for seed, batch in enumerate(batches)]
@@ -199,7 +202,12 @@ def test_rows_of_few_tokens_make_the_sums_that_they_stand_for() -> None:
     expected = [
         oracle(block, pair, rows) for pair, rows in zip(states, (batches[0].moment_rows, slice(None)), strict=True)
     ]
-    totals = {(panel.statistic, panel.module): total for panel, total in collector.totals.items()}
+    assert sum(panel.statistic == "input_rows" for panel in collector.totals) == -(-12 // tokens) * len(spec.groups)
+    totals = {
+        (panel.statistic, panel.module): torch.cat([collector.totals[each] for each in alike])
+        for panel in collector.totals
+        if (alike := [e for e in collector.totals if (e.statistic, e.module) == (panel.statistic, panel.module)])
+    }
     assert {statistic for statistic, _ in totals} == {"input_rows", "output_rows", "output_moment"}
     assert collector.num_tokens == {"h.0.first": 11, "h.0.second": 11, "h.0.third": 11}
     for linear in spec.linears:

@@ -25,8 +25,8 @@ LAYERS = (
     # pure: tensors and integers
     {
         "layers", "memory", "batches", "panels", "costs", "disk_plan", "flops", "plan", "bounds", "products", "factors",
-        "cholesky", "block_statistics", "eigen", "low_rank", "token_span", "solve_plan", "stored_weights", "workers",
-        "methods", "spare_memory", "kept_memory",
+        "cholesky", "block_statistics", "eigen", "low_rank", "token_span", "token_basis", "solve_plan",
+        "stored_weights", "workers", "methods", "spare_memory", "kept_memory",
     },
     # edges: files, data sets, the hub
     {
@@ -61,6 +61,7 @@ WITHIN = {
     "factors": {"products"},
     "low_rank": {"products"},
     "token_span": {"products"},
+    "token_basis": {"cholesky", "panels", "products", "token_span"},
     "stored_weights": {"products"},
     "block_statistics": {"factors", "layers", "panels"},
     "solve_plan": {"cholesky", "eigen", "layers", "low_rank", "memory", "panels", "token_span"},
@@ -69,7 +70,7 @@ WITHIN = {
     "kept_memory": {"costs", "memory"},
     "plan": {"costs", "disk_plan", "flops", "kept_memory", "layers", "memory", "panels", "solve_plan"},
     "eigen": {"cholesky"},
-    "methods": {"cholesky", "eigen", "factors", "low_rank", "products", "solve_plan", "token_span"},
+    "methods": {"cholesky", "eigen", "factors", "low_rank", "products", "solve_plan", "token_basis", "token_span"},
     # the families of a noun
     "json_rows": {"bad_rows"},
     "rows": {"bad_rows", "json_rows"},

@@ -638,6 +638,21 @@ class TestFlops:
         products = 2 * 2 * tokens**2 * (d_in + sum(widths))
         assert products < made.flops["solve"] <= products + 3 * 12 * tokens**3
 
+    def test_rows_along_a_basis_cost_the_cube_of_their_number_and_no_product_with_inputs_per_layer(self) -> None:
+        d_in, d_out, tokens = 3000, 600, 2500
+        spec = BlockSpec(0, "b", (LinearSpec("b.w", d_in, d_out),), (InputGroup(("b.w",), d_in, tokens),))
+        cost = BlockCost(spec, 4 * d_in * d_out, d_in * d_out, 0, 0, 4 * d_in * d_out, 4 * d_in * d_out)
+        workload = Workload(1, 10, tokens, 3, 4, 11, 2, 0, 0, 0, (cost,), 96)
+        made = make_plan(
+            MemoryBudget(GB, 0, None), (1,), lambda _: workload, rank=2, keep_statistics=False, host_is_device=False
+        )
+        assert made.flops["statistics"] == 0
+        assert made.flops["solve_float32"] == tokens**2 * d_out  # half of a product: M is a triangle
+        # half of x x^T but for its diagonal blocks; two factorizations of half a cube's third, and M^T M, a third
+        gram = tokens * (tokens + 256) * d_in
+        steps = EIGEN_STEPS * 10 * (4 * tokens**2 + 4 * tokens * d_out)
+        assert made.flops["solve"] == gram + tokens**3 + steps
+
     @pytest.mark.parametrize("model", MODELS)
     def test_a_pass_over_a_real_model_costs_two_per_weight_and_row(self, model: str) -> None:
         made = plan_for(model, 80 * GB)

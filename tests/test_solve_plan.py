@@ -13,7 +13,7 @@ from streamda.errors import BudgetError
 from streamda.layers import BlockSpec, InputGroup, LinearSpec
 from streamda.memory import parse_size
 from streamda.methods import input_factor
-from streamda.panels import block_panels, statistics_bytes
+from streamda.panels import block_panels
 from streamda.solve_plan import band_bytes, few_tokens, keeps_rows, solve_layout
 from streamda.solve_stage import Solver
 from streamda.store import BlockStatisticsReader
@@ -116,31 +116,35 @@ class TestRowsInPlaceOfSums:
             (1, 8192, [8192], True),
             (512, 8192, [8192, 1024, 1024], True),
             (1024, 8192, [8192, 1024, 1024], True),
-            (1025, 8192, [8192, 1024, 1024], False),  # the small eigenproblem would be large
+            (1025, 8192, [8192, 1024, 1024], True),
+            (12287, 8192, [8192, 1024, 1024], True),
+            (12288, 8192, [8192, 1024, 1024], False),  # sums are as good
             (20, 32, [64], True),
-            (32, 32, [64], False),
-            (1023, 1024, [16], False),  # the rows are twice the lower half of the moment
-            (1020, 2048, [32768], False),  # one panel holds all rows of an output
+            (1023, 1024, [16], True),
+            (1020, 2048, [32768], True),
+            (28671, 28672, [8192], True),
+            (40000, 28672, [8192], False),  # bands of so many tokens are half as large again as those of sums
         ],
     )
-    def test_they_stand_for_few_tokens_where_nothing_is_larger_for_it(
+    def test_they_stand_for_sums_until_these_are_as_good_or_take_much_less(
         self, tokens: int, d_in: int, widths: list[int], kept: bool
     ) -> None:
         assert keeps_rows(tokens, d_in, widths) == kept
 
-    @pytest.mark.parametrize("tokens", [40, 300, 512])
+    @pytest.mark.parametrize("tokens", [40, 300, 512, 3000, 6000, 20000])
     @pytest.mark.parametrize("d_in", [900, 4096, 13824])
     @pytest.mark.parametrize("width", [900, 4096, 13824])
-    def test_the_smallest_budget_is_never_larger_for_them(self, tokens: int, d_in: int, width: int) -> None:
+    def test_a_quarter_more_for_a_solution_that_is_not_small_is_all_that_they_may_take(
+        self, tokens: int, d_in: int, width: int
+    ) -> None:
         if keeps_rows(tokens, d_in, [width]):
             rows, sums = (solve_layout(d_in, width, 8, 0, tokens, token_rows=count) for count in (tokens, 0))
-            assert rows.num_bytes <= sums.num_bytes
+            assert rows.num_bytes <= max(1.25 * sums.num_bytes, 96 << 20)
             linear = LinearSpec("b.w", d_in, width)
             spec = BlockSpec(0, "b", (linear,), (InputGroup(("b.w",), d_in),))
             other = BlockSpec(0, "b", (linear,), (InputGroup(("b.w",), d_in, tokens),))
             largest = [max(panel.num_bytes for panel in block_panels(each)) for each in (other, spec)]
             assert largest[0] <= largest[1]
-            assert statistics_bytes(other) <= statistics_bytes(spec)
 
     def test_their_solution_takes_a_part_of_what_that_of_sums_takes(self) -> None:
         rows, sums = (solve_layout(13824, 5120, 8, None, 512, token_rows=count).num_bytes for count in (512, 0))

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import streamda
-from streamda import plan, workload
+from streamda import panels, plan, solve_plan, store, token_basis, workload
 from streamda.config import RunConfig
 from streamda.errors import DamagedError
 from streamda.inspection import inspect_folder
@@ -26,10 +26,11 @@ from streamda.layers import BlockSpec
 from streamda.panels import Replay
 from streamda.pipeline import plan as plan_run
 from streamda.rundir import RunDirectory
+from streamda.solve_stage import Solver
 from streamda.store import BlockStatisticsReader
 from streamda.sweep import Sweep
 from tests.autograd_oracle import load_model, oracle_statistics
-from tests.golden_options import products
+from tests.golden_options import products, read_adapter
 from tests.killed import recorded_points, run_until, weights
 from tests.models import make_samples, run_options, write_checkpoint, write_samples
 from tests.oracles import dense_lora_da
@@ -133,6 +134,78 @@ def test_several_replays_give_the_same_bits(
     report = streamda.initialize(**options(inputs, tmp_path, max_gpu_mem=str(smallest)))
     assert min(report.plan["replays"]) >= 2
     assert weights(tmp_path) == held
+
+
+@pytest.fixture
+def along_bases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What thousands of tokens do: panels hold some of them, and they are solved along a basis of theirs."""
+    monkeypatch.setattr(solve_plan, "FEW_TOKENS", 8)
+    monkeypatch.setattr(token_basis, "PANEL_ROWS", 10)
+    for module in (panels, store):
+        monkeypatch.setattr(module, "panel_tokens", lambda *_: 8)
+
+
+@pytest.mark.usefixtures("along_bases")
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "gemma2"])
+@pytest.mark.parametrize("lengths", [LENGTHS, (9, 8, 10, 7, 9)], ids=["fewer than inputs", "not many more"])
+def test_along_a_basis_they_give_the_adapter_of_dense_statistics(
+    lengths: Sequence[int], family: str, tmp_path: Path
+) -> None:
+    write_checkpoint(tmp_path / "model", family)
+    samples = make_samples(lengths)
+    write_samples(tmp_path / "samples.jsonl", samples)
+    with noting_panels() as kinds:
+        streamda.initialize(**options(tmp_path, tmp_path))
+    assert kinds >= ROWS
+    found = products(read_adapter(tmp_path / "adapter"))
+    statistics, _ = oracle_statistics(load_model(tmp_path / "model"), samples, list(found), "attention")
+    for module, layer in statistics.items():
+        wanted = dense_lora_da(
+            layer.gradient, layer.input_moment, layer.output_moment, rank=4, population_size=100
+        ).product
+        assert float((found[module] - wanted).norm() / wanted.norm()) < 2e-3
+
+
+@pytest.mark.usefixtures("along_bases")
+def test_along_a_basis_the_bits_are_the_same_in_memory_on_disk_and_after_a_kill(inputs: Path, tmp_path: Path) -> None:
+    streamda.initialize(**options(inputs, tmp_path / "held"))
+    streamda.initialize(**options(inputs, tmp_path / "spilled", spill_statistics=True))
+    assert weights(tmp_path / "spilled") == weights(tmp_path / "held")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "WORKSPACE_BYTES", 0)
+        patch.setattr(workload, "CAST_CHUNK_BYTES", 0)
+        patch.setattr(plan, "solve_layouts", lambda *_: [])
+        smallest = plan_run(RunConfig.from_options(options(inputs, tmp_path)))[1]["smallest_budget_bytes"]
+        report = streamda.initialize(**options(inputs, tmp_path / "cut", max_gpu_mem=str(smallest)))
+    assert min(report.plan["replays"]) >= 3
+    assert weights(tmp_path / "cut") == weights(tmp_path / "held")
+
+
+@pytest.mark.usefixtures("along_bases")
+def test_along_a_basis_they_are_on_disk_in_panels_and_read_in_parts(inputs: Path, tmp_path: Path) -> None:
+    given = options(inputs, tmp_path, spill_statistics=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Solver, "solve", lambda *_: stop_here())
+        with pytest.raises(KeyboardInterrupt):
+            streamda.initialize(**given)
+    work = tmp_path / "adapter.work"
+    streamda.verify(work)
+    with RunDirectory.open_existing(work, exclusive=False) as run:
+        unit = next(name for name in run.units.names() if name.startswith("stats-"))
+        reader = BlockStatisticsReader(run.units, int(unit.removeprefix("stats-")))
+        group = reader.spec.groups[0]
+        whole = reader.token_rows(group.name, "input_rows")
+        assert whole.shape == (sum(LENGTHS), group.d_in)
+        parts = [reader.token_rows(group.name, "input_rows", slice(row, row + 7)) for row in range(0, 23, 7)]
+        assert torch.equal(torch.cat(parts), whole)
+        width = reader.spec.linear(group.name).d_out
+        assert len(list(work.glob("units/stats-*/**/input_rows/c/*"))) >= 3
+        assert reader.token_rows(group.name, "output_rows", slice(3, 9), slice(2, 5)).shape == (6, min(3, width - 2))
+
+
+def stop_here() -> None:
+    """As Ctrl-C does."""
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize(

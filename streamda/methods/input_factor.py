@@ -7,7 +7,8 @@ the rounding of the stored sums is raised, tenfold at a time and never silently;
 second moment.
 
 A moment that was summed over few tokens, fewer than it has rows, is kept as its few eigenpairs instead, for which it is
-read twice; where the tokens' inputs were kept and not summed, they come from these.
+read twice; where the tokens' inputs were kept and not summed, they come from these. Of more tokens whose inputs were
+kept it is the moment along a basis of these that is factorized.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from streamda.errors import NumericalError
 from streamda.factors import is_finite
 from streamda.low_rank import low_rank_factor
 from streamda.solve_plan import few_tokens
+from streamda.token_basis import BasisMoment, NonFiniteError, Rows, TokenBasis
 from streamda.token_span import TokenSpan, token_span
 
 MIN_RAISED_DAMPING = 1e-9
@@ -94,6 +96,21 @@ class TokenFactor:
         return float(self.eigenvalues.sum().square() / self.eigenvalues.square().sum())
 
 
+@dataclass(frozen=True, slots=True)
+class BasisFactor:
+    """The damped input moment of tokens whose inputs are known, along a basis of these."""
+
+    basis: TokenBasis
+    along: InputFactor
+    effective_rank: float
+    """Squared trace over squared Frobenius norm of the moment."""
+
+    @property
+    def damping(self) -> float:
+        """Lambda in use."""
+        return self.along.damping
+
+
 class Moment(Protocol):
     """A mean input moment [d_in, d_in], read by bands of rows as `streamda.cholesky` cuts them."""
 
@@ -160,6 +177,35 @@ def prepare_token_factor(rows: torch.Tensor, damping: float, names: tuple[str, .
         raise NumericalError(f"{names[0]}: its input is not finite")
     span = token_span(rows)
     return None if span is None else TokenFactor(span, damping)
+
+
+def prepare_basis_factor(
+    rows: Rows, damping: float, names: tuple[str, ...], basis_bands: cholesky.Bands, bands: cholesky.Bands
+) -> BasisFactor | None:
+    """As `prepare_token_factor`, for more tokens than a dense eigenproblem may have.
+
+    Args:
+        rows: [tokens, d_in], fewer tokens than inputs.
+        damping: lambda.
+        names: modules of the group, for messages.
+        basis_bands: takes the factor of the tokens' products with each other.
+        bands: takes the factor of the moment along the basis.
+
+    Raises:
+        NumericalError: non-finite values.
+    """
+    if not rows.shape[0]:
+        return None
+    try:
+        basis = TokenBasis(rows, basis_bands)
+    except NonFiniteError:
+        raise NumericalError(f"{names[0]}: its input is not finite") from None
+    if basis.is_zero:
+        return None
+    moment = BasisMoment(basis)
+    along = prepare_input_factor(moment, damping, names, bands)
+    assert isinstance(along, InputFactor)  # it is not zero, and how few tokens there are was not told
+    return BasisFactor(basis, along, moment.effective_rank)
 
 
 def _factorize(

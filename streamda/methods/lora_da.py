@@ -23,16 +23,24 @@ from streamda.config import SolveConfig
 from streamda.errors import NumericalError
 from streamda.factors import largest_magnitude
 from streamda.methods.displacement import Displacement
-from streamda.methods.input_factor import InputFactor, SpannedFactor, TokenFactor
-from streamda.methods.low_end import LowEnd, by_krylov, gradient_on_span, on_span, token_gradient_on_span
+from streamda.methods.input_factor import BasisFactor, InputFactor, SpannedFactor, TokenFactor
+from streamda.methods.low_end import (
+    LowEnd,
+    by_krylov,
+    gradient_on_span,
+    on_basis,
+    on_span,
+    token_gradient_on_span,
+)
 from streamda.methods.solution import LayerSolution, SolveStats, SolveStatus, layer_generator, standard_start
+from streamda.token_basis import BasisGradient
 from streamda.token_span import TokenGradient
 
 
 def solve_layer(
     name: str,
-    factor: InputFactor | SpannedFactor | TokenFactor | None,
-    gradient: Sequence[torch.Tensor] | TokenGradient,
+    factor: InputFactor | SpannedFactor | TokenFactor | BasisFactor | None,
+    gradient: Sequence[torch.Tensor] | TokenGradient | BasisGradient,
     output_moment: torch.Tensor,
     config: SolveConfig,
     *,
@@ -45,7 +53,8 @@ def solve_layer(
         name: module name; with `seed` it fixes the eigensolver's start.
         factor: of the layer's input group; None for an input that was always zero.
         gradient: [d_out, d_in], mean over samples, as bands of rows [rows, d_in] in float32 or float64; may be read
-            anew at each use; a `TokenGradient` of the tokens that a `TokenFactor` is made from.
+            anew at each use; a `TokenGradient` of the tokens that a `TokenFactor` is made from, or a `BasisGradient`
+            along the basis of a `BasisFactor`.
         output_moment: [d_out], mean over tokens.
         config: the method's settings.
         population_size: N, rows of the whole training set.
@@ -58,6 +67,10 @@ def solve_layer(
     d_out, d_in, largest = _extent(gradient)
     if not math.isfinite(largest) or not bool(torch.isfinite(output_moment).all()):
         raise NumericalError(f"{name}: the gradient statistics are not finite")
+    if isinstance(factor, BasisFactor):
+        assert isinstance(gradient, BasisGradient)
+        d_in = factor.basis.d_in
+        largest = 0.0 if gradient.is_zero else largest
     if factor is None or largest == 0:
         return standard_start(name, d_in, d_out, config.rank, seed)
     mu = config.damping
@@ -72,7 +85,8 @@ def solve_layer(
     variance = config.variance_weight * float((1 / y).sum()) / population_size
 
     def displacement(inverse: InputFactor | None, bands: Sequence[torch.Tensor]) -> Displacement:
-        return Displacement(inverse, bands, (d_out, d_in), y if config.use_fisher else None, y.device)
+        columns = factor.basis.num_tokens if isinstance(factor, BasisFactor) else d_in
+        return Displacement(inverse, bands, (d_out, columns), y if config.use_fisher else None, y.device)
 
     generator = layer_generator(name, seed)
     if isinstance(factor, TokenFactor):
@@ -81,6 +95,10 @@ def solve_layer(
         if along is None:
             return standard_start(name, d_in, d_out, config.rank, seed)
         found = on_span(name, factor, along, displacement(None, ()), variance, generator, config)
+    elif isinstance(factor, BasisFactor):
+        assert isinstance(gradient, BasisGradient)
+        along_basis = displacement(factor.along if config.use_fisher else None, gradient)
+        found = on_basis(name, factor, along_basis, variance, generator, config)
     else:
         assert not isinstance(gradient, TokenGradient)
         plain = displacement(None, gradient)
@@ -97,7 +115,8 @@ def solve_layer(
     status = SolveStatus.OK if found.converged else SolveStatus.UNCONVERGED
     if found.noisy and found.converged:
         status = SolveStatus.NOISY
-    if isinstance(factor, InputFactor) and factor.raises and found.converged:
+    factorized = factor.along if isinstance(factor, BasisFactor) else factor
+    if isinstance(factorized, InputFactor) and factorized.raises and found.converged:
         status = SolveStatus.DAMPED
     return LayerSolution(
         name,

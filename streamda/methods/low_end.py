@@ -18,10 +18,14 @@ No eigenvalue on the span is above c / lambda, so that the low end of Omega is t
 fewer rows than eigenvectors are wanted, the rest is any orthonormal one outside the span, along which D is zero.
 Nothing iterates, and the rounding of the stored sums, which 1 / lambda would magnify outside the span, does not enter.
 Where the tokens' rows are known and not only sums of them, span and gradient come from these (`streamda.token_span`).
+
+`on_basis` is for more tokens than that, still fewer than inputs, whose rows are known: `by_krylov` along a basis of
+these (`streamda.token_basis`), for the same reason.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -32,7 +36,7 @@ from streamda.config import SolveConfig
 from streamda.errors import NumericalError
 from streamda.factors import largest_magnitude, mirror_lower_
 from streamda.methods.displacement import Displacement
-from streamda.methods.input_factor import InputFactor, SpannedFactor, TokenFactor
+from streamda.methods.input_factor import BasisFactor, InputFactor, SpannedFactor, TokenFactor
 from streamda.products import add_product_, add_triangle_
 from streamda.token_span import TokenGradient
 
@@ -205,6 +209,32 @@ def on_span(
         converged=True,
         noisy=gradient.noisy,
     )
+
+
+def on_basis(
+    name: str,
+    factor: BasisFactor,
+    displacement: Displacement,
+    variance: float,
+    generator: torch.Generator,
+    config: SolveConfig,
+) -> LowEnd:
+    """Finds the low end along a basis of the tokens, and lifts it from there.
+
+    Takes what `by_krylov` takes, the displacement along the basis.
+
+    Raises:
+        NumericalError: D over- or underflows.
+    """
+    found = by_krylov(name, factor.along, displacement, variance, generator, config)
+    lifted = factor.basis.lift(found.vectors)
+    # with more eigenvectors wanted than tokens have directions, the rest lies outside, and nothing of D with it
+    outside = lifted.norm(dim=0) < 0.5
+    if bool(outside.any()):
+        lifted[:, outside] = _outside(lifted[:, ~outside], int(outside.sum()), generator)
+    vectors = eigen.canonical_signs(lifted)
+    signs = (lifted * vectors).sum(0).sign()
+    return dataclasses.replace(found, vectors=vectors, projected=found.projected * signs, noisy=factor.basis.is_faint)
 
 
 def token_gradient_on_span(factor: TokenFactor, gradient: TokenGradient) -> GradientOnSpan | None:

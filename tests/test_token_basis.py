@@ -1,0 +1,246 @@
+"""What is solved along a basis of tokens' rows is what the rows give whole, and the dense solution."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from streamda import cholesky, token_basis
+from streamda.config import SolveConfig
+from streamda.errors import NumericalError
+from streamda.methods import BasisFactor, LayerSolution, SolveStatus, prepare_basis_factor, solve_layer
+from streamda.scratch import SpilledBands
+from streamda.token_basis import BasisGradient, BasisMoment, TokenBasis
+from streamda.token_span import CLEAR, DISTINCT, ROUNDING, TokenGradient
+from tests.test_lora_da import ABLATIONS, POPULATION, dense, product, relative_error
+from tests.test_token_span import draw_rows, solve_rows, sums_of
+
+CPU = torch.device("cpu")
+
+
+class Held:
+    """Rows in memory."""
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self._values = values
+        self.shape = (values.shape[0], values.shape[1])
+
+    def part(self, tokens: slice, columns: slice) -> torch.Tensor:
+        return self._values[tokens, columns]
+
+
+@pytest.fixture(autouse=True)
+def several_bands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bands of 16 tokens in blocks of 8, so that a few dozen of them have all that thousands have."""
+    monkeypatch.setattr(token_basis, "PANEL_ROWS", 16)
+    monkeypatch.setattr(cholesky, "BLOCK_ROWS", 8)
+
+
+def prepare(x: torch.Tensor, damping: float = 1e-6) -> BasisFactor | None:
+    return prepare_basis_factor(Held(x), damping, ("layer",), {}, {})
+
+
+def solve_along(
+    x: torch.Tensor, g: torch.Tensor, dtype: torch.dtype = torch.float32, folder: Path | None = None, **options: Any
+) -> LayerSolution:
+    """From rows of one sample per token; with a folder all but the first band lies in files there."""
+    config = SolveConfig(**options)
+    spilled = [SpilledBands(folder, number, CPU) for number in (1, 1, 0)] if folder else [{}, {}, {}]
+    factor = prepare_basis_factor(Held(x), config.damping, ("layer",), spilled[0], spilled[1])
+    assert factor is not None
+    gradient = BasisGradient(factor.basis, Held(g), len(x), spilled[2], dtype)
+    moment = g.double().square().mean(dim=0)
+    return solve_layer("layer", factor, gradient, moment, config, population_size=POPULATION, seed=0)
+
+
+def coordinates(basis: TokenBasis) -> torch.Tensor:
+    """M, whole."""
+    whole = torch.zeros(basis.num_tokens, basis.num_tokens, dtype=torch.float64)
+    for index in range(len(basis)):
+        for tokens, along in basis.coordinates(index):
+            whole[tokens, : along.shape[1]] = along
+    return whole
+
+
+def directions(basis: TokenBasis) -> torch.Tensor:
+    """Q, [tokens, d_in]."""
+    return basis.lift(torch.eye(basis.num_tokens, dtype=torch.float64)).T
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(tokens=st.integers(1, 60), d_in=st.integers(1, 80), seed=st.integers(0, 10**6), scale=st.integers(-15, 15))
+def test_rows_moment_and_gradient_are_what_they_are_along_the_basis(
+    tokens: int, d_in: int, seed: int, scale: int
+) -> None:
+    """Also of more tokens than inputs, which have no more directions than these."""
+    # Hypothesis resets no fixture between its examples, and needs none reset
+    x, g = draw_rows(seed, tokens, d_in, 20)
+    x *= 10.0**scale
+    basis = TokenBasis(Held(x), {})
+    whole, q, wide = coordinates(basis), directions(basis), x.double()
+    assert not bool(whole.triu(1).any())
+    kept = q.norm(dim=1) > 0
+    assert int(kept.sum()) == min(tokens, d_in)
+    assert not bool(whole[:, ~kept].any())
+    torch.testing.assert_close(q @ q.T, torch.diag(kept.double()), rtol=0, atol=1e-6)
+    assert float((whole @ q - wide).norm(dim=1).max()) <= 2 * DISTINCT * float(wide.norm(dim=1).max())
+    moment = BasisMoment(basis)
+    expected = whole.T @ whole / tokens
+    torch.testing.assert_close(moment.diagonal(), expected.diagonal(), rtol=1e-10, atol=1e-12 * float(expected.max()))
+    for index in range(len(moment)):
+        band, rows = moment.band(index), basis.tokens(index)
+        part = band.tril(rows.start) - expected[rows, : rows.stop].tril(rows.start)
+        assert float(part.abs().max()) <= 1e-12 * float(expected.abs().max())
+    assert moment.effective_rank == pytest.approx(float(expected.trace() ** 2 / expected.norm() ** 2), rel=1e-9)
+    gradient = torch.cat(list(BasisGradient(basis, Held(g), 3, {}, torch.float64)))
+    # each column to the digits of float32, however small it is
+    sizes = g.double().abs().T @ whole.abs() / 3
+    assert bool(((gradient - g.double().T @ whole / 3).abs() <= 1e-6 * sizes).all())
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 40, 100])
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_every_setting_of_the_method_gives_the_dense_solution(name: str, tokens: int) -> None:
+    x, g = draw_rows(tokens, tokens, 160, 90)
+    found, expected = solve_along(x, g, **ABLATIONS[name]), dense(sums_of(x, g), **ABLATIONS[name])
+    assert found.status is SolveStatus.OK
+    assert relative_error(product(found), expected.product) < 1e-5
+    assert found.lora_a.shape[1] == 160
+    plain = solve_rows(x, g, **ABLATIONS[name])
+    assert found.stats is not None
+    assert plain.stats is not None
+    kept = min(tokens, ABLATIONS[name].get("rank", 8))
+    torch.testing.assert_close(
+        torch.tensor(found.stats.eigenvalues[:kept]),
+        torch.tensor(plain.stats.eigenvalues[:kept]),
+        rtol=1e-4,
+        atol=1e-6 * max(map(abs, plain.stats.eigenvalues)),
+    )
+    assert found.stats.displacement_norm == pytest.approx(plain.stats.displacement_norm, rel=1e-5)
+    if tokens > 8 and not ABLATIONS[name].get("balance"):
+        # the same signs, too
+        torch.testing.assert_close(found.lora_a, plain.lora_a, rtol=0, atol=1e-4 * float(plain.lora_a.abs().max()))
+
+
+@pytest.mark.parametrize("tokens", [61, 75, 90])
+def test_a_few_more_tokens_than_inputs_are_no_other_case(tokens: int) -> None:
+    """What sums in float32 get wrong: the smallest eigenvalues of the moment are nearly zero."""
+    x, g = draw_rows(tokens, tokens, 60, 40)
+    found = solve_along(x, g)
+    assert found.status is SolveStatus.OK
+    assert relative_error(product(found), dense(sums_of(x, g)).product) < 1e-5
+
+
+def test_wherever_it_lies_and_however_it_is_held_the_bits_are_the_same(tmp_path: Path) -> None:
+    x, g = draw_rows(3, 70, 160, 50)
+    first = solve_along(x, g)
+    for found in (solve_along(x, g, torch.float64), solve_along(x, g, folder=tmp_path)):
+        assert torch.equal(found.lora_a, first.lora_a)
+        assert torch.equal(found.lora_b, first.lora_b)
+
+
+@pytest.mark.parametrize("rounding", [0.0, 1e-7, 1e-6])
+def test_rows_that_repeat_others_but_for_rounding_have_no_direction_of_their_own(rounding: float) -> None:
+    x, g = draw_rows(5, 50, 120, 60)
+    x[35:] = x[:15]
+    exact = dense(sums_of(x, g)).product
+    x[35:] *= 1 + rounding * torch.randn(15, 120, generator=torch.Generator().manual_seed(0))
+    assert int((directions(TokenBasis(Held(x), {})).norm(dim=1) > 0).sum()) == 35
+    found = solve_along(x, g)
+    assert found.status is SolveStatus.OK
+    assert relative_error(product(found), exact) < 1e-6 + 100 * rounding
+
+
+@pytest.mark.parametrize(
+    ("share", "status"),
+    [
+        (2 * CLEAR, SolveStatus.OK),
+        (2 * DISTINCT, SolveStatus.NOISY),
+        (0.5 * DISTINCT, SolveStatus.NOISY),
+        (0.3 * ROUNDING, SolveStatus.OK),
+    ],
+)
+def test_tokens_that_hardly_differ_make_a_noisy_solution(share: float, status: SolveStatus) -> None:
+    x, g = draw_rows(6, 40, 120, 60)
+    away = torch.nn.functional.normalize(torch.randn(120, generator=torch.Generator().manual_seed(1)), dim=0)
+    x[37] = x[2] + 1.1 * share * x[2].norm() * away
+    assert solve_along(x, g).status is status
+    kept = int((directions(TokenBasis(Held(x), {})).norm(dim=1) > 0).sum())
+    assert kept == (40 if share > DISTINCT else 39)
+
+
+@pytest.mark.parametrize(("size", "place", "tolerance"), [(1e-6, 21, 1e-3), (1e4, 0, 1e-5), (1e4, 21, 1e-3)])
+def test_one_token_of_another_size_takes_few_digits_of_the_others(size: float, place: int, tolerance: float) -> None:
+    x, g = draw_rows(7, 40, 120, 60)
+    x[place] *= size
+    assert relative_error(product(solve_along(x, g)), product(solve_rows(x, g))) < tolerance
+
+
+@pytest.mark.parametrize("name", ["defaults", "without bias", "theorem", "without Fisher"])
+@pytest.mark.parametrize("distinct", [1, 5])
+def test_fewer_directions_than_the_rank_leave_the_rest_outside_them(distinct: int, name: str) -> None:
+    x, g = draw_rows(8, 40, 120, 60)
+    x = x[:distinct].repeat(40 // distinct, 1)
+    found = solve_along(x, g, **ABLATIONS[name])
+    expected = dense(sums_of(x, g), **ABLATIONS[name]).product
+    assert relative_error(product(found), expected) < 1e-4
+    a = found.lora_a.double()
+    torch.testing.assert_close(a @ a.T / (a @ a.T)[0, 0], torch.eye(8, dtype=torch.float64), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_rows_that_are_not_finite_are_refused_by_the_layer_s_name(value: float) -> None:
+    x, g = draw_rows(6, 40, 120, 8)
+    bad = x.clone()
+    bad[22, 3] = value
+    with pytest.raises(NumericalError, match="layer: its input is not finite"):
+        solve_along(bad, g)
+    bad = g.clone()
+    bad[34, 7] = value
+    with pytest.raises(NumericalError, match="layer: the gradient statistics are not finite"):
+        solve_along(x, bad)
+
+
+def test_without_tokens_or_with_zeros_there_is_nothing_to_factorize() -> None:
+    assert prepare(torch.zeros(0, 20)) is None
+    assert prepare(torch.zeros(30, 20)) is None
+    # which is the layer's gradient, then
+    found = solve_layer(
+        "layer",
+        None,
+        TokenGradient(torch.ones(30, 8), 20, 5),
+        torch.ones(8),
+        SolveConfig(rank=4),
+        population_size=POPULATION,
+        seed=0,
+    )
+    assert found.status is SolveStatus.ZERO
+
+
+def test_a_gradient_of_zero_gets_the_standard_start() -> None:
+    x, g = draw_rows(8, 30, 100, 8)
+    one_half = (torch.arange(30) < 15).float()[:, None]
+    for rows, gradients in (
+        (x, torch.zeros_like(g)),
+        (x * one_half, g * (1 - one_half)),
+        (torch.cat((x, x)), torch.cat((g, -g))),  # whose sum is zero, as where no token has both
+    ):
+        found = solve_along(rows, gradients, rank=4)
+        assert found.status is SolveStatus.ZERO
+        assert found.lora_a.shape == (4, 100)
+        assert not bool(found.lora_b.any())
+
+
+def test_what_needs_more_damping_says_so() -> None:
+    """Hardly any damping, and a token so large that the others are rounding beside it."""
+    x, g = draw_rows(9, 50, 80, 20)
+    x[40] *= 1e12
+    found = solve_along(x, g, damping=1e-30, output_damping_ratio=0.1)
+    assert found.status is SolveStatus.DAMPED
+    assert found.stats is not None
+    assert found.stats.damping > 1e-30

@@ -51,12 +51,7 @@ class NotPositiveDefiniteError(ArithmeticError):
         self.row = row
 
 
-def factorize(
-    read: Callable[[int], torch.Tensor],
-    num_bands: int,
-    bands: Bands,
-    invert: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
-) -> None:
+def factorize(read: Callable[[int], torch.Tensor], num_bands: int, bands: Bands) -> None:
     """Fills `bands` with the Cholesky factor of a symmetric positive definite matrix, given by its bands.
 
     In place of each diagonal block of L stands its inverse, with zeros above the diagonal.
@@ -66,7 +61,6 @@ def factorize(
             above the diagonal in it is neither used nor kept meaningful.
         num_bands: bands of the matrix.
         bands: takes the factor's bands, in order; the earlier ones are read back from it.
-        invert: gives the inverse of the factor of a diagonal block [b, b], for its lower triangle and its first row.
 
     Raises:
         NotPositiveDefiniteError: the matrix is not positive definite in this precision, or holds a non-finite value.
@@ -81,7 +75,11 @@ def factorize(
         for rows, columns in diagonal_blocks(band):
             below = band[rows.start :]
             _subtract(below, band[rows], columns)
-            band[rows, columns] = (invert or _inverse_factor)(band[rows, columns], columns.start)
+            diagonal, info = torch.linalg.cholesky_ex(band[rows, columns])
+            # cholesky_ex lets Inf and NaN pass with info == 0, so its result is checked as well
+            if int(info) != 0 or not bool(torch.isfinite(diagonal).all()):
+                raise NotPositiveDefiniteError(columns.start)
+            band[rows, columns] = inverse_triangle(diagonal)
             _divide(band[rows.stop :, columns], band[rows, columns])
         bands[index] = band
 
@@ -109,19 +107,6 @@ def solve(bands: Bands, rhs: torch.Tensor) -> torch.Tensor:
                 x[:, columns].addmm_(x[:, done], band[rows, done].T, alpha=-1)
             x[:, columns] = x[:, columns] @ band[rows, columns].T
         del band
-    _solve_transposed_(bands, x)
-    return x.T
-
-
-def solve_transposed(bands: Bands, rhs: torch.Tensor) -> torch.Tensor:
-    """``L^-T rhs``, as `solve`."""
-    x = rhs.T.clone(memory_format=torch.contiguous_format)
-    _solve_transposed_(bands, x)
-    return x.T
-
-
-def _solve_transposed_(bands: Bands, x: torch.Tensor) -> None:
-    """``x <- x L^-1`` for vectors as rows, [k, n]."""
     for index in reversed(range(len(bands))):
         band = bands[index]
         start = band.shape[1] - band.shape[0]
@@ -133,6 +118,7 @@ def _solve_transposed_(bands: Bands, x: torch.Tensor) -> None:
         if start:
             x[:, :start].addmm_(x[:, start : band.shape[1]], band[:, :start], alpha=-1)
         del band
+    return x.T
 
 
 def multiply(bands: Bands, block: torch.Tensor) -> torch.Tensor:
@@ -167,14 +153,6 @@ def _right_divide(x: torch.Tensor, triangle: torch.Tensor, *, upper: bool = Fals
     """``x triangle^-1``, asked for from the left: torch's right-hand solver copies more and takes twice as long."""
     quotient: torch.Tensor = torch.linalg.solve_triangular(triangle.T, x.T, upper=not upper)
     return quotient.T
-
-
-def _inverse_factor(block: torch.Tensor, row: int) -> torch.Tensor:
-    diagonal, info = torch.linalg.cholesky_ex(block)
-    # cholesky_ex lets Inf and NaN pass with info == 0, so its result is checked as well
-    if int(info) != 0 or not bool(torch.isfinite(diagonal).all()):
-        raise NotPositiveDefiniteError(row)
-    return inverse_triangle(diagonal)
 
 
 def inverse_triangle(diagonal: torch.Tensor) -> torch.Tensor:

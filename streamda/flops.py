@@ -80,10 +80,12 @@ def _span_flops(d_in: int, widths: Sequence[int], tokens: int) -> int:
 
 def _basis_flops(d_in: int, widths: Sequence[int], rank: int, tokens: int) -> tuple[int, int]:
     """Of an input group whose rows are solved along a basis of theirs, in float64 and in float32."""
-    # the product of its rows with themselves; its factor, the moment along the basis, and the factor of that
-    factors = _symmetric(tokens) * d_in + tokens**3
-    # output gradients times a triangle, in float32
-    return factors + _krylov_flops(tokens, widths, rank), sum(tokens**2 * d_out for d_out in widths)
+    size = min(tokens, d_in)
+    coordinates = size * (2 * tokens - size)  # twice as many as there are, one behind the other, in a trapezoid
+    # each row against all before it, twice over, there and back; output gradients times the coordinates
+    single = 4 * coordinates * d_in + coordinates * sum(widths)
+    # the moment along the basis, its factor, and what needs the two
+    return size**2 * (tokens - size * 2 // 3) + size**3 // 3 + _krylov_flops(size, widths, rank), single
 
 
 def _krylov_flops(size: int, widths: Sequence[int], rank: int) -> int:

@@ -20,6 +20,7 @@ from streamda.layers import BlockSpec
 from streamda.low_rank import extra_vectors
 from streamda.memory import format_size
 from streamda.panels import FLOAT32_BYTES, PANEL_ROWS, statistics_bytes
+from streamda.token_basis import BLOCK_TOKENS
 from streamda.token_span import CHUNK_COLUMNS
 
 WORKSPACE_BYTES = 64 << 20
@@ -68,7 +69,9 @@ class SolveLayout:
     num_bytes: int
     """Peak in memory."""
     spilled_bytes: int
-    """Of the factor, in a file."""
+    """Of the factor, in a file, and of what else lies there along a basis of tokens."""
+    basis_in_memory: int = 0
+    """Bands of such a basis, and of coordinates along it."""
 
 
 def solve_capacity(budget_bytes: int, specs: Sequence[BlockSpec], rank: int) -> int:
@@ -160,7 +163,7 @@ def solve_layout(
     """
     if token_rows and not on_basis(d_in, token_rows):
         return SolveLayout(0, "float32", _token_rows_bytes(d_in, d_out, token_rows), 0)
-    sizes = band_bytes(token_rows or d_in)
+    sizes = band_bytes(min(token_rows or d_in, d_in))
     whole = len(sizes)
     forms: tuple[GradientForm, ...] = ("float64", "float32", "streamed")
     if not token_rows and num_tokens is not None and 0 < num_tokens <= few_tokens(d_in):
@@ -170,7 +173,8 @@ def solve_layout(
     choices += [(count, form) for form in forms[1:] for count in range(whole - 1, -1, -1)]
     tiles = tile_copies * min(d_in, PANEL_ROWS) ** 2 * FLOAT32_BYTES
     if token_rows:
-        layouts = [_basis_layout(token_rows, d_out, rank, sizes, count, form, tiles) for count, form in choices]
+        bases = [(whole, form, True) for form in forms[:2]] + [(count, form, False) for count, form in choices]
+        layouts = [_basis_layout(token_rows, d_in, d_out, rank, each, tiles) for each in bases]
     else:
         layouts = [_layout(d_in, d_out, rank, sizes, count, form, tiles) for count, form in choices]
     fitting = (each for each in layouts if capacity_bytes is None or each.num_bytes <= capacity_bytes)
@@ -248,27 +252,46 @@ def _layout(
 
 
 def _basis_layout(
-    tokens: int, d_out: int, rank: int, sizes: list[int], in_memory: int, form: GradientForm, tiles: int
+    tokens: int,
+    d_in: int,
+    d_out: int,
+    rank: int,
+    choice: tuple[int, GradientForm, bool],
+    tiles: int,
 ) -> SolveLayout:
-    """Along a basis of tokens, where there are two factors of their number; ``streamed`` is a gradient in a file.
+    """Along a basis of tokens (see `token_basis`), where ``streamed`` is a gradient in a file.
 
-    See `token_basis`. Two tiles of rows are in float64 at a time while they are multiplied with each other.
+    Args:
+        tokens: rows.
+        d_in: of the group.
+        d_out: of its widest layer.
+        rank: of the adapter.
+        choice: bands of the factor in memory, form of the gradient, whether the basis is in memory.
+        tiles: bytes while rows are read.
     """
-    held, spilled = 2 * sum(sizes[:in_memory]), sorted(sizes[in_memory:])
-    side = min(tokens, PANEL_ROWS)
-    # diagonal blocks beside their inverses, and coordinates of a few tokens
-    small = 2 * tokens * MAX_BLOCK_ROWS * FLOAT64_BYTES
-    factorizing = held + sum(spilled[-2:]) + 2 * side * PANEL_ROWS * FLOAT64_BYTES + tiles + _column_bytes(tokens)
-    band = min(PANEL_ROWS, d_out) * tokens
-    gradient = {"float64": d_out * tokens * FLOAT64_BYTES, "float32": d_out * tokens * FLOAT32_BYTES, "streamed": 0}[
-        form
-    ]
-    # a band of the gradient in both precisions
-    multiplying = held + gradient + sum(spilled[-1:]) + band * (FLOAT64_BYTES + FLOAT32_BYTES) + tiles
-    chunk = _chunk_rows(tokens, d_out) * tokens * FLOAT64_BYTES + (band * FLOAT32_BYTES if form == "streamed" else 0)
-    solving = held + sum(spilled[-1:]) + gradient + chunk + tiles + _krylov_bytes(tokens, d_out, rank)
-    in_file = 2 * sum(spilled) + (d_out * tokens * FLOAT32_BYTES if form == "streamed" else 0)
-    return SolveLayout(in_memory, form, max(factorizing, multiplying, solving) + small, in_file)
+    in_memory, form, holds_basis = choice
+    size, side = min(tokens, d_in), min(tokens, PANEL_ROWS)
+    starts = range(0, tokens, PANEL_ROWS)
+    coordinates = sum(min(PANEL_ROWS, tokens - start) * min(start + PANEL_ROWS, size) for start in starts)
+    basis = (size * d_in + coordinates) * FLOAT32_BYTES
+    directions, along = side * d_in * FLOAT32_BYTES, side * size * FLOAT32_BYTES  # a band of each
+    held = basis if holds_basis else 0
+    # rows and what they become, or that and earlier directions; coordinates twice over; a block in float64
+    making = held + 2 * directions + 4 * along + 3 * BLOCK_TOKENS * d_in * FLOAT64_BYTES + tiles
+
+    sizes = band_bytes(size)
+    spilled = sorted(sizes[in_memory:])
+    held += sum(sizes[:in_memory])
+    factorizing = held + sum(spilled[-2:]) + along + BLOCK_TOKENS * size * FLOAT64_BYTES + _column_bytes(size)
+    band = min(PANEL_ROWS, d_out) * size
+    whole = {"float64": d_out * size * FLOAT64_BYTES, "float32": d_out * size * FLOAT32_BYTES, "streamed": 0}[form]
+    multiplying = held + whole + along + band * (FLOAT64_BYTES + FLOAT32_BYTES) + tiles
+    chunk = _chunk_rows(size, d_out) * size * FLOAT64_BYTES + (band * FLOAT32_BYTES if form == "streamed" else 0)
+    solving = held + sum(spilled[-1:]) + whole + chunk + _krylov_bytes(size, d_out, rank)
+    lifting = held + whole + directions + (side * PANEL_ROWS + 4 * rank * d_in) * FLOAT64_BYTES
+    in_file = sum(spilled) + (0 if holds_basis else basis) + (d_out * size * FLOAT32_BYTES if form == "streamed" else 0)
+    peak = max(making, factorizing, multiplying, solving, lifting)
+    return SolveLayout(in_memory, form, peak, in_file, len(starts) if holds_basis else 0)
 
 
 def _column_bytes(size: int) -> int:

@@ -184,14 +184,12 @@ class Solver:
             layout = solve_layout(
                 group.d_in, widest, self.config.rank, self.capacity_bytes, num_tokens, token_rows=group.token_rows
             )
-            in_memory = layout.bands_in_memory
-            with (
-                SpilledBands(scratch, in_memory, self.device) as bands,
-                SpilledBands(scratch, in_memory, self.device) as basis_bands,
-            ):
+            with ExitStack() as stack:
+                places = layout.bands_in_memory, layout.basis_in_memory, layout.basis_in_memory
+                factors = [stack.enter_context(SpilledBands(scratch, place, self.device)) for place in places]
                 moment = _CheckedMoment(statistics.moment(group, self.device), group, self.timeline)
                 try:
-                    factor = self._factorize(statistics, group, wanted, moment, (bands, basis_bands))
+                    factor = self._factorize(statistics, group, wanted, moment, factors)
                 except NumericalError as error:
                     facts |= {name: self._left_out(statistics, name, error) for name in wanted}
                     continue
@@ -215,13 +213,13 @@ class Solver:
         group: InputGroup,
         wanted: tuple[str, ...],
         moment: _CheckedMoment,
-        bands: tuple[SpilledBands, SpilledBands],
+        factors: Sequence[SpilledBands],
     ) -> InputFactor | SpannedFactor | TokenFactor | BasisFactor | None:
         damping = self.config.damping
         if on_basis(group.d_in, group.token_rows):
             inputs = _TokenRows(statistics, group.name, "input_rows", self.device, self.timeline)
             with self.timeline.span("cholesky"):
-                return prepare_basis_factor(inputs, damping, wanted, bands[1], bands[0])
+                return prepare_basis_factor(inputs, damping, wanted, (factors[1], factors[2]), factors[0])
         if group.token_rows:
             with self.timeline.span("read statistics"):
                 rows = statistics.token_rows(group.name, "input_rows").to(self.device)
@@ -229,7 +227,7 @@ class Solver:
                 return prepare_token_factor(rows, damping, wanted)
         with self.timeline.span("cholesky"):
             num_tokens = statistics.facts(group.name)["num_tokens"]
-            return prepare_input_factor(moment, damping, wanted, bands[0], num_tokens)
+            return prepare_input_factor(moment, damping, wanted, factors[0], num_tokens)
 
     def _left_out(self, statistics: BlockStatistics, name: str, error: NumericalError) -> dict[str, Any]:
         """What is kept of a layer without adapter.

@@ -64,7 +64,7 @@ WITHIN = {
     "token_basis": {"cholesky", "panels", "products", "token_span"},
     "stored_weights": {"products"},
     "block_statistics": {"factors", "layers", "panels"},
-    "solve_plan": {"cholesky", "eigen", "layers", "low_rank", "memory", "panels", "token_span"},
+    "solve_plan": {"cholesky", "eigen", "layers", "low_rank", "memory", "panels", "token_basis", "token_span"},
     "costs": {"layers"},
     "flops": {"costs", "eigen", "low_rank", "panels", "products", "solve_plan"},
     "kept_memory": {"costs", "memory"},

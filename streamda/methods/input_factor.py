@@ -180,15 +180,19 @@ def prepare_token_factor(rows: torch.Tensor, damping: float, names: tuple[str, .
 
 
 def prepare_basis_factor(
-    rows: Rows, damping: float, names: tuple[str, ...], basis_bands: cholesky.Bands, bands: cholesky.Bands
+    rows: Rows,
+    damping: float,
+    names: tuple[str, ...],
+    basis_bands: tuple[cholesky.Bands, cholesky.Bands],
+    bands: cholesky.Bands,
 ) -> BasisFactor | None:
     """As `prepare_token_factor`, for more tokens than a dense eigenproblem may have.
 
     Args:
-        rows: [tokens, d_in], fewer tokens than inputs.
+        rows: [tokens, d_in].
         damping: lambda.
         names: modules of the group, for messages.
-        basis_bands: takes the factor of the tokens' products with each other.
+        basis_bands: take the basis and the tokens' coordinates along it.
         bands: takes the factor of the moment along the basis.
 
     Raises:
@@ -197,10 +201,10 @@ def prepare_basis_factor(
     if not rows.shape[0]:
         return None
     try:
-        basis = TokenBasis(rows, basis_bands)
+        basis = TokenBasis(rows, *basis_bands)
     except NonFiniteError:
         raise NumericalError(f"{names[0]}: its input is not finite") from None
-    if basis.is_zero:
+    if not basis.size:
         return None
     moment = BasisMoment(basis)
     along = prepare_input_factor(moment, damping, names, bands)

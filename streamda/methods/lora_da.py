@@ -85,7 +85,7 @@ def solve_layer(
     variance = config.variance_weight * float((1 / y).sum()) / population_size
 
     def displacement(inverse: InputFactor | None, bands: Sequence[torch.Tensor]) -> Displacement:
-        columns = factor.basis.num_tokens if isinstance(factor, BasisFactor) else d_in
+        columns = factor.basis.size if isinstance(factor, BasisFactor) else d_in
         return Displacement(inverse, bands, (d_out, columns), y if config.use_fisher else None, y.device)
 
     generator = layer_generator(name, seed)

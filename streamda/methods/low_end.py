@@ -229,12 +229,19 @@ def on_basis(
     found = by_krylov(name, factor.along, displacement, variance, generator, config)
     lifted = factor.basis.lift(found.vectors)
     # with more eigenvectors wanted than tokens have directions, the rest lies outside, and nothing of D with it
-    outside = lifted.norm(dim=0) < 0.5
-    if bool(outside.any()):
-        lifted[:, outside] = _outside(lifted[:, ~outside], int(outside.sum()), generator)
+    missing = min(config.rank, factor.basis.d_in) - lifted.shape[1]
+    if missing:
+        lifted = torch.cat((lifted, _outside(lifted, missing, generator)), dim=1)
     vectors = eigen.canonical_signs(lifted)
-    signs = (lifted * vectors).sum(0).sign()
-    return dataclasses.replace(found, vectors=vectors, projected=found.projected * signs, noisy=factor.basis.is_faint)
+    projected = torch.nn.functional.pad(found.projected, (0, missing)) * (lifted * vectors).sum(0).sign()
+    unit = found.sigma**2 if config.normalize else 1.0
+    return dataclasses.replace(
+        found,
+        eigenvalues=found.eigenvalues + missing * (-variance / unit / factor.damping,),
+        vectors=vectors,
+        projected=projected,
+        noisy=factor.basis.is_faint,
+    )
 
 
 def token_gradient_on_span(factor: TokenFactor, gradient: TokenGradient) -> GradientOnSpan | None:

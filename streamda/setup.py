@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,15 +28,13 @@ from streamda.model_source import ModelSource, find_model
 from streamda.plan import Plan, make_plan, minimum_bytes
 from streamda.products import product_library
 from streamda.skeleton import build_skeleton, load_config, third_party
-from streamda.solve_plan import keeps_rows
+from streamda.token_counts import makes_sums, rank_deficient
 from streamda.workload import WorkloadModel, micro_batch_candidates
 
-STATISTICS_VERSION = 2
+STATISTICS_VERSION = 3
 """Raised with every change that gives a block other statistics from the same model and samples."""
 NUMERIC_LIBRARIES = ("torch", "transformers", "numpy", "zarr", "numcodecs")
 """Libraries whose version may decide the last bits of the statistics."""
-TOKENS_PER_INPUT = 4
-"""Below it an input moment is noisy: with as many tokens as inputs the smallest eigenvalues are near zero by chance."""
 HOST_SHARE = 0.5
 """Share of free host memory for boundary states beside a GPU where --max-host-mem is not given."""
 
@@ -140,7 +138,7 @@ class Prepared:
 
     def _row_tokens(self, keep_statistics: bool) -> int:
         """Tokens whose rows may stand for statistics: all that there are, or none."""
-        return 0 if keep_statistics or _makes_sums(self.config, self.dtype) else sum(self.lengths)
+        return 0 if keep_statistics or makes_sums(self.config, self.dtype) else sum(self.lengths)
 
     def _workload_at(self, solves: bool, keep_statistics: bool) -> Callable[[int], Workload]:
         """Costs at a number of tokens per micro-batch."""
@@ -201,8 +199,8 @@ def prepare(config: RunConfig, *, weights: bool, solves: bool = True) -> Prepare
     if targets.outside:
         notices.append(f"outside the decoder blocks, so left without an adapter: {', '.join(targets.outside[:5])}")
     num_tokens = num_labels if config.collect.token_mask == "labels" else sum(lengths)
-    sums = config.keep_statistics or not solves or _makes_sums(config, dtype)
-    if short := _rank_deficient(targets, num_tokens, sums):
+    sums = config.keep_statistics or not solves or makes_sums(config, dtype)
+    if short := rank_deficient(targets, num_tokens, sums):
         notices.append(short)
     return Prepared(config, source, stack, checkpoint, tokenizer, calibration, targets, budget, work, tuple(notices))
 
@@ -316,35 +314,3 @@ def _free_host_bytes() -> int:
     if available is None:
         raise BudgetError("the free host memory is unknown here; give --max-host-mem")
     return available
-
-
-def _makes_sums(config: RunConfig, dtype: torch.dtype) -> bool:
-    """Whether statistics are sums however few tokens there are, beside those that are kept, which always are.
-
-    Gradients of tokens that no moment counts have no rows in it; what a codec rounds is solved as it was rounded; and
-    in bfloat16 rounding is as large as what tells tokens apart.
-    """
-    collect = config.collect
-    return collect.token_mask != "attention" or collect.statistics_codec == "bitround" or dtype != torch.float32
-
-
-def _rank_deficient(targets: Targets, num_tokens: int, sums: bool) -> str | None:
-    """A note where the tokens that enter the moments are few for the input dimensions; `sums`: made in any case."""
-    few: Sequence[str] = [spec.name for spec in targets.linears if TOKENS_PER_INPUT * spec.d_in > num_tokens]
-    short = [spec for spec in targets.linears if spec.d_in > num_tokens]
-    if short:
-        summed = [spec for spec in short if sums or not keeps_rows(num_tokens, spec.d_in, [spec.d_out])]
-        rounding = (
-            f"; {len(summed)} of them are solved from sums in float32, whose rounding may be most of what they get, "
-            "whatever their status says"
-        )
-        return (
-            f"{num_tokens} tokens are fewer than the inputs of {len(short)} layers (such as {short[0].name}): what no "
-            f"token shows is left to the damping; more samples are better{rounding if summed else ''}"
-        )
-    if few:
-        return (
-            f"{num_tokens} tokens are fewer than {TOKENS_PER_INPUT} for each input of {len(few)} layers (such as "
-            f"{few[0]}): their input moments are noisy; more samples are better"
-        )
-    return None

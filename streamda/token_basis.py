@@ -105,7 +105,10 @@ class TokenBasis:
             raise NonFiniteError
         self.norm = math.hypot(self.norm, float(lengths.norm()))
         lengths[lengths == 0] = 1
-        unit = (rows / lengths[:, None]).float()
+        unit = torch.empty_like(rows)
+        for start in range(0, rows.shape[0], BLOCK_TOKENS):
+            block = slice(start, start + BLOCK_TOKENS)
+            unit[block] = rows[block].double() / lengths[block, None]
         del rows
         added, along = self._orthonormal(unit, self._basis, PANEL_ROWS, DISTINCT)
         del unit

@@ -26,7 +26,7 @@ LAYERS = (
     {
         "layers", "memory", "batches", "panels", "costs", "disk_plan", "flops", "plan", "bounds", "products", "factors",
         "cholesky", "block_statistics", "eigen", "low_rank", "token_span", "token_basis", "solve_plan",
-        "stored_weights", "workers", "methods", "spare_memory", "kept_memory",
+        "token_counts", "stored_weights", "workers", "methods", "spare_memory", "kept_memory",
     },
     # edges: files, data sets, the hub
     {
@@ -65,6 +65,7 @@ WITHIN = {
     "stored_weights": {"products"},
     "block_statistics": {"factors", "layers", "panels"},
     "solve_plan": {"cholesky", "eigen", "layers", "low_rank", "memory", "panels", "token_basis", "token_span"},
+    "token_counts": {"layers", "solve_plan"},
     "costs": {"layers"},
     "flops": {"costs", "eigen", "low_rank", "panels", "products", "solve_plan"},
     "kept_memory": {"costs", "memory"},

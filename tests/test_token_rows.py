@@ -223,7 +223,7 @@ def test_a_run_says_where_rounding_may_be_most_of_what_layers_get(
 ) -> None:
     report = streamda.initialize(**options(inputs, tmp_path, **given))
     (note,) = (notice for notice in report.notices if "23 tokens are fewer than the inputs of 21 layers" in notice)
-    assert ("21 of them are solved from sums" in note) == warns
+    assert ("21 layers are solved from sums" in note) == warns
 
 
 def test_collected_statistics_are_sums(inputs: Path, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ import torch
 
 from streamda.cholesky import Bands, inverse_triangle
 from streamda.panels import PANEL_ROWS
-from streamda.products import add_product_, add_triangle_, linear
+from streamda.products import TERMS, add_product_, add_triangle_, linear
 from streamda.token_span import CLEAR, DISTINCT, ROUNDING
 
 BLOCK_TOKENS = 256
@@ -283,12 +283,35 @@ def _project_(rows: torch.Tensor, bands: Bands) -> torch.Tensor:
     along = [rows.new_zeros(rows.shape[0], 0)]
     for index in range(len(bands)):
         band = bands[index]
-        along.append(linear(rows, band))
+        along.append(rows.new_empty(rows.shape[0], band.shape[0]))
         for start in range(0, rows.shape[0], BLOCK_TOKENS):
             block = slice(start, start + BLOCK_TOKENS)
-            rows[block] -= linear(along[-1][block], band.T)
+            for piece in _pieces(band.shape[0]):
+                along[-1][block, piece] = _take_out_(rows[block], band[piece])
         del band  # before the next one is read
     return torch.cat(along, dim=1)
+
+
+def _take_out_(rows: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
+    # oneDNN would make a kernel for each number of directions that data leave over
+    multiply = linear if directions.shape[0] in TERMS else _matmul
+    along = multiply(rows, directions)
+    rows -= multiply(along, directions.T)
+    return along
+
+
+def _pieces(count: int) -> Iterator[slice]:
+    start = 0
+    for size in TERMS:
+        for _ in range((count - start) // size):
+            yield slice(start, start + size)
+            start += size
+    if start < count:
+        yield slice(start, count)
+
+
+def _matmul(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return rows @ weight.T
 
 
 def _symmetric_squares(band: torch.Tensor, start: int) -> float:

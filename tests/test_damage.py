@@ -154,6 +154,14 @@ def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The adapter of the same command unbroken, which makes no sums of so few tokens as one does that keeps them."""
+    folder = tmp_path_factory.mktemp("whole")
+    streamda.initialize(**init_options(folder))
+    return weights(folder)
+
+
 def sample(folder: Path, seed: int, count: int) -> list[tuple[str, str]]:
     """Files of every sort, each with a few damages."""
     sorts: dict[tuple[str, str], list[tuple[str, str]]] = {}
@@ -269,31 +277,31 @@ def repair_as_told(message: str) -> None:
     streamda.repair(command[1], drop=[command[2]])
 
 
-def test_a_sample_of_damages_to_a_half_finished_run(half: Path, right: bytes, tmp_path: Path) -> None:
+def test_a_sample_of_damages_to_a_half_finished_run(half: Path, whole: bytes, tmp_path: Path) -> None:
     for name, how in sample(half / "adapter.work", 3, 8):
-        continued(half, tmp_path / "copy", right, name, how, repairs=False)
+        continued(half, tmp_path / "copy", whole, name, how, repairs=False)
 
 
 @pytest.mark.faults
-def test_every_damage_to_every_file_of_a_half_finished_run(half: Path, right: bytes, tmp_path: Path) -> None:
+def test_every_damage_to_every_file_of_a_half_finished_run(half: Path, whole: bytes, tmp_path: Path) -> None:
     for name, how in every(half / "adapter.work"):
-        continued(half, tmp_path / "copy", right, name, how, repairs=False)
+        continued(half, tmp_path / "copy", whole, name, how, repairs=False)
 
 
 @pytest.mark.parametrize("kind", ["acts", "grads", "stats", "solve"])
 def test_after_the_repair_that_the_error_names_the_run_ends_with_the_same_bits(
-    half: Path, right: bytes, tmp_path: Path, kind: str
+    half: Path, whole: bytes, tmp_path: Path, kind: str
 ) -> None:
     """Where even the manifest is damaged, too."""
     names = [name for name in files_of(half / "adapter.work") if name.startswith(f"units/{kind}-")]
     manifest = random.Random(kind).choice([name for name in names if name.endswith("COMMIT.json")])
-    continued(half, tmp_path / "copy", right, manifest, "flipped", repairs=True)
+    continued(half, tmp_path / "copy", whole, manifest, "flipped", repairs=True)
 
 
 @pytest.mark.faults
-def test_after_the_repair_of_any_file_the_run_ends_with_the_same_bits(half: Path, right: bytes, tmp_path: Path) -> None:
+def test_after_the_repair_of_any_file_the_run_ends_with_the_same_bits(half: Path, whole: bytes, tmp_path: Path) -> None:
     for number, name in enumerate(files_of(half / "adapter.work")):
-        continued(half, tmp_path / "copy", right, name, list(DAMAGES)[number % len(DAMAGES)], repairs=True)
+        continued(half, tmp_path / "copy", whole, name, list(DAMAGES)[number % len(DAMAGES)], repairs=True)
 
 
 @pytest.mark.parametrize("unit", ["stats-0001", "solve-0002"])
@@ -399,12 +407,12 @@ def test_a_finished_run_without_its_adapter_gives_it_back_from_what_is_solved(
     assert again.already_done
 
 
-def test_a_copied_run_continues_elsewhere(half: Path, right: bytes, tmp_path: Path) -> None:
+def test_a_copied_run_continues_elsewhere(half: Path, whole: bytes, tmp_path: Path) -> None:
     """No path, inode or time of the first place is in it."""
     shutil.copytree(half / "adapter.work", tmp_path / "elsewhere" / "work", copy_function=shutil.copyfile)
     report = streamda.initialize(**init_options(tmp_path, work_dir=str(tmp_path / "elsewhere" / "work")))
     assert report.resumed
-    assert weights(tmp_path) == right
+    assert weights(tmp_path) == whole
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o027])

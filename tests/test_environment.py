@@ -510,7 +510,7 @@ class TestLimits:
         place = {
             "prepare": (setup, "load_calibration"),
             "collect": (sweep.Sweep, "backward_block"),
-            "solve": (streamda.solve_stage, "prepare_input_factor"),
+            "solve": (streamda.solve_stage.Solver, "solve_block"),
             "write": (streamda.pipeline, "write_adapter"),
         }[where]
         with monkeypatch.context() as patch:
@@ -642,7 +642,7 @@ class TestTimeAndText:
     def test_a_clock_that_jumps_back_and_far_ahead_decides_nothing(
         self, tmp_path: Path, options: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        streamda.initialize(**options())
+        streamda.initialize(**options(keep_statistics=True))
         ticks = iter(range(10**6))
         monkeypatch.setattr(time, "time", lambda: (-1) ** next(ticks) * 4e9)
         report = streamda.initialize(**options(output_dir=str(tmp_path / "again" / "adapter"), keep_statistics=True))

@@ -96,7 +96,7 @@ def test_each_part_is_refused_by_name_with_both_values_and_the_run_is_left_alone
     save_file(tensors, shard, {"format": "pt"})
     assert f"model.shards.{shard.name} was" in refusal(model=str(model))
     monkeypatch.setattr(setup, "STATISTICS_VERSION", 0)
-    assert "method.version was 2 and is now 0" in refusal()
+    assert "method.version was 3 and is now 0" in refusal()
 
 
 def test_the_environment_is_refused_unless_its_change_is_accepted(

@@ -330,9 +330,13 @@ class TestLayers:
     def test_a_bad_layer_that_is_skipped_has_no_adapter_and_the_others_have_theirs(
         self, samples_too: bool, folder: Path, tmp_path: Path
     ) -> None:
-        plain = options(folder, output_dir=str(tmp_path / "plain"))
+        plain = options(folder, output_dir=str(tmp_path / "plain"), keep_statistics=True)  # so that there are moments
         streamda.initialize(**plain)
-        given = options(folder, output_dir=str(tmp_path / "a"), skip_bad_layers=True, skip_bad_samples=samples_too)
+        given = plain | {
+            "output_dir": str(tmp_path / "a"),
+            "skip_bad_layers": True,
+            "skip_bad_samples": samples_too,
+        }
         with faulty("moment", everywhere=True):
             report = streamda.initialize(**given)
             assert streamda.initialize(**given).already_done
@@ -389,7 +393,12 @@ class TestLayers:
 
     def test_if_no_layer_is_left_there_is_no_adapter(self, folder: Path, tmp_path: Path) -> None:
         given = options(
-            folder, output_dir=str(tmp_path / "a"), target_modules=self.NAME, skip_bad_layers=True, max_gpu_mem="300MB"
+            folder,
+            output_dir=str(tmp_path / "a"),
+            target_modules=self.NAME,
+            skip_bad_layers=True,
+            keep_statistics=True,
+            max_gpu_mem="300MB",
         )
         with (
             faulty("moment", everywhere=True),

@@ -146,3 +146,25 @@ def test_few_tokens_give_what_a_whole_model_in_float64_gives(smollm2: Path, tmp_
     errors = check_few_tokens.main([str(smollm2), str(data), "--num-samples", "2"])
     assert len(errors["rows"]) == 210
     assert max(errors["rows"].values()) < 2e-3
+
+
+def test_as_many_tokens_as_inputs_give_what_a_whole_model_in_float64_gives(smollm2: Path, tmp_path: Path) -> None:
+    """Between 1025 and one and a half for each of the 1536 inputs of a down projection, along a basis of their rows."""
+    things = ("pens", "apples", "tickets", "stamps", "chairs", "shells", "coins", "books", "cards", "eggs")
+    names = ("Lena", "Omar", "Ines", "Paul", "Mira", "Juan", "Aiko", "Nils", "Zoe", "Carl")
+    lines = []
+    for number in range(20):
+        thing, name, other = things[number % 10], names[number * 3 % 10], names[(number * 7 + 1) % 10]
+        many, few = 40 + 17 * number % 90, 3 + number % 8
+        question = f"{name} has {many} {thing} and gives {few} of them to {other} every day for {few - 1} days. "
+        question += f"Then {other} finds {many // 3} more under the old table. How many {thing} does each of them have?"
+        answer = (
+            f"{name} gives away {few} * {few - 1} = {few * (few - 1)} {thing}, and keeps {many - few * (few - 1)}. "
+        )
+        answer += f"{other} has {few * (few - 1)} + {many // 3} = {few * (few - 1) + many // 3}."
+        lines.append(json.dumps({"question": question, "answer": answer}) + "\n")
+    data = tmp_path / "twenty.jsonl"
+    data.write_text("".join(lines))
+    errors = check_few_tokens.main([str(smollm2), str(data), "--num-samples", "20", "--modules", "1.mlp.down_proj"])
+    assert len(errors["rows"]) == 3
+    assert max(errors["rows"].values()) < 2e-3

@@ -2,12 +2,13 @@
 
     python tools/make_smollm2.py .cache/smollm2-135m
     python -m tools.check_few_tokens .cache/smollm2-135m gsm8k_train.jsonl [--num-samples 2] [--max-length 1024]
+                                      [--modules down_proj]
 
 Runs `streamda init` twice, with `--keep-statistics`, which makes sums, and without. The truth is the same model loaded
 whole in float64: inputs and output gradients of every adapted layer, and a dense solution along the singular vectors of
 these inputs, none of which is left out. (A dense inverse of the damped moment would lose more digits than are asked
 for.) Prints relative Frobenius errors of B A and the statuses of the layers. Memory: the model in float64, and 8 bytes
-for each input and output of each layer and token.
+for each input and output of each layer and token. `--modules` compares those layers only whose names hold it.
 """
 
 import argparse
@@ -74,8 +75,10 @@ def dense_product(x: Tensor, g: Tensor, num_samples: int, population_size: int, 
     return product / torch.linalg.matrix_norm(displacement, 2) / config.gamma
 
 
-def compare(model: Path, data: str, num_samples: int, max_length: int, rank: int) -> dict[str, dict[str, float]]:
-    """Errors by way and layer; prints the statuses."""
+def compare(
+    model: Path, data: str, num_samples: int, max_length: int, rank: int, modules: str
+) -> dict[str, dict[str, float]]:
+    """Errors by way and layer whose name holds `modules`; prints the statuses of all."""
     options = {
         "model": str(model),
         "dataset": data,
@@ -87,7 +90,7 @@ def compare(model: Path, data: str, num_samples: int, max_length: int, rank: int
         "max_gpu_mem": "1GB",
     }
     prepared = prepare(RunConfig.from_options(options), weights=False)
-    names = [linear.name for linear in prepared.targets.linears]
+    names = [linear.name for linear in prepared.targets.linears if modules in linear.name]
     samples = [
         (torch.as_tensor(sample.input_ids), torch.as_tensor(sample.labels)) for sample in prepared.calibration.samples
     ]
@@ -114,8 +117,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     parser.add_argument("--num-samples", type=int, default=2)
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--modules", default="", help="a part of the names of the layers that are compared")
     options = parser.parse_args(arguments)
-    errors = compare(options.model, options.data, options.num_samples, options.max_length, options.rank)
+    errors = compare(
+        options.model, options.data, options.num_samples, options.max_length, options.rank, options.modules
+    )
     lines = []
     for way, each in errors.items():
         ordered = sorted(each.values())

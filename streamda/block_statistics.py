@@ -97,8 +97,8 @@ class BlockStatistics(ABC):
         """Tiles side by side in the lower triangle of a mean input moment, float32, where the sums lie."""
         rows = slice(row, row + TILE)
         if group.token_rows:
-            x = self.token_rows(group.name, "input_rows")
-            block = x[:, rows].T @ x[:, columns]
+            left, right = (self.token_rows(group.name, "input_rows", columns=each) for each in (rows, columns))
+            block = left.T @ right
         else:
             block = self.sums(group.name, "input_moment", rows, columns)
         # divided in float32, so that what is solved and what `open_statistics` shows are the same numbers
@@ -120,8 +120,8 @@ class BlockStatistics(ABC):
         """Rows from `row` on of a mean gradient, [up to a tile's rows, d_in] float32."""
         rows, group = slice(row, row + TILE), self.spec.group_of(module)
         if group.token_rows:
-            g = self.token_rows(module, "output_rows")
-            band = g[:, rows].T @ self.token_rows(group.name, "input_rows")
+            g = self.token_rows(module, "output_rows", columns=rows)
+            band = g.T @ self.token_rows(group.name, "input_rows")
         else:
             band = self.sums(module, "gradient", rows, slice(None))
         return _mean_(band, self.facts(module)["num_samples"]).to(device)
@@ -189,8 +189,10 @@ class HeldStatistics(BlockStatistics):
         parts: list[torch.Tensor] = []
         for start in starts:
             panel = self._panels[module, statistic, start]
-            if start == 0 or (start < last and start + panel.shape[0] > first):
-                parts.append(panel[max(first - start, 0) : max(last - start, 0), columns])
+            if max(first, start) < min(last, start + panel.shape[0]):
+                parts.append(panel[max(first - start, 0) : last - start, columns])
+        if not parts:
+            return self._panels[module, statistic, 0][:0, columns]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def sums(self, module: str, statistic: str, *where: slice) -> torch.Tensor:

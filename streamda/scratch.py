@@ -1,4 +1,4 @@
-"""Bands of a Cholesky factor that do not fit in memory: the first ones stay there, the others lie in a file.
+"""Bands of a matrix that does not fit in memory: the first ones stay there, the others lie in a file.
 
 The file has no name: it is unlinked as soon as it is open, so that whatever ends the process frees its space.
 """
@@ -18,7 +18,10 @@ from streamda.errors import DamagedError
 
 
 class SpilledBands:
-    """Bands of a lower triangle (see `streamda.cholesky.Bands`), written once each and in order; a context manager."""
+    """Bands of a factor, a basis or a gradient, written once each and in order; a context manager.
+
+    As `streamda.cholesky.Bands`.
+    """
 
     def __init__(self, folder: Path, in_memory: int, device: torch.device) -> None:
         """Makes an empty triangle.
@@ -100,4 +103,7 @@ class SpilledBands:
 
 def _checksum(band: torch.Tensor) -> int:
     """The sum of a band's bits, whatever the order of its terms: a checksum that runs as fast as memory does."""
-    return int(band.view({8: torch.int64, 4: torch.int32}[band.dtype.itemsize]).sum())
+    # of 8 bytes each, or the sum would begin with a copy of that width
+    flat = band.view(torch.uint8).reshape(-1)
+    whole = flat.numel() - flat.numel() % 8
+    return int(flat[:whole].view(torch.int64).sum()) + int(flat[whole:].sum())

@@ -13,7 +13,7 @@ import torch
 
 from streamda import stopping
 from streamda.adapter import relative_change
-from streamda.block_statistics import BlockStatistics, MeanMoment
+from streamda.block_statistics import BlockStatistics, HeldStatistics, MeanMoment
 from streamda.cholesky import Bands
 from streamda.config import SolveConfig
 from streamda.errors import DamagedError, MismatchError, NumericalError
@@ -38,7 +38,7 @@ from streamda.products import TRIANGLE_ROWS
 from streamda.run_parts import canonical_digest, differences
 from streamda.scratch import SpilledBands
 from streamda.solutions import is_skipped, read_summaries, solve_unit, write_solutions
-from streamda.solve_plan import GradientForm, on_basis, solve_layout
+from streamda.solve_plan import HELD_TILE_COPIES, TILE_COPIES, GradientForm, on_basis, solve_layout
 from streamda.store import stats_unit
 from streamda.timeline import Timeline
 from streamda.token_basis import BasisGradient
@@ -181,8 +181,9 @@ class Solver:
             if not wanted:
                 continue
             widest = max(statistics.spec.linear(name).d_out for name in group.modules)
+            copies = HELD_TILE_COPIES if isinstance(statistics, HeldStatistics) else TILE_COPIES  # as planned
             layout = solve_layout(
-                group.d_in, widest, self.config.rank, self.capacity_bytes, num_tokens, token_rows=group.token_rows
+                group.d_in, widest, self.config.rank, self.capacity_bytes, num_tokens, copies, group.token_rows
             )
             with ExitStack() as stack:
                 places = layout.bands_in_memory, layout.basis_in_memory, layout.basis_in_memory
@@ -261,8 +262,9 @@ class Solver:
                     held = stack.enter_context(SpilledBands(scratch, 0, self.device))
                 gradient = self._along_basis(statistics, name, factor, form, held)
             elif statistics.spec.group_of(name).token_rows:
+                wanted = slice(None) if factor is not None else slice(0)  # without inputs no gradient is looked at
                 with self.timeline.span("read statistics"):
-                    rows = statistics.token_rows(name, "output_rows").to(self.device)
+                    rows = statistics.token_rows(name, "output_rows", wanted).to(self.device)
                 d_in = statistics.spec.linear(name).d_in
                 gradient = TokenGradient(rows, d_in, statistics.facts(name)["num_samples"])
             elif form == "streamed":

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Protocol, overload
+from typing import NamedTuple, Protocol, overload
 
 import torch
 
@@ -34,10 +34,11 @@ from streamda.token_span import CLEAR, DISTINCT, ROUNDING
 
 BLOCK_TOKENS = 256
 """Rows that are made orthonormal among themselves in float64. Fewer make thinner products, more have more float64."""
-LOST = 0.5
-"""Of a direction's length, below which what is left of it after the second time is what the first one had missed."""
+ENOUGH, TIMES = 0.5, 5
+"""Of a direction's length: when more than that is left of each, nothing of the earlier ones is in it any more. That is
+so after the second time, unless a row had less of its own than the first time missed. And how often at most."""
 NO_GRADIENT = 1e-7
-"""Of the sizes of its two factors, below which a product is the rounding of zero in float32."""
+"""Of the sizes of its terms, below which a sum of products is the rounding of zero in float32."""
 
 
 class NonFiniteError(ArithmeticError):
@@ -53,6 +54,19 @@ class Rows(Protocol):
 
     def part(self, tokens: slice, columns: slice) -> torch.Tensor:
         """Float32, on the device that computes; not to be changed."""
+
+
+class _Added(NamedTuple):
+    """What rows add to earlier directions."""
+
+    directions: torch.Tensor
+    """[m, d_in], orthonormal, at right angles to the earlier ones; a view of the rows."""
+    along: torch.Tensor
+    """The rows along all of them, [n, earlier + m]."""
+    shares: torch.Tensor
+    """Of a token's length that the directions are, [m] float64."""
+    left: float
+    """The least that the first time left of a row that became one."""
 
 
 class TokenBasis:
@@ -72,13 +86,12 @@ class TokenBasis:
         self.num_tokens, self.d_in = rows.shape
         self.size = 0
         """k."""
-        self.norm = 0.0
-        """Of x, Frobenius."""
         self.is_faint = False
         """Whether a direction may as well be the rounding of the rows."""
         self._basis, self._coordinates = basis, coordinates
-        for index, tokens in enumerate(parts(self.num_tokens)):
-            self._add(index, rows.part(tokens, slice(None)))
+        lengths = [self._add(index, rows.part(each, slice(None))) for index, each in enumerate(parts(self.num_tokens))]
+        self.lengths = torch.cat(lengths)
+        """Of x's rows, [tokens] float64."""
 
     def coordinates(self) -> Iterator[tuple[slice, torch.Tensor]]:
         """Tokens of each band, and their rows of M as far as there is something in them, [tokens, up to k] float32."""
@@ -98,87 +111,31 @@ class TokenBasis:
             del band  # before the next one is read
         return lifted.T
 
-    def _add(self, index: int, rows: torch.Tensor) -> None:
-        """Takes a band of tokens in."""
-        lengths = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    def _add(self, index: int, rows: torch.Tensor) -> torch.Tensor:
+        """Takes a band of tokens in; returns the lengths of their rows."""
+        lengths = rows.new_zeros(rows.shape[0], dtype=torch.float64)
+        unit = torch.empty_like(rows)
+        for block in _blocks(rows):
+            wide = rows[block].double()
+            lengths[block] = wide.norm(dim=1)
+            unit[block] = wide / lengths[block, None].where(lengths[block, None] > 0, 1)
+        del rows, wide
         if not bool(torch.isfinite(lengths).all()):
             raise NonFiniteError
-        self.norm = math.hypot(self.norm, float(lengths.norm()))
-        lengths[lengths == 0] = 1
-        unit = torch.empty_like(rows)
-        for start in range(0, rows.shape[0], BLOCK_TOKENS):
-            block = slice(start, start + BLOCK_TOKENS)
-            unit[block] = rows[block].double() / lengths[block, None]
-        del rows
-        added, along = self._orthonormal(unit, self._basis, PANEL_ROWS, DISTINCT)
-        del unit
-        self._basis[index] = added
-        self._coordinates[index] = along.mul_(lengths[:, None])
+        added, along, shares, _ = _orthonormal(unit, torch.ones_like(lengths), self._basis, PANEL_ROWS)
+        self.is_faint |= bool((shares < CLEAR).any())
+        own = along[:, self.size :]
+        small = (shares <= DISTINCT).nonzero()[:, 0]
+        own[(own[:, small] != 0).int().argmax(dim=0), small] = 0  # of the token that added it, not of those behind it
+        distinct = own.abs().amax(dim=0) > DISTINCT
+        if not bool(distinct.all()):
+            added = added[distinct]
+            along = torch.cat((along[:, : self.size], along[:, self.size :][:, distinct]), dim=1)
+        for block in _blocks(along):
+            along[block] = along[block].double() * lengths[block, None]
+        self._basis[index], self._coordinates[index] = added, along
         self.size += added.shape[0]
-
-    def _orthonormal(
-        self, rows: torch.Tensor, earlier: Bands, block_rows: int, least: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Directions that rows add to earlier ones, and the rows along all of them.
-
-        Args:
-            rows: [n, d_in]; the directions take their place.
-            earlier: bands of orthonormal rows.
-            block_rows: that are made orthonormal among themselves at a time.
-            least: length of what is left of a row, from which on it is a direction.
-
-        Returns:
-            Orthonormal rows [m, d_in] at right angles to the earlier ones, a view of `rows`, and what multiplies
-            these and those, [n, earlier + m].
-        """
-        along = _project_(rows, earlier)
-        added, own = self._among_themselves(rows, block_rows, least)
-        if not len(earlier):
-            return added, own
-        rest = _project_(added, earlier)
-        added, turned = self._among_themselves(added, block_rows, LOST)
-        return added, torch.cat((along.addmm_(own, rest), own @ turned), dim=1)
-
-    def _among_themselves(self, rows: torch.Tensor, block_rows: int, least: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `_orthonormal`, without earlier directions."""
-        if block_rows <= BLOCK_TOKENS:
-            return self._in_float64(rows, least)
-        own = rows.new_zeros(rows.shape[0], rows.shape[0])
-        found: dict[int, torch.Tensor] = {}
-        count = 0
-        for start in range(0, rows.shape[0], BLOCK_TOKENS):
-            block = slice(start, min(start + BLOCK_TOKENS, rows.shape[0]))
-            added, along = self._orthonormal(rows[block], found, BLOCK_TOKENS, least)
-            own[block, : along.shape[1]] = along
-            count = along.shape[1]
-            found[len(found)] = rows[count - added.shape[0] : count]
-            found[len(found) - 1].copy_(added.clone() if count < block.stop else added)
-        return rows[:count], own[:, :count]
-
-    def _in_float64(self, rows: torch.Tensor, least: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `_among_themselves`, for few rows: by the Cholesky factor of their products with each other."""
-        wide = rows.double()
-        gram = wide.new_zeros(rows.shape[0], rows.shape[0])
-        add_triangle_(gram, wide.T, 0)
-        triangle, info = torch.linalg.cholesky_ex(gram)
-        if int(info) != 0 or not bool((triangle.diagonal() > max(least, CLEAR)).all()):
-            triangle = self._one_by_one(gram, least)
-        kept = triangle.diagonal().nonzero()[:, 0]
-        rows[: len(kept)] = inverse_triangle(triangle[kept[:, None], kept]) @ wide[kept]
-        return rows[: len(kept)], triangle[:, kept].float()
-
-    def _one_by_one(self, gram: torch.Tensor, least: float) -> torch.Tensor:
-        """The Cholesky factor, with a column of zeros for each row that adds less than `least`."""
-        rest = gram.to("cpu", copy=True)  # a step is a few microseconds of work
-        triangle = torch.zeros_like(rest)
-        for index in range(rest.shape[0]):
-            share = max(float(rest[index, index]), 0.0) ** 0.5
-            self.is_faint |= least == DISTINCT and ROUNDING < share < CLEAR
-            if share > least:
-                column = rest[index:, index] / share
-                triangle[index:, index] = column
-                rest[index + 1 :, index + 1 :].addr_(column[1:], column[1:], alpha=-1)
-        return triangle.to(gram.device)
+        return lengths
 
 
 class BasisMoment:
@@ -194,27 +151,23 @@ class BasisMoment:
 
     def diagonal(self) -> torch.Tensor:
         """[k] float64."""
-        total: torch.Tensor | None = None
+        total = self._basis.lengths.new_zeros(self._basis.size)
         for _, along in self._basis.coordinates():
-            if total is None:
-                total = along.new_zeros(self._basis.size, dtype=torch.float64)
-            total[: along.shape[1]] += torch.linalg.vector_norm(along, dim=0, dtype=torch.float64).square()
-        assert total is not None
+            for block in _blocks(along):
+                total[: along.shape[1]] += along[block].double().square_().sum(dim=0)
+            del along  # before the next one is read
         self._trace = float(total.sum()) / self._basis.num_tokens
         return total / self._basis.num_tokens
 
     def band(self, index: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
         """Band `index`, [rows, stop]; a new tensor each time."""
         rows = parts(self._basis.size)[index]
-        band: torch.Tensor | None = None
+        band = self._basis.lengths.new_zeros(rows.stop - rows.start, rows.stop)
         for _, along in self._basis.coordinates():
-            if band is None:
-                band = along.new_zeros(rows.stop - rows.start, rows.stop, dtype=torch.float64)
             stop = min(along.shape[1], rows.stop)
-            for start in range(0, along.shape[0] if stop > rows.start else 0, BLOCK_TOKENS):
-                terms = along[start : start + BLOCK_TOKENS, :stop].double()
-                add_triangle_(band[: stop - rows.start, :stop], terms, rows.start)
-        assert band is not None
+            for block in _blocks(along) if stop > rows.start else ():
+                add_triangle_(band[: stop - rows.start, :stop], along[block, :stop].double(), rows.start)
+            del along  # before the next one is read
         band /= self._basis.num_tokens
         self._squares[index] = _symmetric_squares(band, rows.start)
         return band.to(dtype)
@@ -239,22 +192,20 @@ class BasisGradient(Sequence[torch.Tensor]):
             dtype: that they are held in.
         """
         self._bands = bands
-        squares = norm = 0.0
+        squares, norm = torch.zeros_like(basis.lengths), 0.0
         for number, outputs in enumerate(parts(rows.shape[1])):
-            total: torch.Tensor | None = None
+            total = basis.lengths.new_zeros(outputs.stop - outputs.start, basis.size)
             for tokens, along in basis.coordinates():
                 g = rows.part(tokens, outputs)
-                squares += float(torch.linalg.vector_norm(g, dtype=torch.float64)) ** 2
-                if total is None:
-                    total = g.new_zeros(g.shape[1], basis.size, dtype=torch.float64)
+                for block in _blocks(g):
+                    squares[tokens][block] += g[block].double().square_().sum(dim=1)
                 add_product_(total[:, : along.shape[1]], g, along)
                 del g, along  # before the next ones are read
-            assert total is not None
             total /= num_samples
             norm = math.hypot(norm, float(total.norm()))
             bands[number] = total.float().to(dtype)
-        self.is_zero = norm <= NO_GRADIENT * math.sqrt(squares) * basis.norm / num_samples
-        """Whether it is nothing but the rounding of its two factors' product."""
+        self.is_zero = norm <= NO_GRADIENT * float(squares.sqrt() @ basis.lengths) / num_samples
+        """Whether it is nothing but the rounding of its terms."""
 
     def __len__(self) -> int:
         return len(self._bands)
@@ -278,14 +229,112 @@ def parts(size: int) -> list[slice]:
     return [slice(start, min(start + PANEL_ROWS, size)) for start in range(0, size, PANEL_ROWS)]
 
 
+def _blocks(rows: torch.Tensor) -> list[slice]:
+    return [slice(start, start + BLOCK_TOKENS) for start in range(0, rows.shape[0], BLOCK_TOKENS)]
+
+
+def _orthonormal(rows: torch.Tensor, shares: torch.Tensor, earlier: Bands, block_rows: int) -> _Added:
+    """Makes rows orthonormal, and orthogonal to earlier ones.
+
+    Args:
+        rows: [n, d_in] of unit length; the directions take their place.
+        shares: of a token's length that they stand for, [n] float64.
+        earlier: bands of orthonormal rows.
+        block_rows: that are made orthonormal among themselves at a time.
+    """
+    along = _project_(rows, earlier)
+    found = first = _among_themselves(rows, shares, block_rows)
+    if not len(earlier) and block_rows > BLOCK_TOKENS:  # each of its blocks did what follows
+        return found
+    own = found.along
+    for _ in range(TIMES - 1):
+        rest = _project_(found.directions, earlier)
+        found = _among_themselves(found.directions, found.shares, block_rows)
+        along.addmm_(own, rest)
+        own = own @ found.along
+        if found.left > ENOUGH:
+            break
+    return _Added(found.directions, torch.cat((along, own), dim=1), found.shares, first.left)
+
+
+def _among_themselves(rows: torch.Tensor, shares: torch.Tensor, block_rows: int) -> _Added:
+    """As `_orthonormal`, without earlier directions."""
+    if block_rows <= BLOCK_TOKENS:
+        return _in_float64(rows, shares)
+    own = rows.new_zeros(rows.shape[0], rows.shape[0])
+    directions: dict[int, torch.Tensor] = {}
+    parts, count, left = [shares[:0]], 0, 1.0
+    for block in _blocks(rows):
+        found = _orthonormal(rows[block], shares[block], directions, BLOCK_TOKENS)
+        first, count = count, found.along.shape[1]
+        own[block, :count] = found.along
+        # where some rows were none, those that follow move up
+        moved = found.directions.clone() if first < block.start else found.directions
+        directions[len(directions)] = rows[first:count].copy_(moved)
+        parts.append(found.shares)
+        left = min(left, found.left)
+    return _Added(rows[:count], own[:, :count], torch.cat(parts), left)
+
+
+def _in_float64(rows: torch.Tensor, shares: torch.Tensor) -> _Added:
+    """As `_among_themselves` for few rows, by the Cholesky factor of their products with each other."""
+    wide = rows.double()
+    gram = wide.new_zeros(rows.shape[0], rows.shape[0])
+    add_triangle_(gram, wide.T, 0)
+    least = ROUNDING / shares
+    triangle, info = torch.linalg.cholesky_ex(gram)
+    if int(info) != 0 or not bool((triangle.diagonal() > 2 * least).all()):
+        triangle = _one_by_one(gram, least)
+    kept = triangle.diagonal() > 0
+    left, along = triangle.diagonal()[kept], triangle[:, kept]
+    directions = inverse_triangle(along[kept]) @ wide[kept]
+    missed = (wide[~kept] - along[~kept] @ directions).norm(dim=1)
+    if bool((missed > 3 * least[~kept]).any()):
+        # the products have the square of the rows' condition, and that was too much
+        directions, along, kept = _row_by_row(wide, least)
+        left = along[kept].diagonal()
+    rows[: len(left)] = directions
+    least_left = float(left.min()) if len(left) else 1.0
+    return _Added(rows[: len(left)], along.float(), shares[kept] * left, least_left)
+
+
+def _row_by_row(wide: torch.Tensor, least: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gram-Schmidt [n, d_in], twice over: directions [m, d_in], the rows along them [n, m], and which rows have one."""
+    directions, along = torch.empty_like(wide), wide.new_zeros(wide.shape[0], wide.shape[0])
+    kept = torch.zeros(wide.shape[0], dtype=torch.bool, device=wide.device)
+    count = 0
+    for index, row in enumerate(wide.clone()):
+        for _ in range(2):
+            part = directions[:count] @ row
+            row -= part @ directions[:count]
+            along[index, :count] += part
+        left = row.norm()
+        if left > least[index]:
+            directions[count], along[index, count], kept[index] = row / left, left, True
+            count += 1
+    return directions[:count], along[:, :count], kept
+
+
+def _one_by_one(gram: torch.Tensor, least: torch.Tensor) -> torch.Tensor:
+    """The Cholesky factor [n, n], with a column of zeros for each row of which no more than `least` [n] is left."""
+    rest, limits = gram.to("cpu", copy=True), least.tolist()  # a step is a few microseconds of work
+    triangle = torch.zeros_like(rest)
+    for index, limit in enumerate(limits):
+        left = max(float(rest[index, index]), 0.0) ** 0.5
+        if left > limit:
+            column = rest[index:, index] / left
+            triangle[index:, index] = column
+            rest[index + 1 :, index + 1 :].addr_(column[1:], column[1:], alpha=-1)
+    return triangle.to(gram.device)
+
+
 def _project_(rows: torch.Tensor, bands: Bands) -> torch.Tensor:
     """Takes what rows [n, d_in] have along bands of orthonormal rows out of them; returns that, [n, all rows]."""
     along = [rows.new_zeros(rows.shape[0], 0)]
     for index in range(len(bands)):
         band = bands[index]
         along.append(rows.new_empty(rows.shape[0], band.shape[0]))
-        for start in range(0, rows.shape[0], BLOCK_TOKENS):
-            block = slice(start, start + BLOCK_TOKENS)
+        for block in _blocks(rows):
             for piece in _pieces(band.shape[0]):
                 along[-1][block, piece] = _take_out_(rows[block], band[piece])
         del band  # before the next one is read

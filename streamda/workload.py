@@ -53,7 +53,7 @@ class WorkloadModel:
 
         Args:
             micro_batch_tokens: of the largest micro-batch, but for a sample that has more.
-            row_tokens: of all samples, whose rows stand for the sums of their products where that is less; 0 for sums
+            row_tokens: of all samples, whose rows stand for the sums of their products where those are few; 0 for sums
                 in any case.
         """
         key = micro_batch_tokens, row_tokens
@@ -174,7 +174,7 @@ def micro_batch_candidates(setting: str, lengths: Sequence[int], device: torch.d
 
 
 def _with_rows(group: InputGroup, linears: Sequence[LinearSpec], once: set[str], tokens: int) -> InputGroup:
-    """The group, with rows for its statistics where that is known to be less; `once`: layers that are called once."""
+    """The group, with rows for its statistics where these are few; `once`: layers that are called once."""
     widths = [linear.d_out for linear in linears if linear.name in group.modules]
     fits = once.issuperset(group.modules) and keeps_rows(tokens, group.d_in, widths)
     return dataclasses.replace(group, token_rows=tokens) if fits else group

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def test_rows_moment_and_gradient_are_what_they_are_along_the_basis(
     assert basis.size == min(tokens, d_in)
     torch.testing.assert_close(q @ q.T, torch.eye(basis.size, dtype=torch.float64), rtol=0, atol=2e-6)
     assert bool(((whole @ q - wide).norm(dim=1) <= 5e-6 * wide.norm(dim=1)).all())
-    assert basis.norm == pytest.approx(float(wide.norm()))
+    torch.testing.assert_close(basis.lengths, wide.norm(dim=1))
     moment = BasisMoment(basis)
     expected = whole.T @ whole / tokens
     torch.testing.assert_close(moment.diagonal(), expected.diagonal(), rtol=1e-10, atol=1e-12 * float(expected.max()))
@@ -152,12 +153,47 @@ def test_a_few_more_tokens_than_inputs_are_no_other_case(tokens: int) -> None:
     assert relative_error(product(found), dense(sums_of(x, g)).product) < 1e-5
 
 
-def test_wherever_it_lies_and_however_it_is_held_the_bits_are_the_same(tmp_path: Path) -> None:
-    x, g = draw_rows(3, 70, 160, 50)
+@pytest.mark.parametrize(("tokens", "d_in"), [(70, 160), (90, 60), (33, 20)])
+def test_wherever_it_lies_and_however_it_is_held_the_bits_are_the_same(tokens: int, d_in: int, tmp_path: Path) -> None:
+    """Also where whole bands of tokens add no direction."""
+    x, g = draw_rows(3, tokens, d_in, 50)
     first = solve_along(x, g)
     for found in (solve_along(x, g, torch.float64), solve_along(x, g, folder=tmp_path)):
         assert torch.equal(found.lora_a, first.lora_a)
         assert torch.equal(found.lora_b, first.lora_b)
+
+
+def kahan(size: int, least: float) -> torch.Tensor:
+    """Rows [size, size] of unit length, of whose Cholesky factor the least pivot says nothing of its condition."""
+    sine = least ** (1 / size)
+    above = torch.triu(torch.ones(size, size, dtype=torch.float64), 1) * math.sqrt(1 - sine**2)
+    scaled = sine ** torch.arange(size, dtype=torch.float64)
+    return torch.nn.functional.normalize((scaled[:, None] * (torch.eye(size, dtype=torch.float64) - above)).T, dim=1)
+
+
+@pytest.mark.parametrize("case", ["gaussian", "repeats", "nearly dependent", "and then others"])
+def test_blocks_of_real_size_have_an_orthonormal_basis_and_no_false_alarm(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(token_basis, "PANEL_ROWS", 512)
+    monkeypatch.setattr(token_basis, "BLOCK_TOKENS", 256)
+    generator = torch.Generator().manual_seed(0)
+    if case == "gaussian":
+        x = torch.randn(700, 576, generator=generator)
+    elif case == "repeats":  # tokens of one template, in another band
+        x = torch.randn(800, 1000, generator=generator) + 3 * torch.randn(1000, generator=generator)
+        x[600:] = x[:200]
+    else:
+        turned = torch.linalg.qr(torch.randn(600, 256, generator=generator, dtype=torch.float64))[0].T
+        x = (kahan(256, 2e-5) @ turned).float()
+        if case == "and then others":
+            x = torch.cat((x, torch.randn(150, 600, generator=generator)))
+    basis = make_basis(x)
+    q = directions(basis)
+    torch.testing.assert_close(q @ q.T, torch.eye(basis.size, dtype=torch.float64), rtol=0, atol=1e-6)
+    assert float(((coordinates(basis) @ q - x.double()).norm(dim=1) / x.double().norm(dim=1)).max()) < 2e-6
+    assert basis.size == {"gaussian": 576, "repeats": 600, "nearly dependent": 256, "and then others": 406}[case]
+    assert basis.is_faint == (case not in ("gaussian", "repeats"))
 
 
 @pytest.mark.parametrize("rounding", [0.0, 1e-7, 1e-6])
@@ -184,7 +220,7 @@ def test_rows_that_repeat_others_but_for_rounding_have_no_direction_of_their_own
 def test_tokens_that_hardly_differ_make_a_noisy_solution(share: float, status: SolveStatus) -> None:
     x, g = draw_rows(6, 40, 120, 60)
     away = torch.nn.functional.normalize(torch.randn(120, generator=torch.Generator().manual_seed(1)), dim=0)
-    x[37] = x[2] + 1.1 * share * x[2].norm() * away
+    x[39] = x[2] + 1.1 * share * x[2].norm() * away
     assert solve_along(x, g).status is status
     assert make_basis(x).size == (40 if share > DISTINCT else 39)
 
@@ -204,6 +240,9 @@ def test_fewer_directions_than_the_rank_leave_the_rest_outside_them(distinct: in
     found = solve_along(x, g, **ABLATIONS[name])
     expected = dense(sums_of(x, g), **ABLATIONS[name]).product
     assert relative_error(product(found), expected) < 1e-4
+    assert found.stats is not None
+    assert found.stats.next_eigenvalue == pytest.approx(found.stats.eigenvalues[-1], rel=1e-9)  # outside, like the last
+    assert len(found.stats.eigenvalues) == 8
     a = found.lora_a.double()
     torch.testing.assert_close(a @ a.T / (a @ a.T)[0, 0], torch.eye(8, dtype=torch.float64), rtol=0, atol=1e-5)
 
@@ -249,6 +288,13 @@ def test_a_gradient_of_zero_gets_the_standard_start() -> None:
         assert found.status is SolveStatus.ZERO
         assert found.lora_a.shape == (4, 100)
         assert not bool(found.lora_b.any())
+
+
+def test_a_giant_without_gradient_makes_that_of_the_others_no_zero() -> None:
+    x, g = draw_rows(8, 40, 120, 20)
+    x[3] *= 1e8
+    g[3] = 0
+    assert solve_along(x, g).status is not SolveStatus.ZERO
 
 
 def test_what_needs_more_damping_says_so() -> None:

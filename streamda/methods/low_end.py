@@ -19,7 +19,7 @@ fewer rows than eigenvectors are wanted, the rest is any orthonormal one outside
 Nothing iterates, and the rounding of the stored sums, which 1 / lambda would magnify outside the span, does not enter.
 Where the tokens' rows are known and not only sums of them, span and gradient come from these (`streamda.token_span`).
 
-`on_basis` is for more tokens than that, still fewer than inputs, whose rows are known: `by_krylov` along a basis of
+`on_basis` is for more tokens than that, whose rows are known: `by_krylov` along a basis of
 these (`streamda.token_basis`), for the same reason.
 """
 
@@ -234,10 +234,12 @@ def on_basis(
         lifted = torch.cat((lifted, _outside(lifted, missing, generator)), dim=1)
     vectors = eigen.canonical_signs(lifted)
     projected = torch.nn.functional.pad(found.projected, (0, missing)) * (lifted * vectors).sum(0).sign()
-    unit = found.sigma**2 if config.normalize else 1.0
+    outside = -variance / factor.damping / (found.sigma**2 if config.normalize else 1.0)
+    has_more = factor.basis.d_in > config.rank
     return dataclasses.replace(
         found,
-        eigenvalues=found.eigenvalues + missing * (-variance / unit / factor.damping,),
+        eigenvalues=found.eigenvalues + missing * (outside,),
+        next_eigenvalue=outside if found.next_eigenvalue is None and has_more else found.next_eigenvalue,
         vectors=vectors,
         projected=projected,
         noisy=factor.basis.is_faint,

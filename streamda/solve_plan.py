@@ -3,8 +3,9 @@
 Bands of the factor and of the gradient are the rows of stored tiles: at 28672 columns a band is at most 470 MB.
 The factor is float64 in every case; what changes is where it lies. In this order, until it fits: everything in memory;
 the gradient in the float32 it is stored in; the gradient read anew at each use; the factor's last bands in a file.
-(On the span of few tokens float32 is the first choice: nothing there uses the gradient in float64.) None of it changes
-a bit of the result.
+(On the span of few tokens float32 is the first choice: nothing there uses the gradient in float64. Along a basis of
+tokens it is that basis which goes to a file next, and then the gradient along it.) None of it changes a bit of the
+result.
 """
 
 from __future__ import annotations
@@ -286,6 +287,7 @@ def _basis_layout(
     band = min(PANEL_ROWS, d_out) * size
     whole = {"float64": d_out * size * FLOAT64_BYTES, "float32": d_out * size * FLOAT32_BYTES, "streamed": 0}[form]
     multiplying = held + whole + along + band * (FLOAT64_BYTES + FLOAT32_BYTES) + tiles
+    multiplying += (side * min(PANEL_ROWS, d_out) + 3 * BLOCK_TOKENS * size) * FLOAT32_BYTES  # operands, and copies
     chunk = _chunk_rows(size, d_out) * size * FLOAT64_BYTES + (band * FLOAT32_BYTES if form == "streamed" else 0)
     solving = held + sum(spilled[-1:]) + whole + chunk + _krylov_bytes(size, d_out, rank)
     lifting = held + whole + directions + (side * PANEL_ROWS + 4 * rank * d_in) * FLOAT64_BYTES

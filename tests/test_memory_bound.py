@@ -128,3 +128,52 @@ def test_a_budget_that_cannot_do_is_refused_with_the_one_that_can(tmp_path: Path
     smallest = str(refusal.value).split("--max-gpu-mem ")[1].split(" ")[0]
     report = streamda.initialize(**options, max_gpu_mem=smallest)
     assert report.budget_bytes >= max(report.peaks.values())
+
+
+# Rows as a read from a file gives them, a new tensor each time.
+ALONG_A_BASIS = """
+import sys
+from pathlib import Path
+import torch
+from streamda.config import SolveConfig
+from streamda.memory import PeakMeter, bound_allocator
+from streamda.methods import prepare_basis_factor, solve_layer
+from streamda.scratch import SpilledBands
+from streamda.solve_plan import solve_layout
+from streamda.token_basis import BasisGradient
+
+class Made:
+    def __init__(self, *shape):
+        self.shape = shape
+
+    def part(self, tokens, columns):
+        generator = torch.Generator().manual_seed(tokens.start)
+        rows, width = len(range(self.shape[0])[tokens]), len(range(self.shape[1])[columns])
+        return torch.randn(rows, width, generator=generator)
+
+def solve(folder, tokens, d_in, d_out, capacity):
+    layout = solve_layout(d_in, d_out, 8, capacity, tokens, token_rows=tokens)
+    cpu = torch.device("cpu")
+    places = (layout.basis_in_memory, layout.basis_in_memory, layout.bands_in_memory)
+    bands = [SpilledBands(folder, place, cpu) for place in (*places, 0 if layout.gradient == "streamed" else 99)]
+    factor = prepare_basis_factor(Made(tokens, d_in), 1e-6, ("layer",), (bands[0], bands[1]), bands[2])
+    dtype = torch.float64 if layout.gradient == "float64" else torch.float32
+    gradient = BasisGradient(factor.basis, Made(tokens, d_out), 100, bands[3], dtype)
+    solve_layer("layer", factor, gradient, torch.ones(d_out), SolveConfig(), population_size=1000, seed=0)
+    return layout.num_bytes
+
+folder, capacity = Path(sys.argv[1]), eval(sys.argv[2])
+bound_allocator(torch.device("cpu"))
+solve(folder, 1030, 1100, 300, capacity)  # libraries take what they take the first time
+with PeakMeter(torch.device("cpu"), 0.001) as meter:
+    planned = solve(folder, 2500, 6000, 3000, capacity)
+    print(planned, meter.take_peak())
+"""
+
+
+@pytest.mark.parametrize("capacity", ["0", "None"], ids=["in files", "in memory"])
+def test_a_solution_along_a_basis_keeps_to_its_plan(capacity: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", ALONG_A_BASIS, str(tmp_path), capacity]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    planned, measured = map(int, done.stdout.split())
+    assert 0.4 * planned < measured <= planned

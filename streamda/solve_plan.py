@@ -17,11 +17,11 @@ from typing import Literal
 from streamda.cholesky import MAX_BLOCK_ROWS
 from streamda.eigen import basis_limit, guard_vectors
 from streamda.errors import BudgetError
+from streamda.gram_schmidt import BLOCK_TOKENS
 from streamda.layers import BlockSpec
 from streamda.low_rank import extra_vectors
 from streamda.memory import format_size
 from streamda.panels import FLOAT32_BYTES, PANEL_ROWS, statistics_bytes
-from streamda.token_basis import BLOCK_TOKENS
 from streamda.token_span import CHUNK_COLUMNS
 
 WORKSPACE_BYTES = 64 << 20

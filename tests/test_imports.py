@@ -25,7 +25,7 @@ LAYERS = (
     # pure: tensors and integers
     {
         "layers", "memory", "batches", "panels", "costs", "disk_plan", "flops", "plan", "bounds", "products", "factors",
-        "cholesky", "block_statistics", "eigen", "low_rank", "token_span", "token_basis", "solve_plan",
+        "cholesky", "block_statistics", "eigen", "low_rank", "token_span", "gram_schmidt", "token_basis", "solve_plan",
         "token_counts", "stored_weights", "workers", "methods", "spare_memory", "kept_memory",
     },
     # edges: files, data sets, the hub
@@ -61,10 +61,11 @@ WITHIN = {
     "factors": {"products"},
     "low_rank": {"products"},
     "token_span": {"products"},
-    "token_basis": {"cholesky", "panels", "products", "token_span"},
+    "gram_schmidt": {"cholesky", "products", "token_span"},
+    "token_basis": {"cholesky", "gram_schmidt", "panels", "products", "token_span"},
     "stored_weights": {"products"},
     "block_statistics": {"factors", "layers", "panels"},
-    "solve_plan": {"cholesky", "eigen", "layers", "low_rank", "memory", "panels", "token_basis", "token_span"},
+    "solve_plan": {"cholesky", "eigen", "gram_schmidt", "layers", "low_rank", "memory", "panels", "token_span"},
     "token_counts": {"layers", "solve_plan"},
     "costs": {"layers"},
     "flops": {"costs", "eigen", "low_rank", "panels", "products", "solve_plan"},

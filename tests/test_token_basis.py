@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streamda import token_basis
+from streamda import gram_schmidt, token_basis
 from streamda.config import SolveConfig
 from streamda.errors import NumericalError
 from streamda.methods import BasisFactor, LayerSolution, SolveStatus, prepare_basis_factor, solve_layer
@@ -39,7 +39,8 @@ class Held:
 def several_bands(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bands of 16 tokens in blocks of 5, so that a few dozen of them have all that thousands have."""
     monkeypatch.setattr(token_basis, "PANEL_ROWS", 16)
-    monkeypatch.setattr(token_basis, "BLOCK_TOKENS", 5)
+    for module in (token_basis, gram_schmidt):
+        monkeypatch.setattr(module, "BLOCK_TOKENS", 5)
 
 
 def prepare(x: torch.Tensor, damping: float = 1e-6) -> BasisFactor | None:
@@ -176,7 +177,8 @@ def test_blocks_of_real_size_have_an_orthonormal_basis_and_no_false_alarm(
     case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(token_basis, "PANEL_ROWS", 512)
-    monkeypatch.setattr(token_basis, "BLOCK_TOKENS", 256)
+    for module in (token_basis, gram_schmidt):
+        monkeypatch.setattr(module, "BLOCK_TOKENS", 256)
     generator = torch.Generator().manual_seed(0)
     if case == "gaussian":
         x = torch.randn(700, 576, generator=generator)

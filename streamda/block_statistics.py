@@ -237,14 +237,8 @@ class MeanMoment:
         return band
 
 
-class MeanGradient(Sequence[torch.Tensor]):
-    """A mean gradient, by bands of rows, [up to a tile's rows, d_in] float32 each."""
-
-    def __init__(self, statistics: BlockStatistics, module: str, device: torch.device) -> None:
-        self._statistics, self._module, self._device = statistics, module, device
-
-    def __len__(self) -> int:
-        return -(-self._statistics.spec.linear(self._module).d_out // TILE)
+class GradientBands(Sequence[torch.Tensor]):
+    """A mean gradient by bands of rows, each read when it is asked for."""
 
     @overload
     def __getitem__(self, index: int) -> torch.Tensor: ...
@@ -257,4 +251,21 @@ class MeanGradient(Sequence[torch.Tensor]):
             return [self[each] for each in range(len(self))[index]]
         if not 0 <= index < len(self):
             raise IndexError(index)  # what ends an iteration
+        return self._band(index)
+
+    @abstractmethod
+    def _band(self, index: int) -> torch.Tensor:
+        """Band `index`."""
+
+
+class MeanGradient(GradientBands):
+    """A mean gradient, by bands of rows, [up to a tile's rows, d_in] float32 each."""
+
+    def __init__(self, statistics: BlockStatistics, module: str, device: torch.device) -> None:
+        self._statistics, self._module, self._device = statistics, module, device
+
+    def __len__(self) -> int:
+        return -(-self._statistics.spec.linear(self._module).d_out // TILE)
+
+    def _band(self, index: int) -> torch.Tensor:
         return self._statistics.gradient_band(self._module, index * TILE, self._device)

@@ -22,11 +22,12 @@ Q and M lie in bands of tokens, in memory or in files.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Protocol, overload
+from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 
+from streamda.block_statistics import GradientBands
 from streamda.cholesky import Bands
 from streamda.gram_schmidt import BLOCK_TOKENS, blocks, orthonormal
 from streamda.panels import PANEL_ROWS
@@ -161,7 +162,7 @@ class BasisMoment:
         return self._trace**2 / sum(self._squares.values())
 
 
-class BasisGradient(Sequence[torch.Tensor]):
+class BasisGradient(GradientBands):
     """A mean gradient along a basis, [d_out, k], by bands of rows; rounded to float32, as sums are."""
 
     def __init__(self, basis: TokenBasis, rows: Rows, num_samples: int, bands: Bands, dtype: torch.dtype) -> None:
@@ -193,17 +194,7 @@ class BasisGradient(Sequence[torch.Tensor]):
     def __len__(self) -> int:
         return len(self._bands)
 
-    @overload
-    def __getitem__(self, index: int) -> torch.Tensor: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[torch.Tensor]: ...
-
-    def __getitem__(self, index: int | slice) -> torch.Tensor | list[torch.Tensor]:
-        if isinstance(index, slice):
-            return [self[each] for each in range(len(self))[index]]
-        if not 0 <= index < len(self):
-            raise IndexError(index)  # what ends an iteration
+    def _band(self, index: int) -> torch.Tensor:
         return self._bands[index]
 
 

@@ -62,7 +62,7 @@ WITHIN = {
     "low_rank": {"products"},
     "token_span": {"products"},
     "gram_schmidt": {"cholesky", "products", "token_span"},
-    "token_basis": {"cholesky", "gram_schmidt", "panels", "products", "token_span"},
+    "token_basis": {"block_statistics", "cholesky", "gram_schmidt", "panels", "products", "token_span"},
     "stored_weights": {"products"},
     "block_statistics": {"factors", "layers", "panels"},
     "solve_plan": {"cholesky", "eigen", "gram_schmidt", "layers", "low_rank", "memory", "panels", "token_span"},

@@ -5,9 +5,9 @@
 
 Shapes are two blocks of real models, with random weights: `1b` (TinyLlama's), `mlp` (narrow with a very wide MLP, as a
 70B model's blocks are cut: one input moment above everything else), `vocab` (128k entries, so that the head is large),
-`7b` (Llama-2-7B's). Budgets are multiples of the smallest one that the plan gives; samples are COUNTxTOKENS, of
-the defaults the first few enough to be kept as rows in place of sums. Float32 on the CPU, measured by the run's
-own meter: anonymous memory above the baseline, sampled every 10 ms.
+`7b` (Llama-2-7B's). Budgets are multiples of the smallest one that the plan gives; samples are COUNTxTOKENS.
+Few of them for each input are kept as rows in place of sums. Float32 on the CPU, measured by the run's own
+meter: anonymous memory above the baseline, sampled every 10 ms.
 
 Prints per run the planned and the measured peak and their ratio, and the phases that outgrew their plan. Exits with 1
 where a measured peak is above the plan. Blocks much smaller than these are dwarfed by the plan's fixed allowances.

@@ -12,7 +12,7 @@ from streamda.eigen import guard_vectors
 from streamda.low_rank import extra_vectors
 from streamda.panels import Replay
 from streamda.products import TRIANGLE_ROWS
-from streamda.solve_plan import few_tokens, on_basis
+from streamda.solve_plan import few_tokens, needs_basis
 
 EIGEN_STEPS = 8
 """Steps of the eigensolver per layer, for the estimate of its work. The report has the true number of each layer."""
@@ -51,7 +51,7 @@ def count_flops(
         for group in cost.spec.groups if rank else ():
             widths = [cost.spec.linear(name).d_out for name in group.modules]
             tokens = group.token_rows
-            if tokens and not on_basis(group.d_in, tokens):
+            if tokens and not needs_basis(group.d_in, tokens):
                 solve += _span_flops(group.d_in, widths, tokens)
                 continue
             if tokens:

@@ -129,7 +129,7 @@ def keeps_rows(num_tokens: int, d_in: int, widths: Sequence[int]) -> bool:
     return rows <= max(MORE_FOR_ROWS * sums, SMALL_SOLUTION_BYTES)
 
 
-def on_basis(d_in: int, token_rows: int) -> bool:
+def needs_basis(d_in: int, token_rows: int) -> bool:
     """Whether rows that stand for sums are solved along a basis of theirs, being too many for a dense eigenproblem."""
     return token_rows > few_tokens(d_in)
 
@@ -162,7 +162,7 @@ def solve_layout(
         tile_copies: of a tile of the statistics while they are read.
         token_rows: that stand for the statistics; 0 for sums.
     """
-    if token_rows and not on_basis(d_in, token_rows):
+    if token_rows and not needs_basis(d_in, token_rows):
         return SolveLayout(0, "float32", _token_rows_bytes(d_in, d_out, token_rows), 0)
     sizes = band_bytes(min(token_rows or d_in, d_in))
     whole = len(sizes)

@@ -38,7 +38,7 @@ from streamda.products import TRIANGLE_ROWS
 from streamda.run_parts import canonical_digest, differences
 from streamda.scratch import SpilledBands
 from streamda.solutions import is_skipped, read_summaries, solve_unit, write_solutions
-from streamda.solve_plan import HELD_TILE_COPIES, TILE_COPIES, GradientForm, on_basis, solve_layout
+from streamda.solve_plan import HELD_TILE_COPIES, TILE_COPIES, GradientForm, needs_basis, solve_layout
 from streamda.store import stats_unit
 from streamda.timeline import Timeline
 from streamda.token_basis import BasisGradient
@@ -217,7 +217,7 @@ class Solver:
         factors: Sequence[SpilledBands],
     ) -> InputFactor | SpannedFactor | TokenFactor | BasisFactor | None:
         damping = self.config.damping
-        if on_basis(group.d_in, group.token_rows):
+        if needs_basis(group.d_in, group.token_rows):
             inputs = _TokenRows(statistics, group.name, "input_rows", self.device, self.timeline)
             with self.timeline.span("cholesky"):
                 return prepare_basis_factor(inputs, damping, wanted, (factors[1], factors[2]), factors[0])

@@ -51,11 +51,10 @@ def count_flops(
         for group in cost.spec.groups if rank else ():
             widths = [cost.spec.linear(name).d_out for name in group.modules]
             tokens = group.token_rows
-            if tokens and not needs_basis(group.d_in, tokens):
-                solve += _span_flops(group.d_in, widths, tokens)
-                continue
-            if tokens:
+            if needs_basis(group.d_in, tokens):
                 in_float64, in_float32 = _basis_flops(group.d_in, widths, rank, tokens)
+            elif tokens:
+                in_float64, in_float32 = _span_flops(group.d_in, widths, tokens), 0
             else:
                 in_float64, in_float32 = _solve_flops(group.d_in, widths, rank, rows)
             solve += in_float64

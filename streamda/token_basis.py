@@ -29,7 +29,7 @@ import torch
 
 from streamda.block_statistics import GradientBands
 from streamda.cholesky import Bands
-from streamda.gram_schmidt import BLOCK_TOKENS, blocks, orthonormal
+from streamda.gram_schmidt import blocks, orthonormal
 from streamda.panels import PANEL_ROWS
 from streamda.products import add_product_, add_triangle_
 from streamda.token_span import CLEAR, DISTINCT
@@ -206,7 +206,6 @@ def parts(size: int) -> list[slice]:
 def _symmetric_squares(band: torch.Tensor, start: int) -> float:
     """Sum of the squares of a symmetric matrix that is given by its lower half, as far as a band of it goes."""
     below = 0.0
-    for row in range(0, band.shape[0], BLOCK_TOKENS):
-        part = band[row : row + BLOCK_TOKENS].tril(start + row - 1)
-        below += float(part.square().sum())
+    for block in blocks(band):
+        below += float(band[block].tril(start + block.start - 1).square_().sum())
     return 2 * below + float(band.diagonal(start).square().sum())

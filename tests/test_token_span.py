@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -45,6 +46,37 @@ def solve_rows(x: torch.Tensor, g: torch.Tensor, **options: Any) -> LayerSolutio
         population_size=POPULATION,
         seed=0,
     )
+
+
+def require_same_numbers(found: LayerSolution, plain: LayerSolution, kept: int) -> None:
+    """Checks what is said of a solution against what is said of the same one found another way."""
+    assert found.stats is not None
+    assert plain.stats is not None
+    torch.testing.assert_close(
+        torch.tensor(found.stats.eigenvalues[:kept]),
+        torch.tensor(plain.stats.eigenvalues[:kept]),
+        rtol=1e-4,
+        atol=1e-6 * max(map(abs, plain.stats.eigenvalues)),
+    )
+    assert found.stats.displacement_norm == pytest.approx(plain.stats.displacement_norm, rel=1e-5)
+
+
+def require_refusal(
+    solve: Callable[[torch.Tensor, torch.Tensor], LayerSolution],
+    x: torch.Tensor,
+    g: torch.Tensor,
+    value: float,
+    places: tuple[tuple[int, int], tuple[int, int]],
+) -> None:
+    """Checks that a value at a place of the inputs, and at one of the gradients, is refused with the layer's name."""
+    bad = x.clone()
+    bad[places[0]] = value
+    with pytest.raises(NumericalError, match="layer: its input is not finite"):
+        solve(bad, g)
+    bad = g.clone()
+    bad[places[1]] = value
+    with pytest.raises(NumericalError, match="layer: the gradient statistics are not finite"):
+        solve(x, bad)
 
 
 def require_span(x: torch.Tensor, tolerance: float = 1e-12) -> int:
@@ -169,14 +201,7 @@ def test_without_tokens_or_with_zeros_there_is_no_span() -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_rows_that_are_not_finite_are_refused_by_the_layer_s_name(value: float) -> None:
     x, g = draw_rows(6, 5, 20, 8)
-    bad = x.clone()
-    bad[2, 3] = value
-    with pytest.raises(NumericalError, match="layer: its input is not finite"):
-        solve_rows(bad, g)
-    bad = g.clone()
-    bad[4, 7] = value
-    with pytest.raises(NumericalError, match="layer: the gradient statistics are not finite"):
-        solve_rows(x, bad)
+    require_refusal(solve_rows, x, g, value, places=((2, 3), (4, 7)))
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 8, 9, 40])
@@ -188,16 +213,7 @@ def test_every_setting_of_the_method_gives_the_dense_solution(name: str, tokens:
     assert relative_error(product(found), expected.product) < 1e-6
     # and what goes with it is what the sums give
     plain = solve(sums_of(x, g), num_tokens=tokens, **ABLATIONS[name])
-    assert found.stats is not None
-    assert plain.stats is not None
-    kept = min(tokens, ABLATIONS[name].get("rank", 8))
-    torch.testing.assert_close(
-        torch.tensor(found.stats.eigenvalues[:kept]),
-        torch.tensor(plain.stats.eigenvalues[:kept]),
-        rtol=1e-4,
-        atol=1e-6 * max(map(abs, plain.stats.eigenvalues)),
-    )
-    assert found.stats.displacement_norm == pytest.approx(plain.stats.displacement_norm, rel=1e-5)
+    require_same_numbers(found, plain, kept=min(tokens, ABLATIONS[name].get("rank", 8)))
 
 
 def test_rows_keep_what_the_rounding_of_sums_takes() -> None:

@@ -25,6 +25,8 @@ class BlockCost:
     """Of the largest parameter in the compute dtype: what is cast at a time if weights stay in their stored dtype."""
     fused_count: int = 0
     """Weights that are there beside the block's while those that the files hold in pieces are put together."""
+    unread_count: int = 0
+    """Weights of layers whose results no gradient needs: a replay only multiplies gradients with them."""
     product_bytes: int = 0
     """Of a product that goes into a panel, beside its operands and the panel."""
 

@@ -38,7 +38,7 @@ def count_flops(
     replay = statistics = solve = solve_float32 = 0
     for cost, replays in zip(workload.blocks, schedule, strict=True):
         for item in replays or (Replay(()),):
-            replay += (4 if item.needs_backward else 2) * cost.weight_count * rows
+            replay += ((4 if item.needs_backward else 2) * cost.weight_count - 2 * cost.unread_count) * rows
         statistics += sum(
             2 * (p.stop - p.start) * (p.columns + p.start) // 2 * rows
             for r in replays

@@ -69,6 +69,8 @@ class BlockSpec:
     """Full name of the block's module."""
     linears: tuple[LinearSpec, ...]
     groups: tuple[InputGroup, ...]
+    unread: tuple[str, ...] = ()
+    """Linear layers, adapted or not, that a replay need not compute: no gradient needs their results."""
 
     def linear(self, name: str) -> LinearSpec:
         """The layer of that full name."""

@@ -1,7 +1,8 @@
 """What one block does, found out by running it on fake tensors: nothing is computed and no weight is needed.
 
-Two things are learnt: which linear layers read the very same tensor (by the identity of the tensor, not by their
-names), and how many bytes autograd keeps alive for a batch of a given shape. Fake tensors know the device they stand
+Three things are learnt: which linear layers read the very same tensor (by the identity of the tensor, not by their
+names), of which of them no gradient needs the result, and how many bytes autograd keeps alive for a batch of a given
+shape. Fake tensors know the device they stand
 for, so attention takes the same kernel as later; on meta it would take the one that keeps all attention weights.
 """
 
@@ -21,6 +22,7 @@ from torch.utils._pytree import tree_map
 
 from streamda.blocks import BlockCall
 from streamda.layers import InputGroup, LinearSpec, is_linear
+from streamda.unread import ResultWatch, plain_linears
 
 FALLBACK_COPIES = 4
 """Where a block cannot run on fakes (data-dependent routing), this many copies of every linear layer's input and
@@ -39,6 +41,8 @@ class BlockProbe:
     """The largest single tensor among them."""
     called_once: frozenset[str]
     """Names of linear layers that one pass calls once, on all tokens, as far as that is known."""
+    unread: frozenset[str]
+    """Names of linear layers whose results no gradient needs (`streamda.unread`), as far as that is known."""
     exact: bool
     """False where the block could not run as it will, and the bytes are an upper estimate."""
 
@@ -65,7 +69,7 @@ def probe_block(block: nn.Module, call: BlockCall, shape: tuple[int, int, int], 
     # expert weights are no linear layers; the hidden size stands for what they keep
     saved = FALLBACK_COPIES * rows * (sum(sides) + 8 * shape[2]) * dtype.itemsize
     largest = rows * max([*sides, shape[2]]) * dtype.itemsize
-    return BlockProbe(tuple((name,) for name, _ in linears), saved, largest, frozenset(), exact=False)
+    return BlockProbe(tuple((name,) for name, _ in linears), saved, largest, frozenset(), frozenset(), exact=False)
 
 
 def _run_on_fakes(
@@ -112,8 +116,10 @@ def _run_on_fakes(
             tree_map(fake, meta_call.args), tree_map(fake, meta_call.kwargs), meta_call.hidden_is_positional
         )
         hidden = torch.zeros(shape, dtype=run_dtype, device=device, requires_grad=True)
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: nothing):
+        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: nothing)
+        with torch.enable_grad(), hooks, ResultWatch(plain_linears(twin)) as watch:
             output = twin_call.run(twin, hidden)
+        unread = watch.unread(output)
         keep(hidden)
         keep(output)
         # a weight is kept as a view of itself, so it is known by its storage only
@@ -129,7 +135,8 @@ def _run_on_fakes(
     ]
     rows = shape[0] * shape[1]
     once = frozenset(name for name, (x, *more) in calls.items() if not more and x.numel() == rows * x.shape[-1])
-    return BlockProbe(tuple(map(tuple, groups.values())), sum(sizes), max(sizes), once, exact=run_dtype == dtype)
+    names = tuple(map(tuple, groups.values()))
+    return BlockProbe(names, sum(sizes), max(sizes), once, unread, exact=run_dtype == dtype)
 
 
 @contextmanager

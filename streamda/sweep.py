@@ -31,6 +31,7 @@ from streamda.panels import Replay
 from streamda.prefetch import Prefetcher
 from streamda.progress import PassBar
 from streamda.timeline import Timeline
+from streamda.unread import Replayed
 
 
 def acts(index: int) -> str:
@@ -210,11 +211,12 @@ class Sweep:
         assert sink is not None or not replays
         new_panel = zero_panel if sink is None else sink.new_panel
         for number, replay in enumerate(replays or (Replay(()),)):
-            with PanelCollector(block, spec, replay.panels, self._device, new_panel) as collector:
+            collector = PanelCollector(block, spec, replay.panels, self._device, new_panel)
+            with Replayed(block, spec.prefix, spec.unread) as replayed, collector:
                 if replay.needs_backward or (wants_push and number == 0):
-                    self._replay_backward(index, collector, push=wants_push and number == 0)
+                    self._replay_backward(index, replayed, collector, push=wants_push and number == 0)
                 else:
-                    self._replay_forward(index, collector)
+                    self._replay_forward(index, replayed, collector)
             if number == 0:
                 for name, count in collector.num_tokens.items():
                     facts[name]["num_tokens"] = count
@@ -312,30 +314,28 @@ class Sweep:
                 writer.append(output)
         self._checkpoint.release([prefix], spare=after >= 0)
 
-    def _replay_forward(self, index: int, collector: PanelCollector) -> None:
-        block = self._stack.blocks[index]
+    def _replay_forward(self, index: int, block: Replayed, collector: PanelCollector) -> None:
         with torch.no_grad():
             for batch, hidden in self._over(acts(index)):
                 collector.begin(batch)
-                self._stack.calls(*batch.shape)[index].run(block, hidden)
+                block.run(self._stack.calls(*batch.shape)[index], hidden)
 
-    def _replay_backward(self, index: int, collector: PanelCollector, *, push: bool) -> None:
+    def _replay_backward(self, index: int, block: Replayed, collector: PanelCollector, *, push: bool) -> None:
         if not push:
-            for _ in self._gradients_below(index, collector):
+            for _ in self._gradients_below(index, block, collector):
                 pass
             return
         with self._writing(grads(index), durable=True) as writer, noting_bad_samples() as faults:
-            for batch, hidden, above, gradient in self._gradients_below(index, collector):
+            for batch, hidden, above, gradient in self._gradients_below(index, block, collector):
                 faults |= self._examiner.reasons(index, batch, bad_samples(gradient), hidden, above)
                 writer.append(gradient)
 
-    def _gradients_below(self, index: int, collector: PanelCollector) -> Any:
+    def _gradients_below(self, index: int, block: Replayed, collector: PanelCollector) -> Any:
         """Runs all micro-batches forward and backward through a block.
 
         Yields:
             Each with its states, their gradient above the block, and that below it.
         """
-        block = self._stack.blocks[index]
         above = self._read(grads(index + 1))
         for (batch, hidden), gradient in zip(self._over(acts(index)), above, strict=True):
             collector.begin(batch)
@@ -343,7 +343,7 @@ class Sweep:
             # in memory is the same tensor in every replay and would gather their gradients
             hidden = hidden.detach().requires_grad_(True)
             with torch.enable_grad():
-                output = self._stack.calls(*batch.shape)[index].run(block, hidden)
+                output = block.run(self._stack.calls(*batch.shape)[index], hidden)
             torch.autograd.backward(output, gradient)
             assert hidden.grad is not None
             yield batch, hidden, gradient, hidden.grad

@@ -105,9 +105,9 @@ class WorkloadModel:
             linears = tuple(spec for spec in self._targets.linears if spec.name.startswith(prefix + "."))
             once = {f"{prefix}.{name}" for name in probes[0].called_once}
             groups = input_groups(prefix, probes[0], linears)
-            spec = BlockSpec(
-                index, prefix, linears, tuple(_with_rows(group, linears, once, row_tokens) for group in groups)
-            )
+            with_rows = tuple(_with_rows(group, linears, once, row_tokens) for group in groups)
+            unread = sorted(probes[0].unread & probes[1].unread)
+            spec = BlockSpec(index, prefix, linears, with_rows, tuple(f"{prefix}.{name}" for name in unread))
             count = _num_parameters(block)
             matrices = [parameter.numel() for parameter in block.parameters() if parameter.ndim > 1]
             by_bands = {id(module.weight) for module in block.modules() if isinstance(module, nn.Linear)}
@@ -127,6 +127,7 @@ class WorkloadModel:
                         weight.numel() * self._fused.get(f"{prefix}.{name}", 0)
                         for name, weight in block.named_parameters()
                     ),
+                    unread_count=sum(block.get_parameter(f"{name}.weight").numel() for name in unread),
                     product_bytes=self._product_bytes(spec, max(batch.num_rows for batch in batches)),
                 )
             )

@@ -672,9 +672,12 @@ class TestFlops:
         step = 32 * sum(4 * linear.d_in**2 + 4 * linear.d_in * linear.d_out for linear in spec.linears)
         assert made.flops["solve"] == pytest.approx(shape.blocks * (cholesky + EIGEN_STEPS * step), rel=1e-9)
 
-    def test_a_replay_for_input_moments_alone_costs_a_forward_pass(self) -> None:
+    @pytest.mark.parametrize("unread", [0, 40_000])
+    def test_a_replay_for_input_moments_alone_costs_a_forward_pass_but_for_what_no_gradient_needs(
+        self, unread: int
+    ) -> None:
         spec = drawn_block([(4000, 10)])
-        cost = BlockCost(spec, 80_000, 40_000, 0, 0, 80_000, 80_000)
+        cost = BlockCost(spec, 80_000, 40_000, 0, 0, 80_000, 80_000, unread_count=unread)
         workload = Workload(1, 10, 10, 3, 4000, 11, 2, 0, 0, 0, (cost,), 96)
         flops = {}
         for size in (minimum_bytes(workload, 0, 0), GB):
@@ -688,4 +691,4 @@ class TestFlops:
             )
             flops[made.num_replays] = made.flops["replay"] // (40_000 * 10)
         # the moments' two panels are 16.8 and 31.2 MB: the second fills a replay of its own
-        assert flops == {1: 4, 2: 4 + 2}
+        assert flops == ({1: 2, 2: 2 + 0} if unread else {1: 4, 2: 4 + 2})

@@ -174,7 +174,7 @@ def test_a_block_that_looks_at_its_values_gets_an_upper_estimate_and_no_groups(
 
 
 def test_groups_are_named_in_full_and_hold_adapted_layers_only() -> None:
-    probe = BlockProbe((("q", "k", "v"), ("o",), ("up",)), 0, 0, frozenset(), exact=True)
+    probe = BlockProbe((("q", "k", "v"), ("o",), ("up",)), 0, 0, frozenset(), frozenset(), exact=True)
     linears = [LinearSpec(f"h.3.{name}", 8, 8) for name in ("k", "v", "up", "never_called")]
     assert input_groups("h.3", probe, linears) == (
         InputGroup(("h.3.k", "h.3.v"), 8),

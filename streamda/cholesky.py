@@ -19,7 +19,7 @@ from typing import Protocol
 
 import torch
 
-BLOCK_ROWS = 256
+BLOCK_ROWS = 224
 """About the width of a block column: as near to it as bands are cut evenly. On CPUs; narrower, the products grow thin,
 and at twice the width a factorization takes 1.4 times as long at 4096 rows, nearly twice as long at 576: LAPACK's part,
 the diagonal blocks, is slow."""

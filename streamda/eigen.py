@@ -83,8 +83,8 @@ def largest_eigenpairs(
     width = first.shape[0]
     limit = basis_limit(size, width)
     basis, images = _Rows(first, limit), _Rows(apply(first.T).T, limit)
+    ritz = basis.all @ images.all.T
     for step in range(1, max_steps + 1):
-        ritz = basis.all @ images.all.T
         theta, rotation = torch.linalg.eigh((ritz + ritz.T) / 2)  # ascending
         theta, rotation = theta.flip(0), rotation.flip(1).T
         magnitude = max(float(theta.abs().max()), precision.tiny)
@@ -113,8 +113,10 @@ def largest_eigenpairs(
             basis.rotate(rotation[:kept])
             images.rotate(rotation[:kept])
             block = _orthonormal(block, basis.all)
+            ritz = basis.all @ images.all.T
         basis.append(block)
         images.append(apply(block.T).T)
+        ritz = _bordered(ritz, basis.all @ images.all[-block.shape[0] :].T)
     raise AssertionError("unreachable: the last step returns")
 
 
@@ -122,6 +124,12 @@ def basis_limit(size: int, width: int) -> int:
     """Room for vectors in the basis, for blocks of `width`."""
     # two blocks more: one that overflows is seen before it is added
     return min(size, max(MAX_BASIS_VECTORS, 20 * width)) + 2 * width
+
+
+def _bordered(symmetric: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """A symmetric matrix [m, m] with more columns [m + k, k], and what these are as rows."""
+    beside, corner = columns[: symmetric.shape[0]], columns[symmetric.shape[0] :]
+    return torch.cat((torch.cat((symmetric, beside.T)), torch.cat((beside, corner))), dim=1)
 
 
 class _Rows:

@@ -25,15 +25,18 @@ from streamda.processor import vendor
 
 ONEDNN, MKL_VENDOR = "oneDNN", "GenuineIntel"
 """The library, and whose processors MKL gives all their instructions."""
-PIECES = (256, 64)
+PIECES = (256, 128, 64)
 """Rows of a product at a time. Fewer sizes are fewer kernels to keep; larger ones are no faster, smaller ones lose a
 third of the rate. What is left over is part of a last piece that overlaps the one before it; products with fewer rows
 take the plain way."""
-TERMS = (1024, 256, 64)
+TERMS = (1024, 512, 256, 128, 64)
 """Of sums at a time, too: for each piece of it the result is read and written once more."""
+MAX_STEP = 2 * TERMS[0]
+"""Terms of a sum that are multiplied at a time where they lie far apart, as in a transposed weight: oneDNN slows down
+with their number, at 5120 by a fifth."""
 COLUMN_STEP = 64
 """Columns of a sum's result are filled up to a multiple of it: how many directions a span has depends on the data."""
-WIDE_TERMS = TERMS[1:]
+WIDE_TERMS = (256, 64)
 """Where pieces are added up in a wider dtype: within one, the rounding grows with its length."""
 PIECE_BYTES = 32 << 20
 """Of an operand that is copied for a piece of the sums, or of a piece of the result, unless the smallest piece is more.
@@ -42,7 +45,8 @@ TRIANGLE_ROWS = 256
 """Rows per product inside a triangle. Smaller skips more of what is above the diagonal (of 576 columns 256 skips a
 third), larger keeps the matrix products big enough to run at full rate."""
 TILE_ROWS, TILE_COLUMNS = 256, 2048
-"""Of a result at a time: 2 MB stay in a cache until they are added."""
+"""Of a result at a time: 2 MB stay in a cache until they are added. Where it has no more columns than that, twice as
+many rows are faster."""
 
 
 @functools.cache
@@ -92,8 +96,8 @@ def work_bytes(device: torch.device, terms: int, width: int) -> int:
     # narrower operands are cut into longer pieces, so the widest is not always the largest
     copies = [size * min(width, PIECE_BYTES // (4 * size)) for size in TERMS if size <= terms]
     copies.append(TERMS[-1] * width)
-    factor = TILE_ROWS * min(terms, TERMS[0])
-    return 4 * (max(copies) + factor + TILE_ROWS * max(width, TILE_COLUMNS))
+    factor = 2 * TILE_ROWS * min(terms, TERMS[0])
+    return 4 * (max(copies) + factor + TILE_ROWS * max(width, 2 * TILE_COLUMNS))
 
 
 def in_model(device: torch.device) -> AbstractContextManager[object]:
@@ -117,11 +121,12 @@ def add_product_(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -
             total.add_(left.T @ right)
         return
     columns = right.shape[1]
+    tile_rows = TILE_ROWS if columns > TILE_COLUMNS else 2 * TILE_ROWS
     sizes = _narrowed(TERMS if total.dtype == left.dtype else WIDE_TERMS, columns)
     for terms, seen in _cut(left.shape[0], sizes):
         factor, operand = _without(seen, left[terms]), _padded(right[terms]).T
-        for start in range(0, total.shape[0], TILE_ROWS):
-            rows = slice(start, start + TILE_ROWS)
+        for start in range(0, total.shape[0], tile_rows):
+            rows = slice(start, start + tile_rows)
             total[rows].add_(_onednn(factor[:, rows].T, operand)[:, :columns])
 
 
@@ -216,8 +221,7 @@ def _times(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     rows = x.reshape(-1, x.shape[-1])
     result = x.new_empty(*x.shape[:-1], weight.shape[0])  # no view: a model may change it in place
     flat = result.view(-1, weight.shape[0])
-    # where the terms of a sum lie far apart, as in a transposed weight, oneDNN slows down with their number
-    step = weight.shape[1] if weight.is_contiguous() else TERMS[0]
+    step = weight.shape[1] if weight.is_contiguous() or weight.shape[1] <= MAX_STEP else TERMS[0]
     for piece, _ in _cut(rows.shape[0], _narrowed(PIECES, weight.shape[0])):
         flat[piece] = _onednn(rows[piece, :step], weight[:, :step], bias)
         for start in range(step, weight.shape[1], step):
@@ -241,16 +245,17 @@ def _cut(count: int, sizes: Sequence[int]) -> Iterator[tuple[slice, int]]:
     """Cuts a range, no shorter than the last size, into pieces of the sizes given, descending.
 
     Yields:
-        Each piece, and how many of its first numbers were in an earlier one: the last piece ends with the range.
+        Each piece, and how many of its first numbers were in an earlier one: the last piece ends with the range, and is
+        as long as it can be at no more work than smaller ones would be.
     """
     start = 0
     for size in sizes:
         for _ in range((count - start) // size):
             yield slice(start, start + size), 0
             start += size
-    if start < count:
-        first = count - sizes[-1]
-        yield slice(first, count), start - first
+        if 0 < count - start <= size <= min(count, -(-(count - start) // sizes[-1]) * sizes[-1]):
+            yield slice(count - size, count), start - (count - size)
+            return
 
 
 def _padded(operand: torch.Tensor) -> torch.Tensor:

@@ -31,7 +31,7 @@ from streamda.skeleton import build_skeleton, load_config, third_party
 from streamda.token_counts import makes_sums, rank_deficient
 from streamda.workload import WorkloadModel, micro_batch_candidates
 
-STATISTICS_VERSION = 3
+STATISTICS_VERSION = 4
 """Raised with every change that gives a block other statistics from the same model and samples."""
 NUMERIC_LIBRARIES = ("torch", "transformers", "numpy", "zarr", "numcodecs")
 """Libraries whose version may decide the last bits of the statistics."""

@@ -71,7 +71,7 @@ def small_pieces(onednn: None, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     for name in ("PIECES", "TERMS", "WIDE_TERMS"):
         monkeypatch.setattr(products, name, (8, 4))
-    for name in ("TRIANGLE_ROWS", "TILE_ROWS", "TILE_COLUMNS"):
+    for name in ("TRIANGLE_ROWS", "TILE_ROWS", "TILE_COLUMNS", "MAX_STEP"):
         monkeypatch.setattr(products, name, 16)
     monkeypatch.setattr(products, "_onednn", counted)
     return count

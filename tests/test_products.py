@@ -90,7 +90,7 @@ def test_every_form_of_input_and_of_gradient(shape: tuple[int, ...], by_onednn: 
 
 def test_terms_of_a_gradient_are_summed_by_pieces(by_onednn: bool, shapes: list[object]) -> None:
     """More outputs than terms are multiplied at a time, of a weight that the backward pass reads transposed."""
-    num_outputs = products.TERMS[0] + 100
+    num_outputs = products.MAX_STEP + 100
     weight, x = draw(num_outputs, 20), draw(130, 20).requires_grad_(True)
     above = draw(130, num_outputs)
     linear(x, weight).backward(above)

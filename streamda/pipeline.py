@@ -238,6 +238,7 @@ def plan(config: RunConfig) -> tuple[Plan, dict[str, Any]]:
     prepared = prepare(config, weights=False)
     made = prepared.plan(solves=True, keep_statistics=config.keep_statistics)
     rates, reason = measure_rates(prepared.device, prepared.dtype, work_dir(config), rates)
+    specs = prepared.specs(made.micro_batch_tokens, keep_statistics=config.keep_statistics)
     bounds = Bounds(
         rates,
         made.flops,
@@ -248,6 +249,7 @@ def plan(config: RunConfig) -> tuple[Plan, dict[str, Any]]:
         "model": prepared.source.name,
         "num_blocks": len(prepared.stack.blocks),
         "num_layers": len(prepared.targets.linears),
+        "num_layers_from_rows": sum(len(group.modules) for spec in specs for group in spec.groups if group.token_rows),
         "dtype": str(prepared.dtype).removeprefix("torch."),
         "budget_bytes": prepared.budget.device_bytes,
         "smallest_budget_bytes": prepared.smallest_budget(solves=True, keep_statistics=config.keep_statistics),

@@ -210,6 +210,8 @@ def plan_table(plan: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
         if count
     ]
     statistics = "go to disk" if plan["spill_statistics"] else "stay in memory until their block is solved"
+    if facts["num_layers_from_rows"]:
+        statistics += f"; few tokens: their rows stand for the sums of {facts['num_layers_from_rows']} layers"
     lines = [
         f"plan for {printable(facts['model'])}  ({facts['num_blocks']} blocks, {facts['num_layers']} adapted layers, "
         f"{facts['dtype']})",

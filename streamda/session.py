@@ -13,11 +13,13 @@ from streamda.adapter_check import check_adapter, check_recorded
 from streamda.config import RunConfig
 from streamda.disk_plan import stride_text
 from streamda.disk_space import START_RESERVE_BYTES, room_for_run
-from streamda.errors import StorageError
+from streamda.errors import ConfigError, StorageError
+from streamda.files import shown
 from streamda.layers import BlockSpec
 from streamda.limits import limit_errors
 from streamda.memory import format_size
 from streamda.model_copy import copy_configuration
+from streamda.places import work_dir
 from streamda.plan import Plan
 from streamda.report import REPORT_FILE, InitReport, read_report
 from streamda.run_parts import canonical_digest, differences
@@ -193,13 +195,23 @@ def stride_notices(made: Plan) -> list[str]:
 
 
 def finished_report(output: Path, digest: str, prepared: Prepared) -> InitReport | None:
-    """The report of a finished run with these very settings, its adapter checked again; None if there is none."""
+    """The report of a finished run with these very settings, its adapter checked again; None if there is none.
+
+    Raises:
+        ConfigError: statistics are to be kept, and of that run there are none.
+        DamagedError: the adapter is not what was written.
+    """
     if not os.path.isfile(output / REPORT_FILE):
         return None
     report = read_report(output)
     if report.model.get("fingerprint") != digest:
         return None
     config = prepared.config
+    if config.keep_statistics and not (work_dir(config) / "run.json").is_file():
+        raise ConfigError(
+            f"{shown(output)} holds the finished adapter of these settings, but its statistics were not kept; "
+            "`streamda collect` makes them, and --overwrite makes both anew"
+        )
     refused = report.skipped_samples and not config.skip_bad_samples
     if refused or (skipped_layers(report.modules) and not config.skip_bad_layers):
         return None

@@ -204,7 +204,10 @@ class Solver:
                     spread = moment.effective_rank
                     if group.token_rows:
                         spread = factor.effective_rank if isinstance(factor, TokenFactor | BasisFactor) else 0.0
-                    facts[name] = self._facts(statistics, solutions[-1]) | {"effective_rank": spread}
+                    facts[name] = self._facts(statistics, solutions[-1]) | {
+                        "effective_rank": spread,
+                        "statistics": "rows" if group.token_rows else "sums",
+                    }
             release_unused(self.device)
         return solutions, facts
 

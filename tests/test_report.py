@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -258,6 +259,7 @@ def test_a_plan_is_shown_with_all_its_phases() -> None:
         "model": "tiny",
         "num_blocks": 4,
         "num_layers": 21,
+        "num_layers_from_rows": 0,
         "dtype": "bfloat16",
         "budget_bytes": 24 * 10**9,
         "smallest_budget_bytes": 10**9,
@@ -267,7 +269,9 @@ def test_a_plan_is_shown_with_all_its_phases() -> None:
         "bounds": Bounds(Rates(10**11, 10**9, 10**9, None), plan["flops"], 5 * 10**9, 10**9).to_dict(),
     }
     text = plan_table(plan, facts)
-    assert "statistics         stay in memory" in plan_table(plan | {"spill_statistics": False}, facts)
+    assert "stand for the sums" not in text
+    some = plan_table(plan | {"spill_statistics": False}, facts | {"num_layers_from_rows": 7})
+    assert re.search(r"statistics +stay in memory .*; few tokens: their rows stand for the sums of 7 layers\n", some)
     for fact in (
         "tiny",
         "21 adapted layers",

@@ -113,6 +113,18 @@ def test_a_finished_run_is_not_done_again(tmp_path: Path) -> None:
     assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
 
 
+def test_a_finished_run_whose_statistics_are_asked_for_too_late_says_so(tmp_path: Path) -> None:
+    """They are gone, and "already done" would promise them."""
+    options = golden_options(tmp_path)
+    streamda.initialize(**options)
+    with pytest.raises(ConfigError, match=r"adapter holds the finished .* not kept; `streamda collect` makes them"):
+        streamda.initialize(**options, keep_statistics=True)
+    report = streamda.initialize(**options, keep_statistics=True, overwrite=True)
+    assert report.statistics_dir == str(tmp_path / "adapter.work")
+    for keeps in (True, False):  # now they are there
+        assert streamda.initialize(**options, keep_statistics=keeps).already_done
+
+
 def test_other_options_are_refused_by_name_and_nothing_is_touched(tmp_path: Path) -> None:
     options = golden_options(tmp_path)
     assert run_until("unit-committed:7", options) == -signal.SIGKILL

@@ -65,6 +65,7 @@ def held(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     assert kinds == ROWS | {"output_moment"}
     assert not report.plan["spill_statistics"]
     assert report.bytes["statistics_written"] == 0
+    assert {facts["statistics"] for facts in report.modules.values()} == {"rows"}
     return weights(folder)
 
 

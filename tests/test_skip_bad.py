@@ -68,7 +68,8 @@ def faulty(kind: str, *, everywhere: bool = False) -> Iterator[None]:
     plain = LlamaMLP.forward
 
     def forward(self: LlamaMLP, x: Tensor) -> Tensor:
-        if x.is_meta or isinstance(x, FakeTensor) or float(self.gate_proj.weight[0, 0]) != SIGN:
+        # what it does with its results has to be seen on fakes as well
+        if not (x.is_meta or isinstance(x, FakeTensor)) and float(self.gate_proj.weight[0, 0]) != SIGN:
             return plain(self, x)
         mask = torch.ones_like(x[..., :1], dtype=torch.bool) if everywhere else x[..., :1] > 4.5
         if kind == "forward":

@@ -117,7 +117,9 @@ def mirror_lower_(matrix: torch.Tensor) -> torch.Tensor:
 
 def largest_magnitude(values: torch.Tensor) -> float:
     """Of a tensor that is not empty, without a second one; not finite where a value is not."""
-    low, high = (float(bound) for bound in torch.aminmax(values))
+    # aminmax would copy a transposed matrix first
+    flat = values.T if values.ndim == 2 and values.T.is_contiguous() else values
+    low, high = (float(bound) for bound in torch.aminmax(flat))
     return max(-low, high)
 
 

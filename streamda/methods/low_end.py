@@ -34,7 +34,7 @@ import torch
 from streamda import eigen
 from streamda.config import SolveConfig
 from streamda.errors import NumericalError
-from streamda.factors import largest_magnitude, mirror_lower_
+from streamda.factors import frobenius_norm, largest_magnitude, mirror_lower_
 from streamda.methods.displacement import Displacement
 from streamda.methods.input_factor import BasisFactor, InputFactor, SpannedFactor, TokenFactor
 from streamda.products import add_product_, add_triangle_
@@ -252,7 +252,7 @@ def token_gradient_on_span(factor: TokenFactor, gradient: TokenGradient) -> Grad
     # both at once: the rows are cast for each product
     whole = gradient.along(torch.cat((images, rest), dim=1))
     product, outside = whole[:, : images.shape[1]], whole[:, images.shape[1] :]
-    size = float(torch.linalg.vector_norm(gradient.rows, dtype=torch.float64)) * float(images.norm())
+    size = frobenius_norm(gradient.rows) * float(images.norm())
     inside = float(product.norm())
     if inside * gradient.num_samples <= NO_GRADIENT * size:
         return None

@@ -62,7 +62,7 @@ class InputGroup:
 
 @dataclass(frozen=True, slots=True)
 class BlockSpec:
-    """The adapted layers of one decoder block; both tuples are empty where nothing in it is adapted."""
+    """The adapted layers of one decoder block; of these there are none where nothing in it is adapted."""
 
     index: int
     prefix: str
@@ -70,7 +70,8 @@ class BlockSpec:
     linears: tuple[LinearSpec, ...]
     groups: tuple[InputGroup, ...]
     unread: tuple[str, ...] = ()
-    """Linear layers, adapted or not, that a replay need not compute: no gradient needs their results."""
+    """Linear layers, adapted or not, that a replay need not compute: no gradient needs their results. Not known of
+    statistics on disk."""
 
     def linear(self, name: str) -> LinearSpec:
         """The layer of that full name."""

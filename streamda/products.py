@@ -32,8 +32,8 @@ take the plain way."""
 TERMS = (1024, 512, 256, 128, 64)
 """Of sums at a time, too: for each piece of it the result is read and written once more."""
 MAX_STEP = 2 * TERMS[0]
-"""Terms of a sum that are multiplied at a time where they lie far apart, as in a transposed weight: oneDNN slows down
-with their number, at 5120 by a fifth."""
+"""The longest sum that is not cut where its terms lie far apart, as in a transposed weight: oneDNN slows down with
+their number, at 5120 by a fifth. Longer ones are cut like other sums."""
 COLUMN_STEP = 64
 """Columns of a sum's result are filled up to a multiple of it: how many directions a span has depends on the data."""
 WIDE_TERMS = (256, 64)
@@ -124,10 +124,10 @@ def add_product_(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -
     tile_rows = TILE_ROWS if columns > TILE_COLUMNS else 2 * TILE_ROWS
     sizes = _narrowed(TERMS if total.dtype == left.dtype else WIDE_TERMS, columns)
     for terms, seen in _cut(left.shape[0], sizes):
-        factor, operand = _without(seen, left[terms]), _padded(right[terms]).T
+        factor, operand = left[terms], _padded(right[terms]).T
         for start in range(0, total.shape[0], tile_rows):
             rows = slice(start, start + tile_rows)
-            total[rows].add_(_onednn(factor[:, rows].T, operand)[:, :columns])
+            total[rows].add_(_onednn(_without(seen, factor[:, rows]).T, operand)[:, :columns])
 
 
 def add_triangle_(total: torch.Tensor, x: torch.Tensor, start: int) -> None:

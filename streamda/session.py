@@ -19,7 +19,6 @@ from streamda.layers import BlockSpec
 from streamda.limits import limit_errors
 from streamda.memory import format_size
 from streamda.model_copy import copy_configuration
-from streamda.places import work_dir
 from streamda.plan import Plan
 from streamda.report import REPORT_FILE, InitReport, read_report
 from streamda.run_parts import canonical_digest, differences
@@ -207,9 +206,10 @@ def finished_report(output: Path, digest: str, prepared: Prepared) -> InitReport
     if report.model.get("fingerprint") != digest:
         return None
     config = prepared.config
-    if config.keep_statistics and not (work_dir(config) / "run.json").is_file():
+    if config.keep_statistics and not _has_statistics(report):
+        where = f"are no longer in {shown(report.statistics_dir)}" if report.statistics_dir else "were not kept"
         raise ConfigError(
-            f"{shown(output)} holds the finished adapter of these settings, but its statistics were not kept; "
+            f"{shown(output)} holds the finished adapter of these settings, but its statistics {where}; "
             "`streamda collect` makes them, and --overwrite makes both anew"
         )
     refused = report.skipped_samples and not config.skip_bad_samples
@@ -219,6 +219,11 @@ def finished_report(output: Path, digest: str, prepared: Prepared) -> InitReport
     check_adapter(output, prepared.stack.model)
     report.already_done = True
     return report
+
+
+def _has_statistics(report: InitReport) -> bool:
+    """Whether a finished run's own record says where its statistics are, and a run lies there."""
+    return report.statistics_dir is not None and os.path.isfile(os.path.join(report.statistics_dir, "run.json"))
 
 
 def remove_leftover(work: Path, parts: dict[str, dict[str, Any]]) -> None:

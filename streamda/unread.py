@@ -3,7 +3,8 @@
     hidden = residual + down_proj(...)
 
 The backward pass of a sum looks at none of its terms, and nobody looks at what a replay returns: the forward pass had
-it. So in a replay such a layer only passes its gradient down; a seventh of a Llama block's work is not done.
+it. So in a replay such a layer only passes its gradient down: of a Llama block's products with weights a ninth to a
+seventh are not done.
 
 Which layers they are is found by looking on while a block runs on fake tensors (`streamda.probe`), and looked at again
 in every replay: a result that is read after all is an error and no wrong number.
@@ -48,6 +49,7 @@ class ResultWatch(TorchFunctionMode):
         self._linears = linears
         # of a sum, by its identity: the layers; weak, or it would keep activations alive
         self._terms: dict[int, tuple[weakref.ref[torch.Tensor], frozenset[str]]] = {}
+        self._with_gradients = True
         self._called: set[str] = set()
         self._read: set[str] = set()
         self._hooks = ExitStack()
@@ -56,6 +58,7 @@ class ResultWatch(TorchFunctionMode):
         for name, module in self._linears.items():
             hook = module.register_forward_hook(partial(self._note, name), prepend=True)
             self._hooks.callback(hook.remove)
+        self._with_gradients = torch.is_grad_enabled()
         super().__enter__()  # type: ignore[no-untyped-call]  # torch has no types for it
         return self
 
@@ -100,6 +103,9 @@ class ResultWatch(TorchFunctionMode):
         return result
 
     def _is_sum(self, func: Callable[..., Any], operands: Sequence[torch.Tensor], kwargs: Mapping[str, Any]) -> bool:
+        # inside of a function that brings its own backward pass nobody can tell what is kept for that
+        if torch.is_grad_enabled() != self._with_gradients:
+            return False
         name = getattr(func, "__name__", "")
         if name == "mul":
             return sum(each.requires_grad or bool(self._terms_of(each)) for each in operands) == 1
@@ -144,7 +150,10 @@ class Replayed:
         with ResultWatch(self._linears) as watch:
             output = call.run(self._block, hidden)
         for name in self._linears.keys() - watch.unread(output):
-            raise ModelError(f"{name} is not only added up to what its block returns, though it was when planned")
+            raise ModelError(
+                f"the result of {name} is not only added up to what its block returns, though it was when planned; "
+                "blocks of one class and shape must do the same, so please report this model"
+            )
         return output
 
 

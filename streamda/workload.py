@@ -106,7 +106,12 @@ class WorkloadModel:
             once = {f"{prefix}.{name}" for name in probes[0].called_once}
             groups = input_groups(prefix, probes[0], linears)
             with_rows = tuple(_with_rows(group, linears, once, row_tokens) for group in groups)
-            unread = sorted(probes[0].unread & probes[1].unread)
+            # not of a weight that is cast by bands: its transpose, which gradients are multiplied with, cannot be
+            unread = [
+                name
+                for name in sorted(probes[0].unread & probes[1].unread)
+                if block.get_parameter(f"{name}.weight").numel() * itemsize <= LARGE_BYTES
+            ]
             spec = BlockSpec(index, prefix, linears, with_rows, tuple(f"{prefix}.{name}" for name in unread))
             count = _num_parameters(block)
             matrices = [parameter.numel() for parameter in block.parameters() if parameter.ndim > 1]

@@ -96,7 +96,7 @@ WITHIN = {
     "nonfinite": {"blocks"},
     "sweep": {"blocks", "hooks", "loss", "nonfinite", "progress", "unread"},
     "progress": {"stopwatch"},
-    "session": {"places", "setup"},
+    "session": {"setup"},
     "collect_stage": {"session", "setup", "solve_stage"},
     "api": {"pipeline", "repair", "verification"},
     "verification": {"inspection"},

@@ -194,7 +194,7 @@ def test_many_lengths_and_spans_are_few_shapes(shapes: list[tuple[int, ...]], on
         add_product_(total, output.detach(), x.detach())
         add_triangle_(square, x.detach(), 0)
     assert len(shapes) > 1000
-    assert len(set(shapes)) <= 2 * len(products.PIECES) + 2 * len(products.TERMS)
+    assert len(set(shapes)) <= 16  # half a megabyte each, of a layer
     shapes.clear()
     for directions in range(1, 129):
         add_product_(torch.zeros(48, directions, dtype=torch.float64), draw(64, 48), draw(64, directions))

@@ -119,10 +119,26 @@ def test_a_finished_run_whose_statistics_are_asked_for_too_late_says_so(tmp_path
     streamda.initialize(**options)
     with pytest.raises(ConfigError, match=r"adapter holds the finished .* not kept; `streamda collect` makes them"):
         streamda.initialize(**options, keep_statistics=True)
+    # a run that makes both anew has begun, but the adapter that is there is still that of the one before
+    assert run_until("unit-committed:7", options | {"keep_statistics": True, "overwrite": True}) == -signal.SIGKILL
+    with pytest.raises(ConfigError, match="not kept"):
+        streamda.initialize(**options, keep_statistics=True)
     report = streamda.initialize(**options, keep_statistics=True, overwrite=True)
     assert report.statistics_dir == str(tmp_path / "adapter.work")
-    for keeps in (True, False):  # now they are there
-        assert streamda.initialize(**options, keep_statistics=keeps).already_done
+    for given in ({}, {"keep_statistics": True}, {"keep_statistics": True, "work_dir": str(tmp_path / "other")}):
+        assert streamda.initialize(**options, **given).already_done  # now they are there, wherever others would go
+    (tmp_path / "adapter.work").rename(tmp_path / "moved")
+    with pytest.raises(ConfigError, match=r"statistics are no longer in .*adapter\.work"):
+        streamda.initialize(**options, keep_statistics=True)
+
+
+def test_a_run_killed_before_it_cleaned_up_has_no_statistics_either(tmp_path: Path) -> None:
+    options = golden_options(tmp_path)
+    assert run_until("output-renamed", options) == -signal.SIGKILL
+    assert (tmp_path / "adapter.work" / "run.json").is_file()
+    with pytest.raises(ConfigError, match="not kept"):
+        streamda.initialize(**options, keep_statistics=True)
+    assert streamda.initialize(**options).already_done
 
 
 def test_other_options_are_refused_by_name_and_nothing_is_touched(tmp_path: Path) -> None:

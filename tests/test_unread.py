@@ -16,7 +16,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import streamda
-from streamda import unread
+from streamda import products, unread
 from streamda.blocks import BlockCall
 from streamda.errors import ModelError
 from streamda.probe import probe_block
@@ -40,6 +40,21 @@ class Keep(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
         return 2 * gradients[0] * ctx.saved_tensors[0]
+
+
+class Gate(torch.autograd.Function):
+    """Keeps what it is given where no hook for saved tensors sees it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        ctx.kept = x, gate
+        return x * torch.sigmoid(gate)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x, gate = ctx.kept
+        share = torch.sigmoid(gate)
+        return gradients[0] * share, gradients[0] * x * share * (1 - share)
 
 
 class Mlp(nn.Module):
@@ -79,6 +94,7 @@ READ: dict[str, Combine] = {
     "detached": lambda mlp, hidden, result: hidden * result.detach().abs().mean() + result,
     "in place": lambda mlp, hidden, result: (hidden * 1).add_(result),
     "in a function of its own": lambda mlp, hidden, result: hidden + result + Keep.apply(result),
+    "gated in a function of its own": lambda mlp, hidden, result: hidden + Gate.apply(result, hidden),
     "in a list": lambda mlp, hidden, result: hidden + torch.stack([result, hidden]).sum(0),
     "by name": lambda mlp, hidden, result: torch.where(hidden > 0, hidden, other=result) + result,
     "to NumPy": lambda mlp, hidden, result: hidden * float(result.detach().numpy().sum()) + result,
@@ -136,26 +152,38 @@ class Products(TorchFunctionMode):
         return result
 
 
-@pytest.mark.parametrize("tokens", [10, 100])  # too few for another library than PyTorch's own, and enough
+@pytest.mark.parametrize("by_onednn", [False, True], ids=["default", "oneDNN"])
 @pytest.mark.parametrize("stored", [False, True], ids=["plain", "stored"])
-def test_without_the_product_gradients_are_the_same(stored: bool, tokens: int) -> None:
+def test_without_the_product_gradients_are_the_same(
+    stored: bool, by_onednn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "prefers_onednn", lambda: by_onednn and hasattr(torch.ops, "mkldnn"))
+    widths: list[int] = []
+    times = products._times
+
+    def multiplied(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        widths.append(weight.shape[0])
+        return times(x, weight, bias)
+
+    monkeypatch.setattr(products, "_times", multiplied)
     block = Mlp(added)
     if stored:
         for part in (block.up, block.down):
             part._parameters["weight"] = StoredWeight.keep(part.weight.bfloat16(), torch.float32)  # type: ignore[assignment]
-    hidden, above = torch.randn(2, tokens, 8), torch.randn(2, tokens, 8)
+    hidden, above = torch.randn(2, 50, 8), torch.randn(2, 50, 8)
     gradients, results, seen = [], [], []
     block.down.register_forward_hook(lambda _module, args, _result: seen.append(args[0].detach()))
     for names in ((), ("b.down",)):
         entering = hidden.clone().requires_grad_()
-        with Replayed(block, "b", names) as replayed, Products() as products:
+        widths.clear()
+        with Replayed(block, "b", names) as replayed, Products() as plainly:
             output = replayed.run(CALL, entering)
+        # what does not go to oneDNN is seen as PyTorch's own function
+        assert (widths or plainly.widths) == ([12] if names else [12, 8])
         torch.autograd.backward(output, above)
         assert entering.grad is not None
         gradients.append(entering.grad)
         results.append(output)
-        if tokens == 10:
-            assert products.widths == ([12] if names else [12, 8])
     assert torch.equal(*gradients)
     assert torch.equal(*seen)
     assert torch.equal(results[1], hidden)  # nothing was added to it

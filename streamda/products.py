@@ -93,10 +93,11 @@ def work_bytes(device: torch.device, terms: int, width: int) -> int:
     """
     if product_library(device) != ONEDNN:
         return 0
-    # narrower operands are cut into longer pieces, so the widest is not always the largest
-    copies = [size * min(width, PIECE_BYTES // (4 * size)) for size in TERMS if size <= terms]
-    copies.append(TERMS[-1] * width)
-    factor = 2 * TILE_ROWS * min(terms, TERMS[0])
+    # narrower operands are cut into longer pieces, so the widest is not always the largest; copies have no odd columns
+    filled = width + -width % COLUMN_STEP
+    copies = [size * min(filled, PIECE_BYTES // (4 * size) + COLUMN_STEP) for size in TERMS if size <= terms]
+    copies.append(TERMS[-1] * filled)
+    factor = 2 * 2 * TILE_ROWS * min(terms, TERMS[0])  # without the terms that were seen, and row-major
     return 4 * (max(copies) + factor + TILE_ROWS * max(width, 2 * TILE_COLUMNS))
 
 
@@ -128,6 +129,7 @@ def add_product_(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -
         for start in range(0, total.shape[0], tile_rows):
             rows = slice(start, start + tile_rows)
             total[rows].add_(_onednn(_without(seen, factor[:, rows]).T, operand)[:, :columns])
+        del operand  # before the next one is made
 
 
 def add_triangle_(total: torch.Tensor, x: torch.Tensor, start: int) -> None:
@@ -150,6 +152,8 @@ def add_triangle_(total: torch.Tensor, x: torch.Tensor, start: int) -> None:
             for left in range(0, end, TILE_COLUMNS):
                 columns = slice(left, min(left + TILE_COLUMNS, end))
                 total[row - start : end - start, columns].add_(_onednn(factor, operand[columns]))
+            del factor
+        del operand  # before the next one is made
 
 
 def triangle_rows(start: int, stop: int) -> Iterator[tuple[int, int]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 import streamda
 from streamda import processor, products
@@ -199,6 +201,30 @@ def test_many_lengths_and_spans_are_few_shapes(shapes: list[tuple[int, ...]], on
     for directions in range(1, 129):
         add_product_(torch.zeros(48, directions, dtype=torch.float64), draw(64, 48), draw(64, directions))
     assert len(set(shapes)) == 2
+
+
+def most_bytes(work: Callable[[], None]) -> int:
+    """Of tensors that are made meanwhile, at a time."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        work()
+    events = recorded.profiler.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    assert changes
+    return max(itertools.accumulate(size for _, size in changes))
+
+
+@pytest.mark.parametrize(
+    ("terms", "rows", "columns"),
+    [(2040, 2048, 8100), (2040, 1000, 1000), (1000, 2000, 2000), (540, 1536, 576), (3000, 300, 5120), (130, 8192, 70)],
+)
+def test_a_product_takes_no_more_memory_than_it_says(terms: int, rows: int, columns: int, onednn: None) -> None:
+    """Also where its last piece overlaps the one before it, or operands are copied to have no odd columns."""
+    left, right = torch.ones(terms, rows), torch.ones(terms, columns)
+    total, triangle = torch.zeros(rows, columns), torch.zeros(min(rows, 2048), rows)
+    bound = products.work_bytes(CPU, terms, max(rows, columns))
+    assert most_bytes(lambda: add_product_(total, left, right)) <= bound
+    start = rows - triangle.shape[0]
+    assert most_bytes(lambda: add_triangle_(triangle, left, start)) <= products.work_bytes(CPU, terms, rows)
 
 
 def test_a_model_may_change_an_output_in_place(by_onednn: bool) -> None:

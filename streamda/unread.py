@@ -13,7 +13,7 @@ in every replay: a result that is read after all is an error and no wrong number
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from types import TracebackType
@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from streamda.blocks import BlockCall
 from streamda.errors import ModelError
@@ -93,7 +94,7 @@ class ResultWatch(TorchFunctionMode):
         result = func(*args, **kwargs)
         if not self._terms:  # most of a block comes before
             return result
-        operands = list(_tensors((*args, *kwargs.values())))
+        operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         names = frozenset[str]().union(*map(self._terms_of, operands))
         if names and not _is_question(func):
             if self._is_sum(func, operands, kwargs):
@@ -179,13 +180,3 @@ def plain_linears(block: nn.Module) -> dict[str, nn.Module]:
 def _is_question(func: Callable[..., Any]) -> bool:
     name = getattr(func, "__name__", "")
     return name in QUESTIONS or (name == "__get__" and func.__self__.__name__ in PROPERTIES)  # type: ignore[attr-defined]
-
-
-def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _tensors(value)
-        elif isinstance(value, dict):
-            yield from _tensors(value.values())

@@ -107,11 +107,10 @@ class WorkloadModel:
             groups = input_groups(prefix, probes[0], linears)
             with_rows = tuple(_with_rows(group, linears, once, row_tokens) for group in groups)
             # not of a weight that is cast by bands: its transpose, which gradients are multiplied with, cannot be
-            unread = [
-                name
-                for name in sorted(probes[0].unread & probes[1].unread)
-                if block.get_parameter(f"{name}.weight").numel() * itemsize <= LARGE_BYTES
-            ]
+            counts = {
+                name: block.get_parameter(f"{name}.weight").numel() for name in probes[0].unread & probes[1].unread
+            }
+            unread = {name: counts[name] for name in sorted(counts) if counts[name] * itemsize <= LARGE_BYTES}
             spec = BlockSpec(index, prefix, linears, with_rows, tuple(f"{prefix}.{name}" for name in unread))
             count = _num_parameters(block)
             matrices = [parameter.numel() for parameter in block.parameters() if parameter.ndim > 1]
@@ -132,7 +131,7 @@ class WorkloadModel:
                         weight.numel() * self._fused.get(f"{prefix}.{name}", 0)
                         for name, weight in block.named_parameters()
                     ),
-                    unread_count=sum(block.get_parameter(f"{name}.weight").numel() for name in unread),
+                    unread_count=sum(unread.values()),
                     product_bytes=self._product_bytes(spec, max(batch.num_rows for batch in batches)),
                 )
             )

@@ -60,6 +60,16 @@ def onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "prefers_onednn", lambda: True)
 
 
+@pytest.fixture(params=[True, False], ids=["oneDNN", "plain"])
+def by_onednn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Both ways on every machine: oneDNN has kernels for each of them."""
+    if request.param:
+        request.getfixturevalue("onednn")
+    else:
+        monkeypatch.setattr(products, "prefers_onednn", lambda: False)
+    return bool(request.param)
+
+
 @pytest.fixture
 def small_pieces(onednn: None, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Tiny models' products go to oneDNN, too, and in several pieces; counts the pieces."""

@@ -26,15 +26,6 @@ CPU = torch.device("cpu")
 LENGTHS = [1, 63, 64, 65, 200, 256, 300, 321, 575]
 
 
-@pytest.fixture(params=[True, False], ids=["oneDNN", "plain"])
-def by_onednn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Both ways on every machine: oneDNN has kernels for each of them."""
-    if request.param and not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        pytest.skip("this PyTorch has no oneDNN")
-    monkeypatch.setattr(products, "prefers_onednn", lambda: request.param)
-    return bool(request.param)
-
-
 @pytest.fixture
 def shapes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
     """Of all products that oneDNN is asked for; each weight must be of a form that it has fast kernels for."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -27,17 +28,12 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from streamda import read_ahead, stopping
 from streamda.errors import MismatchError, ModelError
+from streamda.file_reader import FileReader
 from streamda.files import shown
 from streamda.memory import CopyMark, DeviceCopier, hand_over
 from streamda.quoting import one_line
-from streamda.shards import (
-    MAX_JSON_BYTES,
-    NonFiniteWeightError,
-    StoredTensor,
-    first_line,
-    opened,
-    read_tensor,
-)
+from streamda.shard_values import NonFiniteWeightError, opened, read_tensor
+from streamda.shards import MAX_JSON_BYTES, StoredTensor, first_line
 from streamda.spare_memory import SpareMemory
 from streamda.stored_weights import StoredWeight
 from streamda.weight_map import WeightMap
@@ -60,8 +56,17 @@ class ReadWeights:
 class Checkpoint:
     """Weights of a model folder, placed into a skeleton on demand and counted as they are read."""
 
-    def __init__(self, folder: Path, model: PreTrainedModel, device: torch.device) -> None:
+    def __init__(
+        self, folder: Path, model: PreTrainedModel, device: torch.device, *, cache_bytes: int = sys.maxsize
+    ) -> None:
         """Reads the headers of all shards and maps their names (`map`); no weight is read.
+
+        Args:
+            folder: of the model.
+            model: its skeleton.
+            device: where weights are placed.
+            cache_bytes: of files that memory can hold. A larger checkpoint is read past the system's page cache,
+                which would not keep it until it is read again.
 
         Raises:
             ModelError: no safetensors, a damaged or missing shard, or tensors that do not fit the configuration.
@@ -78,13 +83,15 @@ class Checkpoint:
         self._found: dict[Path, dict[str, int]] = {}
         self._digests: dict[Path, str] = {}
         for shard in self.shards:
-            with opened(shard) as descriptor:
-                self._found[shard] = _identity(os.fstat(descriptor))
-                self._digests[shard] = self._sampled_digest(shard, descriptor)
+            with opened(shard) as reader:
+                self._found[shard] = _identity(os.fstat(reader.descriptor))
+                self._digests[shard] = self._sampled_digest(shard, reader.descriptor)
         self._checksums: dict[str, int] = {}  # crc32c of each tensor as it was first read, by key
         self._tolerated: frozenset[str] = frozenset()
         self._zeroed: dict[str, dict[str, int]] = {}  # values, by parameter and key: each is read more than once
         self.total_bytes = sum(tensor.num_bytes for tensor in self.map.tensors)
+        self.is_read_directly = self.total_bytes > cache_bytes
+        """Whether weights are read past the page cache."""
 
     def load(self, names: Iterable[str], *, keep_stored: bool = False) -> None:
         """Reads parameters and places them on the device, in the skeleton's dtype.
@@ -111,12 +118,12 @@ class Checkpoint:
         with self._reading, self._copier as copier:
             self._spare.trim_to((tensor.shape, dtype) for tensor, dtype, _ in wanted)
             for shard in dict.fromkeys(tensor.file for tensor, _, _ in wanted):
-                with opened(shard) as descriptor:
-                    self._require_unchanged(shard, descriptor)
+                with opened(shard, direct=self.is_read_directly) as reader:
+                    self._require_unchanged(shard, reader.descriptor)
                     for tensor, dtype, target in wanted:
                         if tensor.file == shard:
                             stopping.check()  # in the thread that reads ahead, too: a block may take a while
-                            values.append((tensor, self._read_tensor(descriptor, tensor, dtype, copier), target))
+                            values.append((tensor, self._read_tensor(reader, tensor, dtype, copier), target))
                             self.bytes_read += tensor.num_bytes
             return ReadWeights(values, copier.mark())
 
@@ -142,18 +149,22 @@ class Checkpoint:
     def announce(self, names: Iterable[str], dropped: threading.Event) -> None:
         """Asks the system to read parameters into its page cache, for a `load` that follows; any thread may.
 
+        Does nothing where `load` goes past it.
+
         Args:
             names: as for `load`.
             dropped: once it is set, the rest is not asked for.
         """
+        if self.is_read_directly:
+            return
         tensors = [
             tensor for name in names for target in self.map.targets_below(name) for tensor in self.map.stored(target)
         ]
         for shard in dict.fromkeys(tensor.file for tensor in tensors):
-            with opened(shard) as descriptor:
+            with opened(shard) as reader:
                 for tensor in tensors:
                     if tensor.file == shard:
-                        read_ahead.ask(descriptor, tensor.offset, tensor.num_bytes, dropped)
+                        read_ahead.ask(reader.descriptor, tensor.offset, tensor.num_bytes, dropped)
 
     def release(self, names: Iterable[str], *, spare: bool = False) -> None:
         """Puts parameters back on meta and so frees them.
@@ -193,15 +204,15 @@ class Checkpoint:
         return {target: sum(counts.values()) for target, counts in self._zeroed.items()}
 
     def _read_tensor(
-        self, descriptor: int, tensor: StoredTensor, dtype: torch.dtype, copier: DeviceCopier
+        self, reader: FileReader, tensor: StoredTensor, dtype: torch.dtype, copier: DeviceCopier
     ) -> torch.Tensor:
         try:
-            value, checksum = read_tensor(descriptor, tensor, dtype, copier, self._spare)
+            value, checksum = read_tensor(reader, tensor, dtype, copier, self._spare)
         except NonFiniteWeightError as error:
             if tensor.target not in self._tolerated:
                 raise
             self._zeroed.setdefault(tensor.target, {})[tensor.key] = error.count
-            value, checksum = read_tensor(descriptor, tensor, dtype, copier, self._spare, zero_not_finite=True)
+            value, checksum = read_tensor(reader, tensor, dtype, copier, self._spare, zero_not_finite=True)
         if self._checksums.setdefault(tensor.key, checksum) != checksum:
             raise _changed(tensor.file, f"{one_line(tensor.key)} has other bytes")
         return value

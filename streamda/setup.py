@@ -173,7 +173,8 @@ def prepare(config: RunConfig, *, weights: bool, solves: bool = True) -> Prepare
     stored_bytes = _stored_dtype_bytes(model_config)  # building the skeleton writes the compute dtype over it
     skeleton = build_skeleton(model_config, dtype, config.trust_remote_code)
     # its files are held against it before anything of the size it names is made, or a sample is read
-    checkpoint = Checkpoint(source.folder, skeleton, device) if weights else None
+    cache = _page_cache_bytes(budget, device)
+    checkpoint = Checkpoint(source.folder, skeleton, device, cache_bytes=cache) if weights else None
     stack = DecoderStack(skeleton, device)
     stack.fill_small_parameters()
     stack.find_output_form()
@@ -307,6 +308,12 @@ def fingerprint_parts(prepared: Prepared, model: dict[str, Any]) -> dict[str, di
 def _stored_dtype_bytes(config: PretrainedConfig) -> int:
     stored = getattr(config, "dtype", None)
     return stored.itemsize if isinstance(stored, torch.dtype) else 4
+
+
+def _page_cache_bytes(budget: MemoryBudget, device: torch.device) -> int:
+    """What the system can hold of files at most beside the run; unlimited where its memory is unknown."""
+    free = min(memory_of_machine("MemAvailable") or sys.maxsize, memory_limit() or sys.maxsize)
+    return max(0, free - budget.host_bytes - (budget.device_bytes if device.type == "cpu" else 0))
 
 
 def _free_host_bytes() -> int:

@@ -1,15 +1,13 @@
-"""The files of a model folder: which there are, what is in them, and their bytes.
+"""The files of a model folder: which there are, and what is in them.
 
 A folder may come from anyone. Nothing in it is executed or unpickled, what it names lies in it, and what is not as it
-should be is refused before any weight is read. Headers are read and checked by safetensors; values are read with
-``pread`` by chunks, into their place where nothing is cast. A memory-mapped shard would count as resident memory, and
-kill the process with SIGBUS if it were truncated meanwhile.
+should be is refused before any weight is read. Headers are read and checked by safetensors; for values see
+`streamda.shard_values`.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import stat
 from collections.abc import Iterator, Sequence
@@ -18,15 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import torch
 from safetensors import SafetensorError, safe_open
 
 from streamda.errors import ModelError
 from streamda.files import shown
-from streamda.memory import READ_CHUNK_BYTES, DeviceCopier
 from streamda.quoting import NUM_NAMED, one_line, quoted
-from streamda.spare_memory import SpareMemory
 
 STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 MAX_JSON_BYTES = 100_000_000
@@ -63,21 +58,6 @@ class StoredTensor:
     def num_bytes(self) -> int:
         """Size in the file."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
-
-
-class NonFiniteWeightError(ModelError):
-    """A weight holds NaN or Inf."""
-
-    def __init__(self, tensor: StoredTensor, dtype: torch.dtype, count: int) -> None:
-        """Takes the tensor, the dtype it is read in, and how many of its values are not finite in it."""
-        self.target = tensor.target
-        """Name of the parameter in the model."""
-        self.count = count
-        numel = torch.Size(tensor.shape).numel()
-        super().__init__(
-            f"{shown(tensor.file.name)}: {one_line(tensor.key)} holds NaN or Inf: {count} of its {numel} values in "
-            f"{str(dtype).removeprefix('torch.')}; the checkpoint is damaged, so download or convert it again"
-        )
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -150,7 +130,7 @@ def read_header(shard: Path, listed: frozenset[str] = frozenset()) -> list[Shard
     Raises:
         ModelError: it is damaged or cannot be read, or lacks a listed tensor.
     """
-    with _reading(shard):
+    with reading(shard):
         with safe_open(shard, framework="pt", backend="pread") as handle:  # checks sizes and offsets
             keys = list(handle.keys())
         with shard.open("rb") as stream:
@@ -164,97 +144,19 @@ def read_header(shard: Path, listed: frozenset[str] = frozenset()) -> list[Shard
     ]
 
 
-@contextmanager
-def opened(shard: Path) -> Iterator[int]:
-    """A descriptor to read a shard's values by.
-
-    Raises:
-        ModelError: it cannot be opened.
-    """
-    with _reading(shard):
-        descriptor = os.open(shard, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def read_tensor(
-    descriptor: int,
-    tensor: StoredTensor,
-    dtype: torch.dtype,
-    copier: DeviceCopier,
-    spare: SpareMemory,
-    *,
-    zero_not_finite: bool = False,
-) -> tuple[torch.Tensor, int]:
-    """Reads one tensor in some dtype, by chunks, so that no two whole copies of it exist at a time.
-
-    Args:
-        descriptor: from `opened`.
-        tensor: what to read.
-        dtype: what to cast it to.
-        copier: knows the device.
-        spare: memory that the tensor may take.
-        zero_not_finite: puts zeros in the place of NaN and Inf.
-
-    Returns:
-        The tensor, and the crc32c of its bytes in the file.
-
-    Raises:
-        NonFiniteWeightError: it holds NaN or Inf, before or after the cast.
-        ModelError: it cannot be read.
-    """
-    value = spare.empty(tensor.shape, dtype, copier.device)
-    flat = value.view(-1)
-    in_place = copier.device.type == "cpu" and dtype == tensor.dtype
-    largest = min(torch.finfo(dtype).max, torch.finfo(tensor.dtype).max)
-    rows = max(1, READ_CHUNK_BYTES // tensor.dtype.itemsize)
-    checksum = 0
-    for start in range(0, flat.numel(), rows):
-        target = flat[start : start + rows]
-        part = target if in_place else copier.buffer(target.numel() * tensor.dtype.itemsize).view(tensor.dtype)
-        _read_into(part, descriptor, tensor, tensor.offset + start * tensor.dtype.itemsize)
-        stored: Any = part.view(torch.uint8).numpy()  # it takes arrays without a copy, and writable views not at all
-        checksum = google_crc32c.extend(checksum, stored)
-        low, high = torch.aminmax(part)
-        if not (float(low) >= -largest and float(high) <= largest):  # NaN is neither
-            if not zero_not_finite:
-                raise NonFiniteWeightError(tensor, dtype, _count_not_within(largest, descriptor, tensor))
-            part.masked_fill_(~(part.abs() <= largest), 0.0)
-        if not in_place:
-            copier.copy_(target, part)
-    return value, checksum
-
-
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, printable and of bounded length, or its kind where it has none."""
     lines = str(error).splitlines()
     return one_line(lines[0]) if lines and lines[0].strip() else type(error).__name__
 
 
-def _count_not_within(largest: float, descriptor: int, tensor: StoredTensor) -> int:
-    count, rows = 0, max(1, READ_CHUNK_BYTES // tensor.dtype.itemsize)
-    numel = torch.Size(tensor.shape).numel()
-    for start in range(0, numel, rows):
-        part = torch.empty(min(rows, numel - start), dtype=tensor.dtype)
-        _read_into(part, descriptor, tensor, tensor.offset + start * tensor.dtype.itemsize)
-        count += part.numel() - int((part.abs() <= largest).sum())
-    return count
-
-
-def _read_into(part: torch.Tensor, descriptor: int, tensor: StoredTensor, offset: int) -> None:
-    left: Any = part.view(torch.uint8).numpy().data
-    with _reading(tensor.file):
-        while left:
-            count = os.preadv(descriptor, [left], offset)
-            if count == 0:
-                raise OSError(f"it ends {len(left)} bytes before the end of {tensor.key}")
-            left, offset = left[count:], offset + count
-
-
 @contextmanager
-def _reading(shard: Path) -> Iterator[None]:
+def reading(shard: Path) -> Iterator[None]:
+    """Turns what goes wrong while a shard is read into one line that names it.
+
+    Raises:
+        ModelError: whatever went wrong.
+    """
     try:
         yield
     except (SafetensorError, OSError, ValueError, RecursionError) as error:

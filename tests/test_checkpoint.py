@@ -9,8 +9,10 @@ import gc
 import json
 import os
 import shutil
+import sys
 import weakref
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -19,9 +21,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from streamda import shards
+from streamda import shard_values
 from streamda.checkpoint import Checkpoint
 from streamda.errors import MismatchError, ModelError
+from streamda.file_reader import ALIGNMENT, FileReader
 from streamda.skeleton import build_skeleton, load_config
 from streamda.weight_map import fused_parameters
 from tests.models import make_config, write_checkpoint
@@ -35,8 +38,8 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("llama"), "llama")
 
 
-def opened(folder: Path, dtype: torch.dtype = torch.float32) -> Checkpoint:
-    return Checkpoint(folder, build_skeleton(load_config(folder, False), dtype), CPU)
+def opened(folder: Path, dtype: torch.dtype = torch.float32, cache_bytes: int = sys.maxsize) -> Checkpoint:
+    return Checkpoint(folder, build_skeleton(load_config(folder, False), dtype), CPU, cache_bytes=cache_bytes)
 
 
 def stored(folder: Path) -> dict[str, Tensor]:
@@ -107,6 +110,45 @@ def test_parameters_that_are_fused_are_known_from_the_model_alone(
     assert {tensor.target for tensor in checkpoint.map.tensors if tensor.converted} == set(found)
 
 
+@pytest.mark.parametrize("shift", [0, 1, 2, 6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_memory_cannot_hold_is_read_past_the_cache_with_the_same_bits(
+    dtype: torch.dtype, shift: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cast on the way or not, in chunks that begin anywhere, from files whose tensors may lie at odd places."""
+    monkeypatch.setattr(shard_values, "READ_CHUNK_BYTES", 4 * ALIGNMENT + 8)
+    folder = write_checkpoint(tmp_path, "llama", dtype=torch.bfloat16, hidden_size=128, intermediate_size=200)
+    for shard in folder.glob("*.safetensors"):  # its header may end in spaces
+        content = shard.read_bytes()
+        length = int.from_bytes(content[:8], "little")
+        header = content[8 : 8 + length] + b" " * shift
+        shard.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length :])
+    reads: list[bool] = []
+    read = FileReader.read_into
+
+    def noted(self: FileReader, memory: memoryview, offset: int, needed: int | None = None) -> int:
+        reads.append(self.is_direct and offset % ALIGNMENT == len(memory) % ALIGNMENT == 0)
+        return read(self, memory, offset, needed)
+
+    monkeypatch.setattr(FileReader, "read_into", noted)
+    plain = opened(folder, dtype)
+    assert plain.total_bytes > 40 * ALIGNMENT
+    plain.load(["model.layers.1"])
+    assert reads
+    assert not any(reads)
+    reads.clear()
+    checkpoint = opened(folder, dtype, plain.total_bytes - 1)
+    assert checkpoint.is_read_directly
+    assert not opened(folder, dtype, plain.total_bytes).is_read_directly
+    checkpoint.load(["model.layers.1"])
+    with closing(FileReader(next(iter(checkpoint.shards)), direct=True)) as reader:
+        if reader.is_direct:  # else the file system has no such reads
+            assert all(reads) == (shift % 2 == 0)
+    assert checkpoint.bytes_read == plain.bytes_read
+    for name, value in plain._model.get_submodule("model.layers.1").named_parameters():
+        assert torch.equal(checkpoint._model.get_submodule("model.layers.1").get_parameter(name), value), name
+
+
 def test_every_byte_read_is_counted(llama: Path) -> None:
     checkpoint = opened(llama)
     assert checkpoint.bytes_read == 0
@@ -136,7 +178,7 @@ def test_a_large_tensor_read_by_bands_is_the_same(
     kept: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_checkpoint(tmp_path, "llama", dtype=kept)
-    monkeypatch.setattr(shards, "READ_CHUNK_BYTES", 1000)  # of the 3584 or 7168 bytes of up_proj
+    monkeypatch.setattr(shard_values, "READ_CHUNK_BYTES", 1000)  # of the 3584 or 7168 bytes of up_proj
     checkpoint = opened(tmp_path)
     checkpoint.load(["model.layers.0"])
     for name, value in stored(tmp_path).items():

@@ -20,7 +20,7 @@ LAYERS = (
     {
         "errors", "quoting", "requirements", "files", "sealed_json", "units", "folder_lock", "filesystem", "run_parts",
         "rundir", "config", "timeline", "stopping", "huge_pages",
-        "read_ahead", "processor",
+        "read_ahead", "processor", "file_reader",
     },
     # pure: tensors and integers
     {
@@ -30,7 +30,7 @@ LAYERS = (
     },
     # edges: files, data sets, the hub
     {
-        "model_source", "model_copy", "shards", "skeleton", "weight_map", "checkpoint", "prefetch",
+        "model_source", "model_copy", "shards", "shard_values", "skeleton", "weight_map", "checkpoint", "prefetch",
         "bad_rows", "json_rows", "rows", "samples", "calibration", "config_file", "disk_space",
         "limits", "boundary", "statistics_codecs", "store", "collected", "scratch", "solutions", "adapter",
         "adapter_check", "output", "model_card", "report", "rates", "gantt", "trace",
@@ -78,7 +78,8 @@ WITHIN = {
     "rows": {"bad_rows", "json_rows"},
     "samples": {"bad_rows"},
     "calibration": {"bad_rows", "json_rows", "rows", "samples"},
-    "checkpoint": {"shards", "weight_map"},
+    "checkpoint": {"shard_values", "shards", "weight_map"},
+    "shard_values": {"shards"},
     "weight_map": {"shards"},
     "skeleton": {"shards"},
     "prefetch": {"checkpoint"},
@@ -106,7 +107,7 @@ WITHIN = {
 HOMES = {
     "accelerate": {"checkpoint", "skeleton"},
     "datasets": {"rows"},
-    "google_crc32c": {"boundary", "files", "sealed_json", "shards"},
+    "google_crc32c": {"boundary", "files", "sealed_json", "shard_values"},
     "huggingface_hub": {"model_source", "rows"},
     "jinja2": {"samples"},
     "numpy": {"store"},

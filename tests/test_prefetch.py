@@ -20,6 +20,7 @@ from streamda import plan as plan_module
 from streamda import setup
 from streamda.checkpoint import Checkpoint
 from streamda.errors import ModelError
+from streamda.file_reader import FileReader
 from streamda.plan import Plan
 from streamda.prefetch import Prefetcher
 from streamda.skeleton import build_skeleton, load_config
@@ -85,6 +86,30 @@ def test_runs_are_the_same_to_the_bit_and_read_as_much(
         assert threads() == []
 
 
+@pytest.mark.parametrize("prefetch", [False, True])
+def test_a_run_of_what_memory_cannot_hold_reads_past_the_cache_with_the_same_bits(
+    prefetch: bool, tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, opened_directly = FileReader.__init__, []
+
+    def noted(self: FileReader, path: Any, *, direct: bool = False) -> None:
+        opened_directly.append(direct)
+        make(self, path, direct=direct)
+
+    results = []
+    for name, available in (("held", 1 << 60), ("not-held", 900_000_000)):
+        monkeypatch.setattr(FileReader, "__init__", noted)
+        monkeypatch.setattr(setup, "memory_of_machine", lambda _, available=available: available)
+        (tmp_path / name).mkdir()
+        results.append(collected(tmp_path / name, llama, monkeypatch, keep_stored=False, prefetch=prefetch))
+        assert any(opened_directly) == (name == "not-held")
+    (expected, plain), (actual, report) = results
+    assert report.bytes["weights_read"] == plain.bytes["weights_read"]
+    for module, layer in expected.items():
+        for kind in ("gradient", "input_moment", "output_moment"):
+            assert torch.equal(getattr(actual[module], kind), getattr(layer, kind)), (module, kind)
+
+
 def test_what_is_announced_is_read_by_the_thread_and_once(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint, plain, readers = opened(llama), opened(llama), []
     read = Checkpoint.read
@@ -146,6 +171,14 @@ def test_a_file_system_that_takes_no_hints_is_no_error(llama: Path, monkeypatch:
     checkpoint = opened(llama)
     checkpoint.announce(BLOCKS, threading.Event())
     assert len(asked) > len(BLOCKS)
+
+
+def test_the_system_is_not_asked_for_what_is_read_past_its_cache(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr("os.posix_fadvise", lambda *arguments: asked.append(arguments[1]))
+    skeleton = build_skeleton(load_config(llama, False), torch.float32)
+    Checkpoint(llama, skeleton, CPU, cache_bytes=0).announce(BLOCKS, threading.Event())
+    assert asked == []
 
 
 @pytest.mark.parametrize("ends", ["close", "another hint"])

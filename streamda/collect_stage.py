@@ -17,9 +17,10 @@ from streamda.disk_plan import needed_boundaries, solution_bytes
 from streamda.disk_space import require_room
 from streamda.errors import MismatchError, NumericalError
 from streamda.files import reached
+from streamda.heap import bound_allocator, reuse_heap
 from streamda.kept_memory import REUSING_PHASES
 from streamda.layers import BlockSpec
-from streamda.memory import bound_allocator, release_unused, reuse_heap
+from streamda.memory import release_unused
 from streamda.nonfinite import BadSamplesError, named_samples, skip_notice
 from streamda.panels import stored_bytes
 from streamda.plan import Plan
@@ -253,10 +254,9 @@ class Collection:
         """Begins a phase, with what it may keep of the memory that it frees."""
         budget, device = self._prepared.budget.device_bytes, self._prepared.device
         if name in REUSING_PHASES:
-            reused = self._plan.reused.get(name, 0)
             # what was only to be collected has no solution planned
             slack = budget - self._plan.peaks.get(name, budget)
-            reuse_heap(device, reused, slack, large=name == "solve")
+            reuse_heap(device, self._plan.reused.get(name, 0), slack, large=name == "solve")
         else:
             bound_allocator(device)
         return Stopwatch(self._report, name, self._meter)

@@ -1,17 +1,38 @@
-"""What a CPU run keeps of the memory that it frees, to take it again: within its peak, and for its speed alone."""
+"""What a CPU run keeps of the memory that it frees, to take it again, for its speed alone.
+
+All of it lies below the peak of the run but what the heap is stretched by, where the budget has room for that.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 from streamda.costs import Workload
-from streamda.memory import HEAP_ROOM_BYTES
+from streamda.heap import HEAP_BLOCK_BYTES, HEAP_ROOM_BYTES, HEAP_STRETCH_BYTES
 
 REUSING_PHASES = ("forward", "backward", "solve")
 """Where the same sizes are needed again and again: block by block, and micro-batch by micro-batch."""
 
 
-def spare_bytes(workload: Workload, peaks: Mapping[str, int], keep_stored: bool, unknown: int) -> int:
+def stretch_bytes(workload: Workload, backward_peak: int, available: int) -> int:
+    """By what the heap may outgrow the activations of the backward pass, or 0.
+
+    Args:
+        workload: the model and the samples.
+        backward_peak: of that pass.
+        available: of the budget, for this and all else.
+    """
+    largest = max(cost.largest_bytes for cost in workload.blocks)
+    has_room = available - backward_peak >= HEAP_STRETCH_BYTES
+    return HEAP_STRETCH_BYTES if has_room and largest > HEAP_BLOCK_BYTES else 0
+
+
+def between_micro_batches(workload: Workload, stretch: int) -> int:
+    """What is free of a stretched heap when a micro-batch has gone through a block: what autograd kept of it, too."""
+    return stretch + min(stretch, max(cost.saved_bytes for cost in workload.blocks))
+
+
+def spare_bytes(workload: Workload, peaks: Mapping[str, int], keep_stored: bool) -> int:
     """A block's weights, whose memory stays for the next one's while the block is solved, or 0.
 
     That is worth half a second for a block of a 13B model. What the heap may keep instead is worth a sixth of a
@@ -19,28 +40,24 @@ def spare_bytes(workload: Workload, peaks: Mapping[str, int], keep_stored: bool,
 
     Args:
         workload: the model and the samples.
-        peaks: by phase, with nothing kept.
+        peaks: by phase, with nothing kept but what the heap is stretched by.
         keep_stored: whether weights stay in the dtype of their files.
-        unknown: as for `reused_bytes`.
     """
     if "solve" not in peaks:
         return 0
     weights = workload.block_bytes(keep_stored)
     has_sums = any(not group.token_rows for cost in workload.blocks for group in cost.spec.groups)
     left = max(peaks.values()) - peaks["solve"] - weights
-    return weights if left >= (HEAP_ROOM_BYTES + unknown if has_sums else 0) else 0
+    return weights if left >= (HEAP_ROOM_BYTES if has_sums else 0) else 0
 
 
-def reused_bytes(peaks: Mapping[str, int], unknown: int) -> dict[str, int]:
-    """Of the C heap, by phase: as much as leaves the phase below the highest of them.
+def room_bytes(peaks: Mapping[str, int], stretch: int) -> dict[str, int]:
+    """What the heap may keep by phase: as much as leaves the phase below the highest of them.
 
     Args:
-        peaks: by phase.
-        unknown: bytes of which nobody knows how much is there already, as of a tensor that is read ahead.
+        peaks: by phase, with nothing kept but what the heap is stretched by.
+        stretch: of `stretch_bytes`. Between two passes what it was stretched by is free, and the activations with it.
     """
     highest = max(peaks.values())
-    return {
-        phase: min(HEAP_ROOM_BYTES, max(0, highest - peaks[phase] - unknown))
-        for phase in REUSING_PHASES
-        if phase in peaks
-    }
+    most = 2 * stretch if stretch else HEAP_ROOM_BYTES
+    return {phase: min(most, highest - peaks[phase]) for phase in REUSING_PHASES if phase in peaks}

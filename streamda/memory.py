@@ -5,7 +5,6 @@ The only module that calls torch's CUDA memory functions or reads the process's 
 
 from __future__ import annotations
 
-import ctypes
 import re
 import threading
 from collections.abc import Iterable
@@ -16,6 +15,7 @@ from types import TracebackType
 
 import torch
 
+from streamda import heap
 from streamda.errors import ConfigError
 from streamda.quoting import quoted
 
@@ -65,22 +65,6 @@ def format_size(size: float) -> str:
 
 READ_CHUNK_BYTES = 32 << 20
 """What a tensor read in another dtype than its file's holds beside itself. Larger saves calls, smaller saves memory."""
-LARGE_BLOCK_BYTES = 1 << 20
-HEAP_BLOCK_BYTES, HEAP_KEPT_BYTES = 8 << 20, 64 << 20
-"""Thresholds where the budget has `HEAP_SLACK_BYTES` more than a phase needs: what passes through a layer is then found
-again on the heap, and what the bug below leaves behind is given back between blocks. A fresh page for each of it took
-a tenth of the time of a 135M model, whose backward pass takes 73 MB more so."""
-HEAP_SLACK_BYTES = 192 << 20
-HEAP_ROOM_BYTES = 192 << 20
-"""Most freed memory that a phase keeps from one block to the next, where that leaves it below another phase's peak.
-Giving it back and taking it anew was another tenth of the time of a 135M model."""
-ROOMY_BLOCK_BYTES, ROOMY_KEPT_BYTES = 32 << 20, 128 << 20
-"""Thresholds of the solution where it may keep all of that; they made it a sixth faster for a 13B block. The first is
-the highest that glibc takes; tiles of statistics are below it."""
-SMALL_BLOCK_BYTES = 256 << 10
-"""Threshold while a skeleton is built: each weight is allocated, never touched, and dropped, and would stretch the heap
-by the size of the model."""
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # glibc's malloc.h
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,108 +87,6 @@ def anonymous_bytes() -> int:
     raise OSError("/proc/self/status names no RssAnon")
 
 
-def bound_allocator(
-    device: torch.device, large_block_bytes: int = LARGE_BLOCK_BYTES, kept_bytes: int | None = None
-) -> None:
-    """Makes the C heap of a CPU run give large blocks back when they are freed, for the rest of the process.
-
-    glibc raises its own threshold with every large block that is freed, up to 32 MB, and then keeps what lies below it.
-    Worse, before 2.38 it does not find an aligned block again after it was freed (glibc bug 14581), so every pass over
-    the data stretches the heap a little more. From 1 MiB on blocks are mapped one by one instead.
-
-    Args:
-        device: nothing is done for a CUDA device.
-        large_block_bytes: blocks from this size on are mapped one by one.
-        kept_bytes: free at the end of the heap that are not handed back; the same where none are given.
-    """
-    if device.type == "cpu":
-        _heap.set_thresholds(large_block_bytes, large_block_bytes if kept_bytes is None else kept_bytes)
-        _heap.allow(0)
-
-
-def reuse_heap(device: torch.device, reused_bytes: int, slack_bytes: int, *, large: bool) -> None:
-    """Lets a phase of a CPU run keep memory that it frees, and take it again.
-
-    Args:
-        device: nothing is done for a CUDA device.
-        reused_bytes: that it may keep from one block to the next.
-        slack_bytes: of the budget above the phase's planned peak, which holds those.
-        large: whether large blocks may be kept as well, if there is `HEAP_ROOM_BYTES` for them. Not in a pass over
-            micro-batches: each of them would stretch the heap, where an input group gives all of it back.
-    """
-    if device.type != "cpu":
-        return
-    if large and reused_bytes >= HEAP_ROOM_BYTES:
-        block, kept = ROOMY_BLOCK_BYTES, ROOMY_KEPT_BYTES
-    elif reused_bytes + slack_bytes >= HEAP_SLACK_BYTES:
-        block, kept = HEAP_BLOCK_BYTES, HEAP_KEPT_BYTES
-    else:
-        block = kept = LARGE_BLOCK_BYTES
-    _heap.set_thresholds(block, kept)
-    # what gathers within a block comes on top of what is kept between them
-    _heap.allow(min(reused_bytes, max(0, reused_bytes + slack_bytes - kept)))
-
-
-class _MallocInfo(ctypes.Structure):
-    """``struct mallinfo2`` of glibc."""
-
-    _names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
-    _fields_ = [(name, ctypes.c_size_t) for name in _names.split()]
-
-
-class _Heap:
-    """The C heap, of which a process has one. Everything here does nothing where the C library is not glibc."""
-
-    def __init__(self) -> None:
-        libc = ctypes.CDLL(None)
-        self._mallopt, self._trim = getattr(libc, "mallopt", None), getattr(libc, "malloc_trim", None)
-        self._info = getattr(libc, "mallinfo2", None)  # of 2.33 and later
-        if self._info is not None:
-            self._info.restype = _MallocInfo
-        self._allowed = 0
-        self._elsewhere = 0  # anonymous memory that malloc does not account for
-
-    def set_thresholds(self, large_block_bytes: int, kept_bytes: int) -> None:
-        """Block size from which on blocks are mapped one by one, and free bytes that the heap's end may have."""
-        if self._mallopt is not None:
-            self._mallopt(_M_ARENA_MAX, 1)  # each thread's own heap would keep as much again
-            self._mallopt(_M_MMAP_THRESHOLD, large_block_bytes)
-            self._mallopt(_M_TRIM_THRESHOLD, kept_bytes)
-
-    def allow(self, num_bytes: int) -> None:
-        """Sets how much free memory may stay; more of it is given back now."""
-        before, self._allowed = self._allowed, num_bytes
-        if num_bytes < before:
-            self.release()
-        elif num_bytes and not before:
-            self._give_back()
-
-    def release(self) -> None:
-        """Gives back what is free, unless all of it may stay."""
-        if self._trim is None:
-            return
-        if self._info is None or not self._allowed:
-            self._trim(0)
-        elif self._unaccounted() - self._elsewhere > self._allowed:
-            self._give_back()
-
-    def _give_back(self) -> None:
-        if self._trim is not None and self._info is not None:
-            self._trim(0)
-            self._elsewhere = self._unaccounted()
-
-    def _unaccounted(self) -> int:
-        """Anonymous memory beside what is in use: free blocks whose pages are there, and all that is not malloc's.
-
-        Too little by what is in use and was never touched, as of a tensor that is being read: the plan allows for it.
-        """
-        info = self._info()  # type: ignore[misc]  # the caller has looked
-        return anonymous_bytes() - int(info.uordblks) - int(info.hblkhd)
-
-
-_heap = _Heap()
-
-
 def release_unused(device: torch.device) -> None:
     """Hands memory that is free but still held by an allocator back: CUDA's cache, or the C heap.
 
@@ -214,7 +96,7 @@ def release_unused(device: torch.device) -> None:
         torch.cuda.empty_cache()
     else:
         # smaller blocks stay on the heap when they are freed; without this they pile up between the phases
-        _heap.release()
+        heap.release()
 
 
 class PeakMeter:

@@ -26,9 +26,10 @@ from streamda.config import RunConfig
 from streamda.disk_space import require_output_room, room_for_run
 from streamda.errors import BudgetError, ConfigError, DamagedError, StorageError
 from streamda.filesystem import tolerated
+from streamda.heap import bound_allocator
 from streamda.layers import require_rank
 from streamda.limits import limit_errors
-from streamda.memory import bound_allocator, enforce_device_limit, parse_budget
+from streamda.memory import enforce_device_limit, parse_budget
 from streamda.model_copy import check_configuration
 from streamda.nonfinite import skip_notice
 from streamda.places import output_dir, require_output, require_places, work_dir

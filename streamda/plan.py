@@ -16,7 +16,7 @@ from streamda.costs import BlockCost, Workload
 from streamda.disk_plan import DiskUse, choose_stride, disk_work, stride_text
 from streamda.errors import BudgetError, StorageError
 from streamda.flops import count_flops
-from streamda.kept_memory import reused_bytes, spare_bytes
+from streamda.kept_memory import between_micro_batches, room_bytes, spare_bytes, stretch_bytes
 from streamda.memory import READ_CHUNK_BYTES, MemoryBudget, format_size
 from streamda.panels import FLOAT32_BYTES, Replay, block_panels, pack_replays
 from streamda.solve_plan import (
@@ -226,11 +226,13 @@ def _plan_at(
     reused: dict[str, int] = {}
     spare = 0
     if host_is_device:
-        unknown = max(cost.largest_module_bytes for cost in workload.blocks) if prefetch else 0
-        if spare := spare_bytes(workload, peaks, keep_stored, unknown):
+        stretch = stretch_bytes(workload, peaks["backward"], available)
+        peaks["backward"] += stretch
+        if spare := spare_bytes(workload, peaks, keep_stored):
             peaks["solve"] += spare
-        reused = reused_bytes(peaks, unknown)
-        peaks |= {phase: peaks[phase] + size for phase, size in reused.items()}
+        below = room_bytes(peaks, stretch)
+        peaks |= {phase: peaks[phase] + size for phase, size in below.items()}
+        reused = below | {"backward": below["backward"] + between_micro_batches(workload, stretch)}
         peaks = {phase: peak + in_memory * boundary for phase, peak in peaks.items()}
     scratch = spilled_bytes(layouts)
     work = disk_work(

@@ -21,9 +21,10 @@ from streamda.config import RunConfig
 from streamda.costs import Workload
 from streamda.errors import BudgetError, ConfigError, DataError
 from streamda.files import shown
+from streamda.heap import SMALL_BLOCK_BYTES, bound_allocator
 from streamda.layers import BlockSpec, Targets, find_targets, require_rank
 from streamda.limits import bounded_budget, memory_limit, memory_of_machine
-from streamda.memory import SMALL_BLOCK_BYTES, MemoryBudget, bound_allocator, parse_budget, parse_size
+from streamda.memory import MemoryBudget, parse_budget, parse_size
 from streamda.model_source import ModelSource, find_model
 from streamda.plan import Plan, make_plan, minimum_bytes
 from streamda.products import product_library

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from streamda.memory import LARGE_BLOCK_BYTES
+from streamda.heap import LARGE_BLOCK_BYTES
 
 _use_count = getattr(torch._C, "_storage_Use_Count", None)
 """How many tensors, views and graphs hold a storage, and one more for Python's name of it. Private, and the only way to

@@ -24,9 +24,9 @@ LAYERS = (
     },
     # pure: tensors and integers
     {
-        "layers", "memory", "batches", "panels", "costs", "disk_plan", "flops", "plan", "bounds", "products", "factors",
-        "cholesky", "block_statistics", "eigen", "low_rank", "token_span", "gram_schmidt", "token_basis", "solve_plan",
-        "token_counts", "stored_weights", "workers", "methods", "spare_memory", "kept_memory",
+        "layers", "heap", "memory", "batches", "panels", "costs", "disk_plan", "flops", "plan", "bounds", "products",
+        "factors", "cholesky", "block_statistics", "eigen", "low_rank", "token_span", "gram_schmidt", "token_basis",
+        "solve_plan", "token_counts", "stored_weights", "workers", "methods", "spare_memory", "kept_memory",
     },
     # edges: files, data sets, the hub
     {
@@ -56,7 +56,8 @@ WITHIN = {
     "requirements": {"errors"},
     "stopping": {"errors"},
     "panels": {"layers"},
-    "spare_memory": {"memory"},
+    "memory": {"heap"},
+    "spare_memory": {"heap"},
     "disk_plan": {"layers", "panels"},
     "factors": {"products"},
     "low_rank": {"products"},
@@ -69,7 +70,7 @@ WITHIN = {
     "token_counts": {"layers", "solve_plan"},
     "costs": {"layers"},
     "flops": {"costs", "eigen", "low_rank", "panels", "products", "solve_plan"},
-    "kept_memory": {"costs", "memory"},
+    "kept_memory": {"costs", "heap"},
     "plan": {"costs", "disk_plan", "flops", "kept_memory", "layers", "memory", "panels", "solve_plan"},
     "eigen": {"cholesky"},
     "methods": {"cholesky", "eigen", "factors", "low_rank", "products", "solve_plan", "token_basis", "token_span"},

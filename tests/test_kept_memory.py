@@ -1,4 +1,4 @@
-"""Kept memory stays below the highest peak, and goes where it is worth most.
+"""Kept memory stays below the highest peak, or the budget, and goes where it is worth most.
 
 Not covered: what it is worth; that was measured (docs/performance.md).
 """
@@ -10,11 +10,11 @@ import dataclasses
 import pytest
 
 from streamda.costs import Workload
-from streamda.kept_memory import reused_bytes, spare_bytes
-from streamda.memory import HEAP_ROOM_BYTES
+from streamda.heap import HEAP_BLOCK_BYTES, HEAP_ROOM_BYTES, HEAP_STRETCH_BYTES
+from streamda.kept_memory import between_micro_batches, room_bytes, spare_bytes, stretch_bytes
 from tests.test_plan import MODELS, llama_workload
 
-ROOM = HEAP_ROOM_BYTES
+ROOM, STRETCH = HEAP_ROOM_BYTES, HEAP_STRETCH_BYTES
 
 
 def workload(*, rows: bool) -> Workload:
@@ -29,18 +29,34 @@ def workload(*, rows: bool) -> Workload:
 
 
 @pytest.mark.parametrize(("keep_stored", "weights"), [(False, 3000), (True, 1500)])
-@pytest.mark.parametrize(("rows", "needed"), [(True, 0), (False, ROOM + 7)])
+@pytest.mark.parametrize(("rows", "needed"), [(True, 0), (False, ROOM)])
 def test_weights_stay_where_that_leaves_room_for_what_is_worth_more(
     rows: bool, needed: int, keep_stored: bool, weights: int
 ) -> None:
     for missing in (0, 1):
         peaks = {"backward": 5000 + weights + needed - missing, "solve": 5000}
         expected = 0 if missing else weights
-        assert spare_bytes(workload(rows=rows), peaks, keep_stored, 7) == expected
-    assert spare_bytes(workload(rows=rows), {"backward": 10 * ROOM}, keep_stored, 7) == 0  # nothing is solved
+        assert spare_bytes(workload(rows=rows), peaks, keep_stored) == expected
+    assert spare_bytes(workload(rows=rows), {"backward": 10 * ROOM}, keep_stored) == 0  # nothing is solved
 
 
 def test_the_heap_keeps_what_leaves_a_phase_below_the_highest() -> None:
     peaks = {"prologue": 9 * ROOM, "forward": 8 * ROOM + 10, "backward": 9 * ROOM - 5, "solve": ROOM}
-    assert reused_bytes(peaks, 3) == {"forward": ROOM - 13, "backward": 2, "solve": ROOM}
-    assert reused_bytes({"forward": 10}, 0) == {"forward": 0}
+    assert room_bytes(peaks, 0) == {"forward": ROOM - 10, "backward": 5, "solve": ROOM}
+    assert room_bytes(peaks, ROOM) == {"forward": ROOM - 10, "backward": 5, "solve": 2 * ROOM}
+    assert room_bytes({"forward": 10}, 0) == {"forward": 0}
+
+
+def test_the_heap_is_stretched_where_activations_gain_by_it_and_the_budget_has_room() -> None:
+    plain = workload(rows=True)
+
+    def of(largest: int, saved: int = 0) -> Workload:
+        blocks = tuple(dataclasses.replace(cost, largest_bytes=largest, saved_bytes=saved) for cost in plain.blocks)
+        return dataclasses.replace(plain, blocks=blocks)
+
+    assert stretch_bytes(of(HEAP_BLOCK_BYTES + 1), 1000, 1000 + STRETCH) == STRETCH
+    assert stretch_bytes(of(HEAP_BLOCK_BYTES + 1), 1001, 1000 + STRETCH) == 0
+    assert stretch_bytes(of(HEAP_BLOCK_BYTES), 1000, 1000 + STRETCH) == 0  # the heap keeps those in any case
+    assert between_micro_batches(of(0, saved=70), STRETCH) == STRETCH + 70
+    assert between_micro_batches(of(0, saved=10 * STRETCH), STRETCH) == 2 * STRETCH
+    assert between_micro_batches(of(0, saved=70), 0) == 0

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
-import subprocess
-import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streamda import memory
 from streamda.errors import ConfigError
 from streamda.memory import (
     PeakMeter,
@@ -188,40 +183,6 @@ def test_the_meter_counts_from_its_own_baseline() -> None:
     assert held.numel() == 3 * more.numel()
 
 
-HEAP_SCRIPT = """
-import sys, types
-package = types.ModuleType("streamda")  # the real one imports all that there is, which takes seconds
-package.__path__ = [sys.argv[1]]
-sys.modules["streamda"] = package
-import torch
-from streamda.memory import anonymous_bytes, bound_allocator
-
-def touched(size):
-    return torch.ones(size, dtype=torch.uint8)
-
-def kept():
-    before = anonymous_bytes()
-    held = [(touched(20 << 20), touched(100 << 10)) for _ in range(10)]
-    pins.extend(small for _, small in held)  # so that what is freed does not lie at the end of the heap
-    del held
-    return anonymous_bytes() - before
-
-pins = []
-touched(31 << 20)  # once it is freed, glibc takes blocks of up to 31 MiB from its heap
-alone = kept()
-bound_allocator(torch.device("cpu"))
-print(alone, kept())
-"""
-
-
-def test_a_bounded_heap_gives_large_blocks_back_when_they_are_freed() -> None:
-    """In a process of its own, since it holds for the rest of it."""
-    command = [sys.executable, "-c", HEAP_SCRIPT, str(Path(memory.__file__).parent)]
-    alone, bounded = map(int, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
-    assert bounded < 8 * MIB
-    assert alone > 100 * MIB  # or there would be nothing to bound
-
-
 def meter_and_fail() -> None:
     with PeakMeter(CPU) as meter:
         assert "streamda-peak-meter" in {thread.name for thread in threading.enumerate()}
@@ -252,55 +213,3 @@ def test_on_cuda_the_meter_reads_the_allocator_s_reserved_peak() -> None:
         release_unused(device)
         assert meter.take_peak() == before + 64 * MIB
         assert meter.take_peak() == torch.cuda.memory_reserved(device)
-
-
-@pytest.mark.parametrize(
-    ("reused", "slack", "large", "block", "kept", "stays"),
-    [
-        (0, 191 * MIB, True, 1 * MIB, 1 * MIB, 0),
-        (0, 192 * MIB, True, 8 * MIB, 64 * MIB, 0),
-        (191 * MIB, 0, True, 1 * MIB, 1 * MIB, 190 * MIB),
-        (100 * MIB, 92 * MIB, True, 8 * MIB, 64 * MIB, 100 * MIB),
-        (192 * MIB, 0, False, 8 * MIB, 64 * MIB, 128 * MIB),
-        (192 * MIB, 0, True, 32 * MIB, 128 * MIB, 64 * MIB),
-    ],
-)
-def test_a_phase_keeps_blocks_as_its_room_allows(
-    monkeypatch: pytest.MonkeyPatch, reused: int, slack: int, large: bool, block: int, kept: int, stays: int
-) -> None:
-    asked: list[tuple[int, int]] = []
-    allowed: list[int] = []
-    monkeypatch.setattr(memory._heap, "set_thresholds", lambda *sizes: asked.append(sizes))
-    monkeypatch.setattr(memory._heap, "allow", allowed.append)
-    memory.reuse_heap(CPU, reused, slack, large=large)
-    assert (asked, allowed) == ([(block, kept)], [stays])
-
-
-KEEPING = """
-import sys
-import torch
-from streamda.memory import anonymous_bytes, bound_allocator, release_unused, reuse_heap
-
-cpu, mib = torch.device("cpu"), 1 << 20
-bound_allocator(cpu)
-reuse_heap(cpu, int(sys.argv[1]) * mib, 1 << 40, large=False)
-release_unused(cpu)
-before = anonymous_bytes()
-many = [torch.ones(mib) for _ in range(20)]  # 80 MB, none of them large enough to be mapped
-last = torch.ones(mib)  # above them on the heap, whose end it keeps from being given back
-many.clear()
-release_unused(cpu)
-print((anonymous_bytes() - before) // mib)
-bound_allocator(cpu)
-print((anonymous_bytes() - before) // mib)
-"""
-
-
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="the C library is not glibc 2.33 or later")
-@pytest.mark.parametrize(("allowed", "stays"), [(0, False), (60, False), (120, True)])
-def test_freed_memory_stays_where_a_phase_may_keep_as_much(allowed: int, stays: bool) -> None:
-    command = [sys.executable, "-c", KEEPING, str(allowed)]
-    shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
-    kept, left = map(int, shown)
-    assert (kept > 75) == stays, kept
-    assert left < 15  # and none of it once it may not

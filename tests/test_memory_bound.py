@@ -136,7 +136,8 @@ import sys
 from pathlib import Path
 import torch
 from streamda.config import SolveConfig
-from streamda.memory import PeakMeter, bound_allocator
+from streamda.heap import bound_allocator
+from streamda.memory import PeakMeter
 from streamda.methods import prepare_basis_factor, solve_layer
 from streamda.scratch import SpilledBands
 from streamda.solve_plan import solve_layout

@@ -36,7 +36,7 @@ SHAPE = {
 }
 BUDGET = "350MB"
 """Enough for the backward pass, whose peak is the run's, and no more: with more, what the C heap keeps of freed memory
-(`streamda.memory.reuse_heap`) fills up over the first blocks, and would be a fifth of so small a peak."""
+(`streamda.heap.reuse_heap`) fills up over the first blocks, and would be a fifth of so small a peak."""
 HOST_BYTES = "1MB"
 """Boundary states beyond it lie on disk, whatever their number."""
 MAX_SPREAD = 0.03

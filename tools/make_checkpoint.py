@@ -34,7 +34,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from streamda.memory import bound_allocator, format_size, parse_size
+from streamda.heap import bound_allocator
+from streamda.memory import format_size, parse_size
 
 LLAMA_2 = {"model_type": "llama", "vocab_size": 32000, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
 LLAMA_3 = {

@@ -54,7 +54,7 @@ def count_flops(
             if needs_basis(group.d_in, tokens):
                 in_float64, in_float32 = _basis_flops(group.d_in, widths, rank, tokens)
             elif tokens:
-                in_float64, in_float32 = _span_flops(group.d_in, widths, tokens), 0
+                in_float64, in_float32 = _span_flops(group.d_in, widths, rank, tokens), 0
             else:
                 in_float64, in_float32 = _solve_flops(group.d_in, widths, rank, rows)
             solve += in_float64
@@ -70,11 +70,12 @@ def count_flops(
     }
 
 
-def _span_flops(d_in: int, widths: Sequence[int], tokens: int) -> int:
+def _span_flops(d_in: int, widths: Sequence[int], rank: int, tokens: int) -> int:
     """Of an input group with rows for its statistics, all in float64."""
-    # the product of its rows with themselves, eigenpairs, the span; a layer's rows along it, and what that makes
-    side = _symmetric(tokens) + 2 * tokens**2
-    return side * (d_in + sum(widths)) + EIGH_FLOPS * tokens**3 * (1 + len(widths))
+    # the products of its rows with themselves, and of each layer's; the eigenvectors that are kept, along both; small
+    # matrices: eigenproblems, and two products per layer
+    rows = _symmetric(tokens) * (d_in + sum(widths)) + 2 * tokens * rank * sum(d_in + width for width in widths)
+    return rows + (EIGH_FLOPS * (1 + len(widths)) + 4 * len(widths)) * tokens**3
 
 
 def _basis_flops(d_in: int, widths: Sequence[int], rank: int, tokens: int) -> tuple[int, int]:

@@ -6,7 +6,9 @@ With ``x`` [tokens, d_in] the inputs of a layer and ``g`` [tokens, d_out] the gr
     gradient = g^T x / samples  = (g^T (x W) / samples) W^T
 
 so with fewer tokens than inputs neither matrix need be summed up, kept, or read: what is solved is as small as the
-number of tokens, and the only rounding in it is that of the rows.
+number of tokens, and the only rounding in it is that of the rows. Nor is W made, which is ``x^T C`` for a small C, or
+``gradient W``: what is asked of them are a few of their combinations, and the products ``g diag(w) g^T`` of the rows
+with themselves, half as much work.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
+from streamda.factors import mirror_lower_
 from streamda.products import add_triangle_
 
 CHUNK_COLUMNS = 4096
@@ -37,8 +40,6 @@ SQUARED_RANGE = 1e-8
 class TokenSpan:
     """The eigenpairs of ``x^T x`` above rounding."""
 
-    vectors: torch.Tensor
-    """W [d_in, k], orthonormal, float64."""
     eigenvalues: torch.Tensor
     """[k] of the sum, not the mean; positive, ascending."""
     images: torch.Tensor
@@ -47,6 +48,14 @@ class TokenSpan:
     """``x R`` [tokens, m] float64 for orthonormal R that is all of ``x`` outside the span."""
     is_faint: bool
     """Whether a direction may as well be the rounding of the rows."""
+    left: torch.Tensor
+    """[tokens, d_in] and"""
+    right: torch.Tensor
+    """[tokens, k] float64: their product ``left^T right`` is W, orthonormal."""
+
+    def lift(self, block: torch.Tensor) -> torch.Tensor:
+        """``W block`` [d_in, r] for [k, r]."""
+        return _times_rows((self.right @ block).T, self.left).T
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +71,10 @@ class TokenGradient:
         """``gradient W`` [d_out, k] float64, for ``x W`` [tokens, k]."""
         return _times_rows(images.T, self.rows).div_(self.num_samples).T
 
+    def moment(self, weights: torch.Tensor | None) -> torch.Tensor:
+        """``g diag(weights)^2 g^T`` [tokens, tokens] float64, for [d_out] or ones."""
+        return mirror_lower_(_gram(self.rows, weights))
+
 
 def token_span(rows: torch.Tensor) -> TokenSpan | None:
     """Finds the span of rows.
@@ -74,20 +87,17 @@ def token_span(rows: torch.Tensor) -> TokenSpan | None:
     Returns:
         None where there are none, or nothing but zeros.
     """
-    gram = rows.new_zeros(rows.shape[0], rows.shape[0], dtype=torch.float64)
-    for columns in _chunks(rows):
-        chunk = rows[:, columns].double()
-        add_triangle_(gram, chunk.T, 0)
-        del chunk  # before the next one is made
+    gram = _gram(rows)
     lengths = gram.diagonal().sqrt()
     if not bool(lengths.any()):
         return None
     lengths[lengths == 0] = 1
     # eigh looks at the lower triangle only
     values, turned = torch.linalg.eigh(gram.div_(lengths[:, None]).div_(lengths))
-    basis: torch.Tensor | None = None
+    left: torch.Tensor | None = None
     if float(values[_shares(values, turned) > DISTINCT][0]) < GRAM_RANGE:
         basis, values, turned = _decomposed(rows.double() / lengths[:, None])
+        left = basis.T
     shares = _shares(values, turned)
     kept = shares > DISTINCT
     # unit rows are `turned diag(roots)` times orthonormal ones; with their lengths, the columns are to be turned again
@@ -95,16 +105,16 @@ def token_span(rows: torch.Tensor) -> TokenSpan | None:
     along = lengths[:, None] * turned * roots
     eigenvalues, mixed = torch.linalg.eigh(along[:, kept].T @ along[:, kept])
     if float(eigenvalues[0]) < SQUARED_RANGE * float(eigenvalues[-1]):
-        _, singular, right = torch.linalg.svd(along[:, kept], full_matrices=False)
-        eigenvalues, mixed = singular.square().flip(0), right.flip(0).T
-    if basis is None:
-        vectors = _times_rows(((turned[:, kept] / roots[kept] / lengths[:, None]) @ mixed).T, rows).T
+        _, singular, turning = torch.linalg.svd(along[:, kept], full_matrices=False)
+        eigenvalues, mixed = singular.square().flip(0), turning.flip(0).T
+    if left is None:
+        left, right = rows, (turned[:, kept] / roots[kept] / lengths[:, None]) @ mixed
     else:
-        vectors = basis[:, kept] @ mixed
+        left, right = left[kept], mixed
     # the product of many equal rows has so much rounding of its own
     rounding = max(ROUNDING, 4 * math.sqrt(torch.finfo(torch.float64).eps * float(values[-1])))
     faint = bool(((shares > rounding) & (shares < CLEAR)).any())
-    return TokenSpan(vectors, eigenvalues, along[:, kept] @ mixed, along[:, ~kept], faint)
+    return TokenSpan(eigenvalues, along[:, kept] @ mixed, along[:, ~kept], faint, left, right)
 
 
 def _shares(values: torch.Tensor, turned: torch.Tensor) -> torch.Tensor:
@@ -117,6 +127,18 @@ def _decomposed(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.T
     basis, triangle = torch.linalg.qr(rows.T)
     left, singular, right = torch.linalg.svd(triangle)  # of the transpose: so that V = basis left and U = right^T
     return basis @ left.flip(1), singular.square().flip(0), right.flip(0).T
+
+
+def _gram(rows: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """The lower triangle of ``rows diag(weights)^2 rows^T`` in float64, for [columns] or ones."""
+    gram = rows.new_zeros(rows.shape[0], rows.shape[0], dtype=torch.float64)
+    for columns in _chunks(rows):
+        chunk = rows[:, columns].double()
+        if weights is not None:
+            chunk *= weights[columns]
+        add_triangle_(gram, chunk.T, 0)
+        del chunk  # before the next one is made
+    return gram
 
 
 def _times_rows(block: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

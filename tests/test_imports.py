@@ -61,7 +61,7 @@ WITHIN = {
     "disk_plan": {"layers", "panels"},
     "factors": {"products"},
     "low_rank": {"products"},
-    "token_span": {"products"},
+    "token_span": {"factors", "products"},
     "gram_schmidt": {"cholesky", "products", "token_span"},
     "token_basis": {"block_statistics", "cholesky", "gram_schmidt", "panels", "products", "token_span"},
     "stored_weights": {"products"},

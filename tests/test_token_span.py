@@ -15,7 +15,9 @@ from streamda import token_span as module
 from streamda.config import SolveConfig
 from streamda.errors import NumericalError
 from streamda.methods import LayerSolution, SolveStatus, prepare_token_factor, solve_layer
-from streamda.token_span import TokenGradient, token_span
+from streamda.methods.displacement import Displacement
+from streamda.methods.on_span import displacement_of_tokens, displacement_on_span, token_gradient_on_span
+from streamda.token_span import TokenGradient, TokenSpan, token_span
 from tests.test_lora_da import ABLATIONS, POPULATION, Statistics, dense, product, relative_error, rounded, solve
 
 
@@ -79,24 +81,29 @@ def require_refusal(
         solve(x, bad)
 
 
+def vectors_of(span: TokenSpan) -> torch.Tensor:
+    """W [d_in, k]."""
+    return span.lift(torch.eye(span.eigenvalues.numel(), dtype=torch.float64))
+
+
 def require_span(x: torch.Tensor, tolerance: float = 1e-12) -> int:
     """Checks a span against the rows; returns how many directions it has."""
     span = token_span(x)
     assert span is not None
-    wide = x.double()
+    wide, vectors = x.double(), vectors_of(span)
     assert bool((span.eigenvalues.diff() >= 0).all())
     assert float(span.eigenvalues[0]) > 0
-    unit = torch.eye(span.vectors.shape[1], dtype=torch.float64)
-    torch.testing.assert_close(span.vectors.T @ span.vectors, unit, rtol=0, atol=1e-7)
+    unit = torch.eye(vectors.shape[1], dtype=torch.float64)
+    torch.testing.assert_close(vectors.T @ vectors, unit, rtol=0, atol=1e-7)
     largest = float(wide.norm())
-    assert float((span.images - wide @ span.vectors).abs().max()) <= tolerance * largest
+    assert float((span.images - wide @ vectors).abs().max()) <= tolerance * largest
     # all of the rows is in the span or in the rest, and what the span has of the moment is its eigenpairs'
-    missing = wide - span.images @ span.vectors.T
+    missing = wide - span.images @ vectors.T
     assert float((missing @ missing.T - span.rest @ span.rest.T).norm()) <= tolerance * largest**2
-    assert float((missing @ span.vectors).norm()) <= 1e-9 * largest
+    assert float((missing @ vectors).norm()) <= 1e-9 * largest
     product = span.images.T @ span.images
     assert float((product - torch.diag(span.eigenvalues)).norm()) <= tolerance * largest**2
-    return span.vectors.shape[1]
+    return vectors.shape[1]
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -186,9 +193,9 @@ def test_both_ways_to_decompose_rows_find_the_same_span(lengths: float, monkeypa
     assert found is not None
     assert other is not None
     torch.testing.assert_close(found.eigenvalues, other.eigenvalues, rtol=1e-8, atol=0)
-    torch.testing.assert_close(found.vectors.abs(), other.vectors.abs(), rtol=0, atol=1e-7)
+    torch.testing.assert_close(vectors_of(found).abs(), vectors_of(other).abs(), rtol=0, atol=1e-7)
     torch.testing.assert_close(
-        found.images @ found.vectors.T, other.images @ other.vectors.T, rtol=0, atol=1e-12 * lengths
+        found.images @ vectors_of(found).T, other.images @ vectors_of(other).T, rtol=0, atol=1e-12 * lengths
     )
 
 
@@ -214,6 +221,68 @@ def test_every_setting_of_the_method_gives_the_dense_solution(name: str, tokens:
     # and what goes with it is what the sums give
     plain = solve(sums_of(x, g), num_tokens=tokens, **ABLATIONS[name])
     require_same_numbers(found, plain, kept=min(tokens, ABLATIONS[name].get("rank", 8)))
+
+
+def of_tokens(x: torch.Tensor, g: torch.Tensor, y: torch.Tensor | None) -> tuple[Any, Any]:
+    """K from products of the rows, and from the gradient along the span."""
+    config = SolveConfig() if y is not None else SolveConfig(use_fisher=False, variance_weight=0)
+    factor = prepare_token_factor(x, 1e-6, ("layer",))
+    assert factor is not None
+    gradient = TokenGradient(g, x.shape[1], 7)
+    displacement = Displacement(None, (), (g.shape[1], x.shape[1]), y, g.device)
+    along = token_gradient_on_span(factor, gradient)
+    expected = None if along is None else displacement_on_span(factor, along, displacement, config)
+    return displacement_of_tokens(factor, gradient, displacement, config), expected
+
+
+def require_same_displacement(found: Any, expected: Any, tolerance: float) -> None:
+    unit = (found.scale / expected.scale) ** 2
+    assert float((found.gram * unit - expected.gram).norm()) <= tolerance * float(expected.gram.norm())
+    assert torch.equal(found.gram, found.gram.T)
+    block = torch.randn(found.gram.shape[0], 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    wanted = expected.times(block) * expected.scale
+    assert float((found.times(block) * found.scale - wanted).norm()) <= tolerance * float(wanted.norm())
+    assert found.noisy == expected.noisy
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    tokens=st.integers(1, 40),
+    seed=st.integers(0, 10**6),
+    scales=st.tuples(*[st.integers(-15, 15)] * 3),
+    use_fisher=st.booleans(),
+)
+def test_products_of_rows_are_what_the_gradient_along_the_span_makes(
+    tokens: int, seed: int, scales: tuple[int, int, int], use_fisher: bool
+) -> None:
+    x, g = draw_rows(seed, tokens, 60, 30)
+    y = torch.rand(30, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 1e-3
+    found, expected = of_tokens(
+        x * 10.0 ** scales[0], g * 10.0 ** scales[1], y * 10.0 ** (5 * scales[2]) if use_fisher else None
+    )
+    require_same_displacement(found, expected, 1e-9)
+
+
+@pytest.mark.parametrize("share", [1e-2, 1e-4, 1e-6, 1e-9])
+def test_a_gradient_that_nearly_cancels_keeps_its_digits(share: float) -> None:
+    """Each token comes twice, with opposite gradients but for a share: squares of float64 would lose the smallest."""
+    x, g = draw_rows(3, 20, 60, 30)
+    rest = draw_rows(4, 20, 60, 30)[1]
+    twice = torch.cat((g.double(), share * rest.double() - g.double()))
+    found, expected = of_tokens(torch.cat((x, x)), twice, torch.ones(30, dtype=torch.float64))
+    require_same_displacement(found, expected, 1e-6)
+
+
+def test_a_gradient_outside_the_span_is_noise_either_way() -> None:
+    """Tokens that differ by rounding, and have opposite gradients far above those of the others, or gradients alike."""
+    x, g = draw_rows(5, 30, 60, 30)
+    close = x[:15] * (1 + 3e-6 * torch.randn(15, 60, generator=torch.Generator().manual_seed(2)))
+    seen = []
+    for first, second in ((g[:15], g[:15]), (1e3 * g[:15], -1e3 * g[:15])):
+        found, expected = of_tokens(torch.cat((x, close)), torch.cat((first, g[15:], second)), None)
+        require_same_displacement(found, expected, 1e-6)
+        seen.append(found.noisy)
+    assert seen == [False, True]
 
 
 def test_rows_keep_what_the_rounding_of_sums_takes() -> None:

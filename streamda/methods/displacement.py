@@ -97,6 +97,11 @@ class Displacement:
         )
         return math.sqrt(max(float(found.values[0]), 0.0)) * scale
 
+    @property
+    def weights(self) -> torch.Tensor | None:
+        """``1/y`` [d_out]; None for ones."""
+        return None if self._inverse_y is None else self._inverse_y[:, 0]
+
     def weigh(self, block: torch.Tensor) -> torch.Tensor:
         """``diag(1/y) block`` for [d_out, k], in place."""
         return block if self._inverse_y is None else block.mul_(self._inverse_y)

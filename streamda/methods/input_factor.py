@@ -71,6 +71,11 @@ class SpannedFactor:
     """Factorizes the moment after all, once, for a layer whose gradient leaves the span; raises as
     `prepare_input_factor` does."""
 
+    def lift(self, block: torch.Tensor) -> torch.Tensor:
+        """``W block`` [d_in, r] for [k, r]."""
+        # as rows of vectors: the other way round it takes ten times as long
+        return (block.T @ self.vectors.T).T
+
 
 @dataclass(frozen=True, slots=True)
 class TokenFactor:
@@ -81,14 +86,13 @@ class TokenFactor:
     """lambda."""
 
     @property
-    def vectors(self) -> torch.Tensor:
-        """As of a `SpannedFactor`."""
-        return self.span.vectors
-
-    @property
     def eigenvalues(self) -> torch.Tensor:
         """As of a `SpannedFactor`: of the mean."""
         return self.span.eigenvalues / self.span.images.shape[0]
+
+    def lift(self, block: torch.Tensor) -> torch.Tensor:
+        """As of a `SpannedFactor`."""
+        return self.span.lift(block)
 
     @property
     def effective_rank(self) -> float:

@@ -8,7 +8,7 @@ With the damped input factor ``Z = L L^T`` and output factor ``y`` (see `streamd
     A     = V^T a_norm,   B = (V^T D)^T / (gamma a_norm)
 
 Normalizing D by its largest singular value sigma scales Omega as a whole, hence leaves V alone and only divides B.
-`streamda.methods.low_end` finds V.
+`streamda.methods.low_end` finds V, for few tokens `streamda.methods.on_span`.
 """
 
 from __future__ import annotations
@@ -24,14 +24,8 @@ from streamda.errors import NumericalError
 from streamda.factors import largest_magnitude
 from streamda.methods.displacement import Displacement
 from streamda.methods.input_factor import BasisFactor, InputFactor, SpannedFactor, TokenFactor
-from streamda.methods.low_end import (
-    LowEnd,
-    by_krylov,
-    gradient_on_span,
-    on_basis,
-    on_span,
-    token_gradient_on_span,
-)
+from streamda.methods.low_end import LowEnd, by_krylov, on_basis
+from streamda.methods.on_span import displacement_of_tokens, displacement_on_span, gradient_on_span, on_span
 from streamda.methods.solution import LayerSolution, SolveStats, SolveStatus, layer_generator, standard_start
 from streamda.token_basis import BasisGradient
 from streamda.token_span import TokenGradient
@@ -91,10 +85,10 @@ def solve_layer(
     generator = layer_generator(name, seed)
     if isinstance(factor, TokenFactor):
         assert isinstance(gradient, TokenGradient)
-        along = token_gradient_on_span(factor, gradient)
-        if along is None:
+        of_tokens = displacement_of_tokens(factor, gradient, displacement(None, ()), config)
+        if of_tokens is None:
             return standard_start(name, d_in, d_out, config.rank, seed)
-        found = on_span(name, factor, along, displacement(None, ()), variance, generator, config)
+        found = on_span(name, factor, of_tokens, variance, generator, config)
     elif isinstance(factor, BasisFactor):
         assert isinstance(gradient, BasisGradient)
         along_basis = displacement(factor.along if config.use_fisher else None, gradient)
@@ -103,7 +97,8 @@ def solve_layer(
         assert not isinstance(gradient, TokenGradient)
         plain = displacement(None, gradient)
         if isinstance(factor, SpannedFactor) and (along := gradient_on_span(factor, plain, generator)) is not None:
-            found = on_span(name, factor, along, plain, variance, generator, config)
+            spanned = displacement_on_span(factor, along, plain, config)
+            found = on_span(name, factor, spanned, variance, generator, config)
         else:
             factor = factor.cholesky() if isinstance(factor, SpannedFactor) else factor
             whole = displacement(factor if config.use_fisher else None, gradient)

@@ -1,0 +1,223 @@
+"""The low end of the guidance matrix for few tokens: that of a matrix with no more rows than there are tokens.
+
+The input moment of T tokens is ``W diag(s) W^T`` with T columns in W at most, and where the gradient's rows lie in the
+span of W, as they do where the same tokens made it, so do the columns of D:
+
+    D^T = -K W^T,   K = diag(1/y) (gradient W) diag(1 / (s + lambda))                                  [d_out, T]
+    Omega = W (c diag(1 / (s + lambda)) - alpha K^T K) W^T + (c / lambda) (I - W W^T)
+
+No eigenvalue on the span is above c / lambda, so that the low end of Omega is that of a T x T matrix; where that has
+fewer rows than eigenvectors are wanted, the rest is any orthonormal one outside the span, along which D is zero.
+Nothing iterates, and the rounding of the stored sums, which 1 / lambda would magnify outside the span, does not enter.
+Where the tokens' rows are known and not only sums of them, span and gradient come from these (`streamda.token_span`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from streamda import eigen
+from streamda.config import SolveConfig
+from streamda.factors import frobenius_norm, largest_magnitude, mirror_lower_
+from streamda.methods.displacement import Displacement
+from streamda.methods.input_factor import SpannedFactor, TokenFactor
+from streamda.methods.low_end import LowEnd, draw, outside_of, require_range
+from streamda.products import add_product_, add_triangle_
+from streamda.token_span import TokenGradient
+
+MAX_LEAK = 1e-3
+"""Share of the gradient that may lie outside the span of the inputs: gradients of tokens that the input moment does not
+count (token mask `labels`) leave far more, and the layer is solved the general way."""
+NOISY_LEAK = 1e-5
+"""Share from which on it is said that the solution is noisy. Rounding leaves 1e-7 to 1e-6; more means that the inputs
+of some tokens hardly stand out of the rounding of the others'. How far B A is off depends on which tokens these are."""
+LEAK_PROBES = 8
+"""Random vectors by which that share is measured."""
+NEARLY_CANCELLED = 1e-5
+"""Of the sizes of its two factors, below which the rounding of the square of a product might show."""
+NO_GRADIENT = 1e-12
+"""Of the sizes of its two factors, below which a product is the rounding of zero in float64."""
+
+
+@dataclass(frozen=True, slots=True)
+class GradientOnSpan:
+    """A gradient along the span of its layer's inputs."""
+
+    product: torch.Tensor
+    """``gradient W`` [d_out, k] float64."""
+    noisy: bool
+    """Whether rounding may be a part of what matters in it."""
+
+
+@dataclass(frozen=True, slots=True)
+class DisplacementOnSpan:
+    """The matrix K of the module's docstring, [d_out, k] in units of `scale`, as far as it is needed."""
+
+    scale: float
+    gram: torch.Tensor
+    """``K^T K`` [k, k] float64, of order one."""
+    times: Callable[[torch.Tensor], torch.Tensor]
+    """``K block`` [d_out, r] for [k, r]."""
+    noisy: bool
+    """As of a `GradientOnSpan`."""
+
+
+def on_span(
+    name: str,
+    factor: SpannedFactor | TokenFactor,
+    displacement: DisplacementOnSpan,
+    variance: float,
+    generator: torch.Generator,
+    config: SolveConfig,
+) -> LowEnd:
+    """Finds the low end as that of a matrix of as many rows as the inputs have independent directions.
+
+    Takes what `by_krylov` takes, the displacement on the span.
+
+    Raises:
+        NumericalError: D over- or underflows.
+    """
+    scale, gram = displacement.scale, displacement.gram
+    require_range(name, scale)
+    damped = factor.eigenvalues + factor.damping
+    sigma = math.sqrt(max(float(torch.linalg.eigvalsh(gram)[-1]), 0.0)) * scale
+    # minus the guidance matrix on the span, in units of alpha scale^2 once alpha is there; else its order, that of Z
+    small = gram * config.bias_weight if config.bias_weight else torch.diag(damped)
+    constant = 0.0
+    if variance and config.bias_weight:
+        # c / (s + lambda) is c / (s_max + lambda) and the rest: the constant moves no vector, and would drown what does
+        top = float(damped[-1])
+        constant = variance / scale**2 / top
+        small.diagonal().sub_(constant * ((factor.eigenvalues[-1] - factor.eigenvalues) / damped))
+    theta, rotation = torch.linalg.eigh(small)
+    theta, rotation = theta.flip(0), rotation.flip(1)[:, : config.rank]
+    kept = rotation.shape[1]
+    residual = (small @ rotation - rotation * theta[:kept]).norm(dim=0).max() / theta.abs().max()
+    unsigned = factor.lift(rotation)
+    d_in = unsigned.shape[0]
+    if kept < config.rank:  # and so few directions that all of them are no large matrix
+        whole = factor.lift(torch.eye(kept, dtype=rotation.dtype, device=rotation.device))
+        unsigned = torch.cat((unsigned, outside_of(whole, config.rank - kept, generator)), dim=1)
+    vectors = eigen.canonical_signs(unsigned)
+    signs = (unsigned * vectors).sum(0).sign()[:kept]
+    projected = torch.nn.functional.pad(displacement.times(rotation * (-scale * signs)), (0, config.rank - kept))
+
+    unit = sigma**2 if config.normalize else 1.0
+    values = [
+        (float(value) - constant) * scale**2 / unit if config.bias_weight else -variance / unit / float(value)
+        for value in theta[: config.rank + 1]
+    ]
+    outside = min(config.rank + 1, d_in) - len(values)
+    values += [-variance / unit / factor.damping] * outside
+    return LowEnd(
+        eigenvalues=tuple(values[: config.rank]),
+        next_eigenvalue=values[config.rank] if len(values) > config.rank else None,
+        vectors=vectors,
+        projected=projected,
+        sigma=sigma,
+        residual=float(residual),
+        steps=1,
+        converged=True,
+        noisy=displacement.noisy,
+    )
+
+
+def displacement_of_tokens(
+    factor: TokenFactor, gradient: TokenGradient, displacement: Displacement, config: SolveConfig
+) -> DisplacementOnSpan | None:
+    """K of few tokens; None where the gradient is zero.
+
+    With M = ``(x W) diag(1 / (s + lambda)) / samples`` it is ``diag(1/y) g^T M``, and ``K^T K = M^T H M`` with
+    ``H = g diag(1/y)^2 g^T`` [tokens, tokens], half of the work that K is. Squares of float32 rows have all their
+    digits in float64, and those of differences of rows that are as small as these rows' rounding still have two.
+
+    Args:
+        factor: of the layer's input.
+        gradient: of the layer, by its tokens.
+        displacement: knows y.
+        config: the method's settings.
+    """
+    weights, unit = displacement.weights, 1.0
+    if weights is not None:  # their squares must not leave the range
+        unit = float(weights.max())
+        weights = weights / unit
+    products = gradient.moment(weights)
+    images, rest = factor.span.images, factor.span.rest
+    damped = factor.eigenvalues + factor.damping if config.use_fisher else torch.ones_like(factor.eigenvalues)
+    right = images / damped
+    size = largest_magnitude(right)
+    right /= size
+    gram = right.T @ (products @ right)
+    inside = float(gram.diagonal() @ (damped * size).square())  # of the images, which are those multiples
+    if not inside > NEARLY_CANCELLED**2 * float(products.trace()) * float(images.square().sum()):
+        along = token_gradient_on_span(factor, gradient)
+        return None if along is None else displacement_on_span(factor, along, displacement, config)
+    outside = float(((products @ rest) * rest).sum())
+    peak = math.sqrt(float(gram.diagonal().max()))
+    right *= gradient.num_samples / peak
+
+    def times(block: torch.Tensor) -> torch.Tensor:
+        product = gradient.along(right @ block)
+        return product if weights is None else product.mul_(weights[:, None])
+
+    return DisplacementOnSpan(
+        scale=unit * size * peak / gradient.num_samples,
+        gram=(gram + gram.T) / (2 * peak**2),
+        times=times,
+        noisy=factor.span.is_faint or math.sqrt(max(outside, 0.0) / inside) > NOISY_LEAK,
+    )
+
+
+def displacement_on_span(
+    factor: SpannedFactor | TokenFactor, gradient: GradientOnSpan, displacement: Displacement, config: SolveConfig
+) -> DisplacementOnSpan:
+    """K from the gradient on the span, which is overwritten."""
+    weighted = displacement.weigh(gradient.product)
+    if config.use_fisher:
+        weighted /= factor.eigenvalues + factor.damping
+    scale = largest_magnitude(weighted)
+    weighted /= scale
+    gram = weighted.new_zeros(weighted.shape[1], weighted.shape[1])
+    add_triangle_(gram, weighted, 0)
+    return DisplacementOnSpan(scale, mirror_lower_(gram), lambda block: (block.T @ weighted.T).T, gradient.noisy)
+
+
+def token_gradient_on_span(factor: TokenFactor, gradient: TokenGradient) -> GradientOnSpan | None:
+    """A gradient of few tokens along the span of their inputs; None where it is zero."""
+    images, rest = factor.span.images, factor.span.rest
+    # both at once: the rows are cast for each product
+    whole = gradient.along(torch.cat((images, rest), dim=1))
+    product, outside = whole[:, : images.shape[1]], whole[:, images.shape[1] :]
+    size = frobenius_norm(gradient.rows) * float(images.norm())
+    inside = float(product.norm())
+    if inside * gradient.num_samples <= NO_GRADIENT * size:
+        return None
+    return GradientOnSpan(product, factor.span.is_faint or float(outside.norm()) > NOISY_LEAK * inside)
+
+
+def gradient_on_span(
+    factor: SpannedFactor, displacement: Displacement, generator: torch.Generator
+) -> GradientOnSpan | None:
+    """A gradient along the span of its inputs; None where more of it lies outside than rounding.
+
+    The gradient is a float32 sum, whose rounding is as large as that of a product in float32; so the operands are.
+    """
+    vectors = factor.vectors
+    probes = draw(vectors.shape[0], LEAK_PROBES, generator, vectors.device)
+    probes -= vectors @ (vectors.T @ probes)
+    right = torch.cat((vectors.float(), probes.float()), dim=1)
+    along = vectors.new_empty(displacement.d_out, vectors.shape[1])
+    leaked = 0.0
+    for start, rows in displacement.rows(torch.float32):
+        product = along.new_zeros(rows.shape[0], right.shape[1])
+        add_product_(product, rows.T, right)
+        along[start : start + rows.shape[0]] = product[:, :-LEAK_PROBES]
+        leaked += float(product[:, -LEAK_PROBES:].square().sum())
+        del rows
+    inside = float(along.norm())
+    leak = math.sqrt(leaked / LEAK_PROBES) / inside if inside else math.inf
+    return GradientOnSpan(along, leak > NOISY_LEAK) if leak <= MAX_LEAK else None

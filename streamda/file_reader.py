@@ -16,7 +16,7 @@ _O_DIRECT = getattr(os, "O_DIRECT", 0)  # Linux has it
 
 
 class FileReader:
-    """An open file; close it whatever happened. Two threads may read by one."""
+    """An open file; close it whatever happened."""
 
     def __init__(self, path: str | os.PathLike[str], *, direct: bool = False) -> None:
         """Opens a file.
@@ -30,23 +30,30 @@ class FileReader:
         """
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self._direct: int | None = None
-        if direct and _O_DIRECT:
-            with suppress(OSError):
-                self._direct = os.open(path, os.O_RDONLY | os.O_CLOEXEC | _O_DIRECT)
+        try:
+            if direct and _O_DIRECT:
+                with suppress(OSError):
+                    self._direct = os.open(path, os.O_RDONLY | os.O_CLOEXEC | _O_DIRECT)
+                    if not os.path.sameopenfile(self.descriptor, self._direct):  # it was replaced in between
+                        self._drop_direct()
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def is_direct(self) -> bool:
         """Whether aligned reads go past the page cache."""
         return self._direct is not None
 
-    def read_into(self, memory: memoryview, offset: int, needed: int | None = None) -> int:
+    def read_into(self, memory: memoryview, offset: int, needed: int | None = None, *, aligned: bool = False) -> int:
         """Reads what begins at an offset.
 
         Args:
-            memory: of bytes, contiguous. To go past the page cache its place, its length and the offset must be
-                multiples of `ALIGNMENT`; what is not goes through it.
+            memory: of bytes, contiguous.
             offset: in the file.
             needed: how many bytes, all by default. What lies behind them in memory may be filled or not.
+            aligned: the memory, its length and the offset are multiples of `ALIGNMENT`, so that the page cache can be
+                passed by.
 
         Returns:
             How many of the needed bytes are there: fewer only where the file ends.
@@ -56,9 +63,11 @@ class FileReader:
         """
         needed = len(memory) if needed is None else needed
         done = 0
-        if self._direct is not None:
-            with suppress(OSError):  # not for this place or disk; a real failure meets the reads below as well
+        if aligned and self._direct is not None:
+            try:
                 done = os.preadv(self._direct, [memory], offset)
+            except OSError:  # this disk wants more than a page, or is broken, which the reads below meet as well
+                self._drop_direct()
         while done < needed:
             count = os.preadv(self.descriptor, [memory[done:needed]], offset + done)
             if count == 0:
@@ -68,7 +77,10 @@ class FileReader:
 
     def close(self) -> None:
         """Closes the file."""
+        self._drop_direct()
+        os.close(self.descriptor)
+
+    def _drop_direct(self) -> None:
         direct, self._direct = self._direct, None
         if direct is not None:
             os.close(direct)
-        os.close(self.descriptor)

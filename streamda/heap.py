@@ -14,11 +14,12 @@ again on the heap, and what the bug below leaves behind is given back between bl
 a tenth of the time of a 135M model, whose backward pass takes 73 MB more so."""
 HEAP_SLACK_BYTES = 192 << 20
 HEAP_ROOM_BYTES = 192 << 20
-"""Most freed memory that a phase keeps from one block to the next, where that leaves it below another phase's peak.
-Giving it back and taking it anew was another tenth of the time of a 135M model."""
+"""Most freed memory that a phase keeps from one block to the next, where that leaves it below another phase's peak (with
+a stretched heap, below, it is more). Giving it back and taking it anew was another tenth of the time of a 135M
+model."""
 ROOMY_BLOCK_BYTES, ROOMY_KEPT_BYTES = 32 << 20, 128 << 20
-"""Thresholds of the solution where it may keep all of that; they made it a sixth faster for a 13B block. The first is
-the highest that glibc takes; tiles of statistics are below it."""
+"""Thresholds of the solution where it may keep all of that, which made it a sixth faster for a 13B block, and of all
+phases with a stretched heap. The first is the highest that glibc takes; tiles of statistics are below it."""
 HEAP_STRETCH_BYTES = 320 << 20
 """Kept where activations are above `HEAP_BLOCK_BYTES` and the budget has room for this on top of all else. With the
 bug below, and the thresholds above, 512 and 1024 tokens of a 13B model leave 230 and 290 MB behind in a block; its
@@ -91,6 +92,8 @@ def heap_bytes() -> int:
                 was_heap, is_heap = is_heap, line.endswith("[heap]\n")
                 if was_heap and not is_heap:  # it is in one place, near the beginning
                     break
+    if not total:
+        raise OSError("/proc/self/smaps names no heap")
     return total
 
 
@@ -131,13 +134,17 @@ class _Heap:
             self._trim(0)
 
     def _free_bytes(self) -> float:
-        """Pages of the heap that nothing in use lies on, infinite where nobody counts."""
+        """Pages of the heap that nothing in use lies on, infinite where nobody counts.
+
+        Too little by what is in use and was never touched, a few tensors below the thresholds at most.
+        """
         if self._info is None:
             return math.inf
         try:
-            return heap_bytes() - int(self._info().uordblks)
+            free = heap_bytes() - int(self._info().uordblks)
         except OSError:
             return math.inf
+        return free if free >= 0 else math.inf  # what is in use lies elsewhere, too
 
 
 _heap = _Heap()

@@ -14,6 +14,10 @@ REUSING_PHASES = ("forward", "backward", "solve")
 """Where the same sizes are needed again and again: block by block, and micro-batch by micro-batch."""
 
 
+LEAST_PEAKS = 7
+"""Times what the heap may be stretched by, below which a peak is not raised by that."""
+
+
 def stretch_bytes(workload: Workload, backward_peak: int, available: int) -> int:
     """By what the heap may outgrow the activations of the backward pass, or 0.
 
@@ -24,7 +28,10 @@ def stretch_bytes(workload: Workload, backward_peak: int, available: int) -> int
     """
     largest = max(cost.largest_bytes for cost in workload.blocks)
     has_room = available - backward_peak >= HEAP_STRETCH_BYTES
-    return HEAP_STRETCH_BYTES if has_room and largest > HEAP_BLOCK_BYTES else 0
+    # weights that are fused while they are loaded would have to share the room with all that is kept
+    gains = largest > HEAP_BLOCK_BYTES and not any(cost.fused_count for cost in workload.blocks)
+    # smaller models make less of it, and their plan would be far above what they take
+    return HEAP_STRETCH_BYTES if has_room and gains and backward_peak >= LEAST_PEAKS * HEAP_STRETCH_BYTES else 0
 
 
 def between_micro_batches(workload: Workload, stretch: int) -> int:
@@ -56,7 +63,8 @@ def room_bytes(peaks: Mapping[str, int], stretch: int) -> dict[str, int]:
 
     Args:
         peaks: by phase, with nothing kept but what the heap is stretched by.
-        stretch: of `stretch_bytes`. Between two passes what it was stretched by is free, and the activations with it.
+        stretch: of `stretch_bytes`. When a block is through, what it was stretched by is free, and the activations with
+            it; a phase that gave it back would leave the next block to fresh pages.
     """
     highest = max(peaks.values())
     most = 2 * stretch if stretch else HEAP_ROOM_BYTES

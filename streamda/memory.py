@@ -64,7 +64,7 @@ def format_size(size: float) -> str:
 
 
 READ_CHUNK_BYTES = 32 << 20
-"""What a tensor read in another dtype than its file's holds beside itself. Larger saves calls, smaller saves memory."""
+"""What a tensor that is not read into its place holds beside itself. Larger saves calls, smaller saves memory."""
 
 
 @dataclass(frozen=True, slots=True)

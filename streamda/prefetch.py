@@ -1,6 +1,6 @@
 """The next weights, read by a thread while the current ones are in use.
 
-Into memory where there is room, else into the system's page cache.
+Into memory where there is room, else into the system's page cache, unless they are read past that.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Prefetcher:
             checkpoint: where weights come from.
             timeline: takes what the thread did when.
             in_memory: whether there is room for them beside what is in use. If not, the system is asked to read them
-                into its page cache, which no budget counts.
+                into its page cache, which no budget counts; where weights are read past that, nothing is read ahead.
         """
         self._checkpoint, self._timeline = checkpoint, timeline
         self._in_memory = in_memory

@@ -85,7 +85,8 @@ def measure_disk(folder: Path, num_bytes: int = FILE_BYTES) -> tuple[float, floa
     """Rates of reading and of durable writing on a folder's file system, in bytes per second.
 
     The file has no name where the system can do so, and is gone when this returns or the process dies. Reading it back
-    begins with the page cache dropped for it; a disk's own cache, or a host's below a virtual machine, is not.
+    goes past the page cache where it can, as that of a model which memory does not hold; a disk's own cache, or a
+    host's below a virtual machine, is not dropped.
 
     Raises:
         StorageError: the folder cannot be written, or has too little space for an honest measurement.
@@ -108,7 +109,7 @@ def measure_disk(folder: Path, num_bytes: int = FILE_BYTES) -> tuple[float, floa
             started = time.monotonic()
             with memoryview(memory) as view:
                 done = 0
-                while count := reader.read_into(view, done):
+                while count := reader.read_into(view, done, aligned=True):
                     done += count
             read = done / (time.monotonic() - started)
     return read, write

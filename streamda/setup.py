@@ -313,8 +313,11 @@ def _stored_dtype_bytes(config: PretrainedConfig) -> int:
 
 def _page_cache_bytes(budget: MemoryBudget, device: torch.device) -> int:
     """What the system can hold of files at most beside the run; unlimited where its memory is unknown."""
-    free = min(memory_of_machine("MemAvailable") or sys.maxsize, memory_limit() or sys.maxsize)
-    return max(0, free - budget.host_bytes - (budget.device_bytes if device.type == "cpu" else 0))
+    known = [size for size in (memory_of_machine("MemAvailable"), memory_limit()) if size is not None]
+    if not known:
+        return sys.maxsize
+    # without an accelerator the host's part is one of the device's
+    return max(0, min(known) - (budget.device_bytes if device.type == "cpu" else budget.host_bytes))
 
 
 def _free_host_bytes() -> int:

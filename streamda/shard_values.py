@@ -125,14 +125,15 @@ def _read_values(
     """Values of a tensor from some value on, in memory that holds them and `READ_MARGIN` if the reads are direct."""
     offset, num_bytes = tensor.offset + start * tensor.dtype.itemsize, numel * tensor.dtype.itemsize
     room = memory.view(torch.uint8)
-    before = offset % ALIGNMENT if reader.is_direct else 0  # bytes that come with them
-    if before % tensor.dtype.itemsize:
-        before = 0  # values that no view could show
-    elif reader.is_direct:
+    before = offset % ALIGNMENT  # bytes that come with them
+    direct = reader.is_direct and before % tensor.dtype.itemsize == 0  # else no view could show the values
+    if direct:
         room = room[-room.data_ptr() % ALIGNMENT :][: -(-(before + num_bytes) // ALIGNMENT) * ALIGNMENT]
+    else:
+        before = 0
     view: Any = room.numpy().data
     with reading(tensor.file):
-        missing = before + num_bytes - reader.read_into(view, offset - before, before + num_bytes)
+        missing = before + num_bytes - reader.read_into(view, offset - before, before + num_bytes, aligned=direct)
         if missing:
             raise OSError(f"it ends {missing} bytes before the end of {tensor.key}")
     return room[before : before + num_bytes].view(tensor.dtype)

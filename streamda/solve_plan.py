@@ -329,7 +329,8 @@ def _token_rows_bytes(d_in: int, d_out: int, tokens: int) -> int:
     """Peak where rows stand for the statistics, which are read into memory if they are not there; see `token_span`.
 
     First the rows in float64, their basis, a copy, and what the singular vectors make of them; then the span, and a
-    layer's rows, what they make along it and beside it, and room for two of its chunks in float64.
+    layer's rows, what they make along it and beside it, and room for two of its chunks in float64. That is the most: it
+    needs singular vectors only where rows nearly depend on each other, and the gradient only where it nearly cancels.
     """
     span, columns = tokens * d_in * FLOAT64_BYTES, min(d_out, CHUNK_COLUMNS)
     spanning = tokens * d_in * FLOAT32_BYTES + 4 * span + SPAN_MATRICES * tokens**2 * FLOAT64_BYTES

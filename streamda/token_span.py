@@ -49,9 +49,9 @@ class TokenSpan:
     is_faint: bool
     """Whether a direction may as well be the rounding of the rows."""
     left: torch.Tensor
-    """[tokens, d_in] and"""
+    """[m, d_in], the rows or a basis of theirs, and"""
     right: torch.Tensor
-    """[tokens, k] float64: their product ``left^T right`` is W, orthonormal."""
+    """[m, k] float64: their product ``left^T right`` is W, orthonormal."""
 
     def lift(self, block: torch.Tensor) -> torch.Tensor:
         """``W block`` [d_in, r] for [k, r]."""
@@ -135,7 +135,7 @@ def _gram(rows: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tens
     for columns in _chunks(rows):
         chunk = rows[:, columns].double()
         if weights is not None:
-            chunk *= weights[columns]
+            chunk = chunk * weights[columns]  # rows in float64 are not copied
         add_triangle_(gram, chunk.T, 0)
         del chunk  # before the next one is made
     return gram

@@ -69,7 +69,7 @@ def test_aligned_reads_go_past_the_cache_and_give_the_same_bytes(
     with closing(FileReader(path, direct=True)) as reader:
         if not reader.is_direct:
             pytest.skip("the file system of the temporary folder has no direct reads")
-        assert reader.read_into(view, ALIGNMENT) == 2 * ALIGNMENT
+        assert reader.read_into(view, ALIGNMENT, aligned=True) == 2 * ALIGNMENT
     assert bytes(view) == CONTENT[ALIGNMENT : 3 * ALIGNMENT]
     assert direct_reads == [2 * ALIGNMENT]
 
@@ -78,7 +78,7 @@ def test_without_being_asked_nothing_goes_past_the_cache(path: Path, memory: Mem
     view = memory(ALIGNMENT)
     with closing(FileReader(path)) as reader:
         assert not reader.is_direct
-        assert reader.read_into(view, 0) == ALIGNMENT
+        assert reader.read_into(view, 0, aligned=True) == ALIGNMENT
     assert bytes(view) == CONTENT[:ALIGNMENT]
     assert direct_reads == []
 
@@ -99,10 +99,10 @@ def test_what_is_not_aligned_is_read_all_the_same(
 def test_at_the_end_of_the_file_it_says_how_much_there_was(path: Path, memory: Memory, direct: bool) -> None:
     view = memory(2 * ALIGNMENT)
     with closing(FileReader(path, direct=direct)) as reader:
-        assert reader.read_into(view, 5 * ALIGNMENT, 123) == 123  # all that is needed
+        assert reader.read_into(view, 5 * ALIGNMENT, 123, aligned=True) == 123  # all that is needed
         assert bytes(view[:123]) == CONTENT[-123:]
-        assert reader.read_into(view, 5 * ALIGNMENT, 200) == 123
-        assert reader.read_into(view, 7 * ALIGNMENT) == 0
+        assert reader.read_into(view, 5 * ALIGNMENT, 200, aligned=True) == 123
+        assert reader.read_into(view, 7 * ALIGNMENT, aligned=True) == 0
 
 
 def test_a_file_system_without_direct_reads_is_no_error(
@@ -119,7 +119,7 @@ def test_a_file_system_without_direct_reads_is_no_error(
     view = memory(ALIGNMENT)
     with closing(FileReader(path, direct=True)) as reader:
         assert not reader.is_direct
-        assert reader.read_into(view, 0) == ALIGNMENT
+        assert reader.read_into(view, 0, aligned=True) == ALIGNMENT
     assert bytes(view) == CONTENT[:ALIGNMENT]
 
 
@@ -142,7 +142,8 @@ def test_where_a_direct_read_fails_or_stops_short_the_rest_comes_through_the_cac
         if not reader.is_direct:
             pytest.skip("the file system of the temporary folder has no direct reads")
         monkeypatch.setattr(os, "preadv", failing)
-        assert reader.read_into(view, ALIGNMENT) == 3 * ALIGNMENT
+        assert reader.read_into(view, ALIGNMENT, aligned=True) == 3 * ALIGNMENT
+        assert reader.is_direct == (given is not None)  # what refused once is not asked again
     assert bytes(view) == CONTENT[ALIGNMENT : 4 * ALIGNMENT]
     assert asked[:2] == [ALIGNMENT, ALIGNMENT + (given or 0)]
 
@@ -153,7 +154,29 @@ def test_an_error_of_the_disk_comes_out(path: Path, memory: Memory, monkeypatch:
 
     monkeypatch.setattr(os, "preadv", failing)
     with closing(FileReader(path, direct=True)) as reader, pytest.raises(OSError, match="Input/output"):
-        reader.read_into(memory(ALIGNMENT), 0)
+        reader.read_into(memory(ALIGNMENT), 0, aligned=True)
+
+
+def test_a_file_that_is_replaced_while_it_is_opened_is_one_file(
+    path: Path, memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is checked of the one descriptor holds for all that is read."""
+    real = os.open
+
+    def replacing(file: Any, flags: int, *more: Any) -> int:
+        if flags & os.O_DIRECT:
+            other = path.with_name("other")
+            other.write_bytes(CONTENT[::-1])
+            other.replace(path)
+        return real(file, flags, *more)
+
+    monkeypatch.setattr(os, "open", replacing)
+    view = memory(ALIGNMENT)
+    with closing(FileReader(path, direct=True)) as reader:
+        assert not reader.is_direct
+        assert reader.read_into(view, 0, aligned=True) == ALIGNMENT
+    assert bytes(view) == CONTENT[:ALIGNMENT]
+    assert path.read_bytes() == CONTENT[::-1]
 
 
 def test_it_leaves_no_descriptor(path: Path) -> None:

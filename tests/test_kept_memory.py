@@ -54,9 +54,13 @@ def test_the_heap_is_stretched_where_activations_gain_by_it_and_the_budget_has_r
         blocks = tuple(dataclasses.replace(cost, largest_bytes=largest, saved_bytes=saved) for cost in plain.blocks)
         return dataclasses.replace(plain, blocks=blocks)
 
-    assert stretch_bytes(of(HEAP_BLOCK_BYTES + 1), 1000, 1000 + STRETCH) == STRETCH
-    assert stretch_bytes(of(HEAP_BLOCK_BYTES + 1), 1001, 1000 + STRETCH) == 0
-    assert stretch_bytes(of(HEAP_BLOCK_BYTES), 1000, 1000 + STRETCH) == 0  # the heap keeps those in any case
+    peak, wide = 7 * STRETCH, of(HEAP_BLOCK_BYTES + 1)
+    assert stretch_bytes(wide, peak, peak + STRETCH) == STRETCH
+    assert stretch_bytes(wide, peak, peak + STRETCH - 1) == 0
+    assert stretch_bytes(wide, peak - 1, peak + STRETCH) == 0  # the plan would be far above what is taken
+    assert stretch_bytes(of(HEAP_BLOCK_BYTES), peak, peak + STRETCH) == 0  # the heap keeps those in any case
+    fused = dataclasses.replace(wide, blocks=(dataclasses.replace(wide.blocks[0], fused_count=1),))
+    assert stretch_bytes(fused, peak, peak + STRETCH) == 0  # they take the room while they are loaded
     assert between_micro_batches(of(0, saved=70), STRETCH) == STRETCH + 70
     assert between_micro_batches(of(0, saved=10 * STRETCH), STRETCH) == 2 * STRETCH
     assert between_micro_batches(of(0, saved=70), 0) == 0

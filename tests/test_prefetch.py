@@ -6,6 +6,7 @@ Whole runs, small enough that the planner is told what to choose. Not covered: t
 from __future__ import annotations
 
 import dataclasses
+import sys
 import threading
 import time
 from contextlib import closing
@@ -21,6 +22,7 @@ from streamda import setup
 from streamda.checkpoint import Checkpoint
 from streamda.errors import ModelError
 from streamda.file_reader import FileReader
+from streamda.memory import MemoryBudget
 from streamda.plan import Plan
 from streamda.prefetch import Prefetcher
 from streamda.skeleton import build_skeleton, load_config
@@ -100,6 +102,7 @@ def test_a_run_of_what_memory_cannot_hold_reads_past_the_cache_with_the_same_bit
     for name, available in (("held", 1 << 60), ("not-held", 900_000_000)):
         monkeypatch.setattr(FileReader, "__init__", noted)
         monkeypatch.setattr(setup, "memory_of_machine", lambda _, available=available: available)
+        monkeypatch.setattr(setup, "memory_limit", lambda: None)
         (tmp_path / name).mkdir()
         results.append(collected(tmp_path / name, llama, monkeypatch, keep_stored=False, prefetch=prefetch))
         assert any(opened_directly) == (name == "not-held")
@@ -108,6 +111,25 @@ def test_a_run_of_what_memory_cannot_hold_reads_past_the_cache_with_the_same_bit
     for module, layer in expected.items():
         for kind in ("gradient", "input_moment", "output_moment"):
             assert torch.equal(getattr(actual[module], kind), getattr(layer, kind)), (module, kind)
+
+
+@pytest.mark.parametrize(
+    ("available", "limit", "device", "expected"),
+    [
+        (20, None, "cpu", 8),  # the host's part is one of the device's
+        (20, 15, "cpu", 3),
+        (20, 30, "cuda", 12),
+        (5, 30, "cpu", 0),
+        (0, None, "cpu", 0),
+        (None, None, "cpu", sys.maxsize),
+    ],
+)
+def test_the_page_cache_has_what_the_run_leaves(
+    available: int | None, limit: int | None, device: str, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(setup, "memory_of_machine", lambda _: available)
+    monkeypatch.setattr(setup, "memory_limit", lambda: limit)
+    assert setup._page_cache_bytes(MemoryBudget(12, 8, None), torch.device(device)) == expected
 
 
 def test_what_is_announced_is_read_by_the_thread_and_once(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

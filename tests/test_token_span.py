@@ -230,9 +230,12 @@ def of_tokens(x: torch.Tensor, g: torch.Tensor, y: torch.Tensor | None) -> tuple
     assert factor is not None
     gradient = TokenGradient(g, x.shape[1], 7)
     displacement = Displacement(None, (), (g.shape[1], x.shape[1]), y, g.device)
-    along = token_gradient_on_span(factor, gradient)
+    along = token_gradient_on_span(factor, gradient, displacement.weights)
     expected = None if along is None else displacement_on_span(factor, along, displacement, config)
-    return displacement_of_tokens(factor, gradient, displacement, config), expected
+    before = g.clone()
+    found = displacement_of_tokens(factor, gradient, displacement, config)
+    assert torch.equal(g, before)
+    return found, expected
 
 
 def require_same_displacement(found: Any, expected: Any, tolerance: float) -> None:
@@ -269,17 +272,28 @@ def test_a_gradient_that_nearly_cancels_keeps_its_digits(share: float) -> None:
     x, g = draw_rows(3, 20, 60, 30)
     rest = draw_rows(4, 20, 60, 30)[1]
     twice = torch.cat((g.double(), share * rest.double() - g.double()))
-    found, expected = of_tokens(torch.cat((x, x)), twice, torch.ones(30, dtype=torch.float64))
+    y = torch.logspace(-3, 3, 30, dtype=torch.float64)
+    found, expected = of_tokens(torch.cat((x, x)), twice, y)
     require_same_displacement(found, expected, 1e-6)
+    # what is left of it is the product of the shares, in which nothing cancels
+    factor = prepare_token_factor(torch.cat((x, x)), 1e-6, ("layer",))
+    assert factor is not None
+    gradient = share * rest.double().T @ x.double() / 7
+    dense_displacement = gradient @ vectors_of(factor.span) / y[:, None] / (factor.eigenvalues + factor.damping)
+    gram = dense_displacement.T @ dense_displacement
+    # beside a gradient of order one the smallest share has seven digits, and the outputs' weights differ by 1e6
+    tolerance = max(1e-6, 1e-13 / share)
+    assert float((found.gram * found.scale**2 - gram).norm()) <= tolerance * float(gram.norm())
 
 
-def test_a_gradient_outside_the_span_is_noise_either_way() -> None:
+@pytest.mark.parametrize("y", [None, torch.logspace(-4, 4, 30, dtype=torch.float64)])
+def test_a_gradient_outside_the_span_is_noise_either_way(y: torch.Tensor | None) -> None:
     """Tokens that differ by rounding, and have opposite gradients far above those of the others, or gradients alike."""
     x, g = draw_rows(5, 30, 60, 30)
     close = x[:15] * (1 + 3e-6 * torch.randn(15, 60, generator=torch.Generator().manual_seed(2)))
     seen = []
     for first, second in ((g[:15], g[:15]), (1e3 * g[:15], -1e3 * g[:15])):
-        found, expected = of_tokens(torch.cat((x, close)), torch.cat((first, g[15:], second)), None)
+        found, expected = of_tokens(torch.cat((x, close)), torch.cat((first, g[15:], second)), y)
         require_same_displacement(found, expected, 1e-6)
         seen.append(found.noisy)
     assert seen == [False, True]

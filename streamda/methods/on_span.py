@@ -154,7 +154,7 @@ def displacement_of_tokens(
     gram = right.T @ (products @ right)
     inside = float(gram.diagonal() @ (damped * size).square())  # of the images, which are those multiples
     if not inside > NEARLY_CANCELLED**2 * float(products.trace()) * float(images.square().sum()):
-        along = token_gradient_on_span(factor, gradient)
+        along = token_gradient_on_span(factor, gradient, weights)
         return None if along is None else displacement_on_span(factor, along, displacement, config)
     outside = float(((products @ rest) * rest).sum())
     peak = math.sqrt(float(gram.diagonal().max()))
@@ -186,17 +186,27 @@ def displacement_on_span(
     return DisplacementOnSpan(scale, mirror_lower_(gram), lambda block: (block.T @ weighted.T).T, gradient.noisy)
 
 
-def token_gradient_on_span(factor: TokenFactor, gradient: TokenGradient) -> GradientOnSpan | None:
-    """A gradient of few tokens along the span of their inputs; None where it is zero."""
+def token_gradient_on_span(
+    factor: TokenFactor, gradient: TokenGradient, weights: torch.Tensor | None
+) -> GradientOnSpan | None:
+    """A gradient of few tokens along the span of their inputs; None where it is zero.
+
+    Args:
+        factor: of the layer's input.
+        gradient: of the layer, by its tokens.
+        weights: [d_out] of the outputs where the part outside the span is measured; None for ones.
+    """
     images, rest = factor.span.images, factor.span.rest
     # both at once: the rows are cast for each product
     whole = gradient.along(torch.cat((images, rest), dim=1))
     product, outside = whole[:, : images.shape[1]], whole[:, images.shape[1] :]
     size = frobenius_norm(gradient.rows) * float(images.norm())
-    inside = float(product.norm())
-    if inside * gradient.num_samples <= NO_GRADIENT * size:
+    inside, beside = product.norm(dim=1), outside.norm(dim=1)  # of each output
+    if float(inside.norm()) * gradient.num_samples <= NO_GRADIENT * size:
         return None
-    return GradientOnSpan(product, factor.span.is_faint or float(outside.norm()) > NOISY_LEAK * inside)
+    if weights is not None:
+        inside, beside = inside * weights, beside * weights
+    return GradientOnSpan(product, factor.span.is_faint or float(beside.norm()) > NOISY_LEAK * float(inside.norm()))
 
 
 def gradient_on_span(

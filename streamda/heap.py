@@ -14,9 +14,8 @@ again on the heap, and what the bug below leaves behind is given back between bl
 a tenth of the time of a 135M model, whose backward pass takes 73 MB more so."""
 HEAP_SLACK_BYTES = 192 << 20
 HEAP_ROOM_BYTES = 192 << 20
-"""Most freed memory that a phase keeps from one block to the next, where that leaves it below another phase's peak (with
-a stretched heap, below, it is more). Giving it back and taking it anew was another tenth of the time of a 135M
-model."""
+"""Most freed memory that a phase keeps from one block to the next, where that leaves it below another phase's peak.
+With a stretched heap it is more. Giving it back and taking it anew was another tenth of the time of a 135M model."""
 ROOMY_BLOCK_BYTES, ROOMY_KEPT_BYTES = 32 << 20, 128 << 20
 """Thresholds of the solution where it may keep all of that, which made it a sixth faster for a 13B block, and of all
 phases with a stretched heap. The first is the highest that glibc takes; tiles of statistics are below it."""

@@ -135,7 +135,8 @@ class _Heap:
     def _free_bytes(self) -> float:
         """Pages of the heap that nothing in use lies on, infinite where nobody counts.
 
-        Too little by what is in use and was never touched, a few tensors below the thresholds at most.
+        Too little by what is in use and was never touched, a few tensors below the thresholds at most, and by what is
+        in use on heaps of their own that threads have made before (none in a run by the command line).
         """
         if self._info is None:
             return math.inf

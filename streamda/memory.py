@@ -1,6 +1,6 @@
 """Bytes: sizes as users write them, the budget, and meters of what was really used.
 
-The only module that calls torch's CUDA memory functions or reads the process's memory from the system.
+The only module that calls torch's CUDA memory functions. What the system says of the C heap is in `streamda.heap`.
 """
 
 from __future__ import annotations

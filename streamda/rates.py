@@ -105,7 +105,10 @@ def measure_disk(folder: Path, num_bytes: int = FILE_BYTES) -> tuple[float, floa
         os.fsync(file.fileno())
         write = file.tell() / (time.monotonic() - started)
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        with mmap.mmap(-1, len(chunk)) as memory, closing(_reader(file.fileno())) as reader:
+        with (
+            mmap.mmap(-1, len(chunk)) as memory,
+            closing(FileReader(f"/proc/self/fd/{file.fileno()}", direct=True)) as reader,
+        ):
             started = time.monotonic()
             with memoryview(memory) as view:
                 done = 0
@@ -113,8 +116,3 @@ def measure_disk(folder: Path, num_bytes: int = FILE_BYTES) -> tuple[float, floa
                     done += count
             read = done / (time.monotonic() - started)
     return read, write
-
-
-def _reader(descriptor: int) -> FileReader:
-    """Past the page cache, as a model is read that memory does not hold: the most that the disk gives."""
-    return FileReader(f"/proc/self/fd/{descriptor}", direct=True)

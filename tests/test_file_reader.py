@@ -105,6 +105,14 @@ def test_at_the_end_of_the_file_it_says_how_much_there_was(path: Path, memory: M
         assert reader.read_into(view, 7 * ALIGNMENT, aligned=True) == 0
 
 
+def require_reads_through_the_cache(path: Path, view: memoryview) -> None:
+    """Checks a reader that was asked for direct reads, and has none."""
+    with closing(FileReader(path, direct=True)) as reader:
+        assert not reader.is_direct
+        assert reader.read_into(view, 0, aligned=True) == ALIGNMENT
+    assert bytes(view) == CONTENT[:ALIGNMENT]
+
+
 def test_a_file_system_without_direct_reads_is_no_error(
     path: Path, memory: Memory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,11 +124,7 @@ def test_a_file_system_without_direct_reads_is_no_error(
         return real(file, flags, *more)
 
     monkeypatch.setattr(os, "open", refusing)
-    view = memory(ALIGNMENT)
-    with closing(FileReader(path, direct=True)) as reader:
-        assert not reader.is_direct
-        assert reader.read_into(view, 0, aligned=True) == ALIGNMENT
-    assert bytes(view) == CONTENT[:ALIGNMENT]
+    require_reads_through_the_cache(path, memory(ALIGNMENT))
 
 
 @pytest.mark.parametrize("given", [None, 0, ALIGNMENT])
@@ -171,11 +175,7 @@ def test_a_file_that_is_replaced_while_it_is_opened_is_one_file(
         return real(file, flags, *more)
 
     monkeypatch.setattr(os, "open", replacing)
-    view = memory(ALIGNMENT)
-    with closing(FileReader(path, direct=True)) as reader:
-        assert not reader.is_direct
-        assert reader.read_into(view, 0, aligned=True) == ALIGNMENT
-    assert bytes(view) == CONTENT[:ALIGNMENT]
+    require_reads_through_the_cache(path, memory(ALIGNMENT))
     assert path.read_bytes() == CONTENT[::-1]
 
 

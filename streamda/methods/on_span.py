@@ -158,16 +158,11 @@ def displacement_of_tokens(
         return None if along is None else displacement_on_span(factor, along, displacement, config)
     outside = float(((products @ rest) * rest).sum())
     peak = math.sqrt(float(gram.diagonal().max()))
-    right *= gradient.num_samples / peak
-
-    def times(block: torch.Tensor) -> torch.Tensor:
-        product = gradient.along(right @ block)
-        return product if weights is None else product.mul_(weights[:, None])
-
+    right *= gradient.num_samples / (peak * unit)
     return DisplacementOnSpan(
         scale=unit * size * peak / gradient.num_samples,
         gram=(gram + gram.T) / (2 * peak**2),
-        times=times,
+        times=lambda block: displacement.weigh(gradient.along(right @ block)),
         noisy=factor.span.is_faint or math.sqrt(max(outside, 0.0) / inside) > NOISY_LEAK,
     )
 

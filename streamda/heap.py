@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
+import mmap
 
 import torch
 
@@ -82,18 +84,7 @@ def heap_bytes() -> int:
     Raises:
         OSError: the system does not say.
     """
-    total, is_heap = 0, False
-    with open("/proc/self/smaps", encoding="ascii", errors="replace") as lines:
-        for line in lines:
-            if line.startswith("Anonymous:"):
-                total += is_heap * int(line.split()[1]) * 1024
-            elif line[0] in "0123456789abcdef":  # a mapping; fields begin with capitals
-                was_heap, is_heap = is_heap, line.endswith("[heap]\n")
-                if was_heap and not is_heap:  # it is in one place, near the beginning
-                    break
-    if not total:
-        raise OSError("/proc/self/smaps names no heap")
-    return total
+    return _heap.resident_bytes()
 
 
 class _MallocInfo(ctypes.Structure):
@@ -101,6 +92,20 @@ class _MallocInfo(ctypes.Structure):
 
     _names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
     _fields_ = [(name, ctypes.c_size_t) for name in _names.split()]
+
+
+@functools.cache
+def _heap_start() -> int:
+    """Address of the heap's first page, which stays the same.
+
+    Raises:
+        OSError: the system does not say.
+    """
+    with open("/proc/self/maps", encoding="ascii", errors="replace") as lines:
+        for line in lines:
+            if line.endswith("[heap]\n"):
+                return int(line.split("-")[0], 16)
+    raise OSError("/proc/self/maps names no heap")
 
 
 class _Heap:
@@ -112,6 +117,11 @@ class _Heap:
         self._info = getattr(libc, "mallinfo2", None)  # of 2.33 and later
         if self._info is not None:
             self._info.restype = _MallocInfo
+        self._end, self._resident = getattr(libc, "sbrk", None), getattr(libc, "mincore", None)
+        if self._end is not None:
+            self._end.restype, self._end.argtypes = ctypes.c_void_p, [ctypes.c_ssize_t]
+        if self._resident is not None:
+            self._resident.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
         self._allowed = 0
 
     def set_thresholds(self, large_block_bytes: int, kept_bytes: int) -> None:
@@ -132,6 +142,24 @@ class _Heap:
         if self._trim is not None and not (self._allowed and self._free_bytes() <= self._allowed):
             self._trim(0)
 
+    def resident_bytes(self) -> int:
+        """Bytes of the pages between the heap's two ends that lie in memory.
+
+        The kernel says it page by page: a twentieth of what its sums in /proc/self/smaps take, which were read after
+        each input group and made a 135M model slower by a sixteenth.
+
+        Raises:
+            OSError: the system does not say.
+        """
+        if self._end is None or self._resident is None:
+            raise OSError("the C library does not say where the heap ends")
+        first = _heap_start()
+        num_bytes = int(self._end(0)) - first
+        pages = torch.empty(-(-num_bytes // mmap.PAGESIZE), dtype=torch.uint8)
+        if self._resident(first, num_bytes, pages.data_ptr()):  # another thread has made it smaller since
+            raise OSError("the heap is not where it was")
+        return int(pages.bitwise_and_(1).sum()) * mmap.PAGESIZE  # the other bits may be anything
+
     def _free_bytes(self) -> float:
         """Pages of the heap that nothing in use lies on, infinite where nobody counts.
 
@@ -141,7 +169,7 @@ class _Heap:
         if self._info is None:
             return math.inf
         try:
-            free = heap_bytes() - int(self._info().uordblks)
+            free = self.resident_bytes() - int(self._info().uordblks)
         except OSError:
             return math.inf
         return free if free >= 0 else math.inf  # what is in use lies elsewhere, too

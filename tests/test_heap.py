@@ -122,15 +122,20 @@ small = [torch.ones(1 << 18) for _ in range(40)]
 between = heap_bytes()
 large = torch.ones(1 << 24)
 print((between - before) >> 20, (heap_bytes() - between) >> 20)
+lines = iter(open("/proc/self/smaps"))
+next(line for line in lines if line.endswith("[heap]\\n"))
+in_kernel = next(int(line.split()[1]) for line in lines if line.startswith("Anonymous:"))
+print(abs(heap_bytes() - in_kernel * 1024) >> 20)
 """
 
 
 @pytest.mark.skipif(not COUNTS, reason="the C library is not glibc 2.33 or later")
 def test_the_heap_is_counted_without_large_blocks() -> None:
     shown = subprocess.run([sys.executable, "-c", COUNTING], check=True, capture_output=True, text=True).stdout.split()
-    small, large = map(int, shown)
+    small, large, apart = map(int, shown)
     assert 38 <= small <= 44  # of 40 MB
     assert large <= 2  # of 64 MB
+    assert apart <= 2  # from what the kernel sums up
 
 
 def hidden() -> int:
@@ -146,9 +151,9 @@ def test_where_nobody_counts_all_that_is_free_goes_back(
     monkeypatch.setattr(ours, "_trim", trimmed.append)
     monkeypatch.setattr(ours, "_allowed", 1 << 60)
     if COUNTS:
-        monkeypatch.setattr(heap, "heap_bytes", lambda: 1 << 50)  # more than what is in use, and less than may stay
+        monkeypatch.setattr(ours, "resident_bytes", lambda: 1 << 50)  # more than what is in use, and less than may stay
         ours.release()
         assert trimmed == []
-    monkeypatch.setattr(heap, "heap_bytes", count)
+    monkeypatch.setattr(ours, "resident_bytes", count)
     ours.release()
     assert trimmed == [0]

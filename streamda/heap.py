@@ -19,8 +19,10 @@ HEAP_ROOM_BYTES = 192 << 20
 """Most freed memory that a phase keeps from one block to the next, where that leaves it below another phase's peak.
 With a stretched heap it is more. Giving it back and taking it anew was another tenth of the time of a 135M model."""
 FOUND_AGAIN = 3
-"""Of what is free between two blocks, at most one part in so many is left over by the next. A 135M model's run gave
-110 MB back and took them anew, block after block, because they were a few too many: a twentieth of its time."""
+"""Times what may be left over, which may be free between two blocks: the next one takes most of it again. A 135M
+model's run gave 110 MB back and took them anew, block after block, because they were a few too many: a twentieth of its
+time. A phase that took none of it again would outgrow its plan by twice what may be left over, and never the budget;
+measured, none came near its plan (docs/performance.md)."""
 ROOMY_BLOCK_BYTES, ROOMY_KEPT_BYTES = 32 << 20, 128 << 20
 """Thresholds of the solution where it may keep all of that, which made it a sixth faster for a 13B block, and of all
 phases with a stretched heap. The first is the highest that glibc takes; tiles of statistics are below it."""
@@ -58,8 +60,8 @@ def reuse_heap(device: torch.device, reused_bytes: int, slack_bytes: int, *, lar
 
     Args:
         device: nothing is done for a CUDA device.
-        reused_bytes: of free memory that it may have beside what it needs. Between two blocks more may be free, since
-            the next one takes most of it again.
+        reused_bytes: of free memory that may be left over while a block is computed. Between two blocks up to
+            `FOUND_AGAIN` times as much may be free.
         slack_bytes: of the budget above the phase's planned peak, which holds those.
         large: whether large blocks may be kept as well, if there is `HEAP_ROOM_BYTES` for them. A pass over
             micro-batches takes more: each of them stretches the heap, where an input group gives all of it back.
@@ -73,7 +75,7 @@ def reuse_heap(device: torch.device, reused_bytes: int, slack_bytes: int, *, lar
     else:
         block = kept = LARGE_BLOCK_BYTES
     _heap.set_thresholds(block, kept)
-    # what the next block takes again is in its peak already; that would be all of it, but for the bug above
+    # what the next block takes again is in its peak already; that would be all of it, but for glibc bug 14581
     left = max(reused_bytes, min(FOUND_AGAIN * reused_bytes, HEAP_ROOM_BYTES))
     # what gathers within a block comes on top of what is kept between them
     _heap.allow(min(left, max(0, reused_bytes + slack_bytes - kept)))
@@ -82,15 +84,6 @@ def reuse_heap(device: torch.device, reused_bytes: int, slack_bytes: int, *, lar
 def release() -> None:
     """Gives back what is free, unless the phase may keep it."""
     _heap.release()
-
-
-def heap_bytes() -> int:
-    """Resident memory of this process's C heap, without the large blocks that are mapped one by one.
-
-    Raises:
-        OSError: the system does not say.
-    """
-    return _heap.resident_bytes()
 
 
 class _MallocInfo(ctypes.Structure):
@@ -115,7 +108,7 @@ def _heap_start() -> int:
 
 
 class _Heap:
-    """The C heap, of which a process has one. Everything here does nothing where the C library is not glibc."""
+    """The C heap, of which a process has one. Without glibc only `resident_bytes` does anything, or raises."""
 
     def __init__(self) -> None:
         libc = ctypes.CDLL(None)
@@ -149,7 +142,7 @@ class _Heap:
             self._trim(0)
 
     def resident_bytes(self) -> int:
-        """Bytes of the pages between the heap's two ends that lie in memory.
+        """Memory of the heap, without the large blocks that are mapped one by one.
 
         The kernel says it page by page: a twentieth of what its sums in /proc/self/smaps take, which were read after
         each input group and made a 135M model slower by a sixteenth.
@@ -161,10 +154,14 @@ class _Heap:
             raise OSError("the C library does not say where the heap ends")
         first = _heap_start()
         num_bytes = int(self._end(0)) - first
-        pages = torch.empty(-(-num_bytes // mmap.PAGESIZE), dtype=torch.uint8)
-        if self._resident(first, num_bytes, pages.data_ptr()):  # another thread has made it smaller since
+        if num_bytes <= 0:
             raise OSError("the heap is not where it was")
-        return int(pages.bitwise_and_(1).sum()) * mmap.PAGESIZE  # the other bits may be anything
+        pages = torch.empty(-(-num_bytes // mmap.PAGESIZE), dtype=torch.uint8, device="cpu")
+        if self._resident(first, num_bytes, pages.data_ptr()):
+            # another thread has made the heap smaller since, or a sandbox forbids the question
+            raise OSError("the system does not say which pages of the heap lie in memory")
+        # the other bits may be anything; a sum would be one of 64-bit copies
+        return int(torch.count_nonzero(pages.bitwise_and_(1))) * mmap.PAGESIZE
 
     def _free_bytes(self) -> float:
         """Pages of the heap that nothing in use lies on, infinite where nobody counts.

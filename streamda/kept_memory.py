@@ -1,6 +1,7 @@
 """What a CPU run keeps of the memory that it frees, to take it again, for its speed alone.
 
-All of it lies below the peak of the run but what the heap is stretched by, where the budget has room for that.
+All that may be left over lies below the peak of the run but what the heap is stretched by, where the budget has room
+for that. Between two blocks more may be free, which the next one takes again (`streamda.heap.FOUND_AGAIN`).
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def spare_bytes(workload: Workload, peaks: Mapping[str, int], keep_stored: bool)
 
 
 def room_bytes(peaks: Mapping[str, int], stretch: int) -> dict[str, int]:
-    """What the heap may keep by phase: as much as leaves the phase below the highest of them.
+    """What may be left over on the heap by phase: as much as leaves the phase below the highest of them.
 
     Args:
         peaks: by phase, with nothing kept but what the heap is stretched by.

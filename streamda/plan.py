@@ -67,7 +67,7 @@ class Plan:
     peaks: dict[str, int]
     """Predicted peak in bytes by phase, with what it may keep of the memory that it frees."""
     reused: dict[str, int]
-    """Bytes by phase of freed memory that is kept there to be used again: in its peak, where activations are not."""
+    """Bytes by phase of freed memory that may be left over there: in its peak, where activations are not."""
     disk_bytes: int
     """Predicted peak of the work directory."""
     weight_bytes_read: int

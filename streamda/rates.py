@@ -20,8 +20,8 @@ from streamda.file_reader import FileReader
 from streamda.products import ONEDNN, linear, product_library
 
 GEMM_SECONDS = 0.15
-"""Spent per precision at least. The first products start threads and pick kernels; much less measures
-them, and more shows in a run of half a minute."""
+"""Spent per precision at least. The first products start threads and pick kernels; much less would
+measure that, and more shows in a run of half a minute."""
 FILE_BYTES = 128 << 20
 """Written and read back. Less would measure a disk's latencies and caches, more takes longer than it is worth."""
 DISK_SECONDS = 1.0

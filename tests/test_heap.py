@@ -7,6 +7,7 @@ measured (docs/performance.md).
 from __future__ import annotations
 
 import ctypes
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -116,14 +117,21 @@ def test_freed_memory_stays_where_a_phase_may_keep_as_much(allowed: int, stays: 
 
 COUNTING = """
 import torch
-from streamda.heap import bound_allocator, heap_bytes
+from streamda import heap
+from streamda.heap import bound_allocator
 
+heap_bytes = heap._heap.resident_bytes
 bound_allocator(torch.device("cpu"), 8 << 20)
 before = heap_bytes()
 small = [torch.ones(1 << 18) for _ in range(40)]
 between = heap_bytes()
 large = torch.ones(1 << 24)
 print((between - before) >> 20, (heap_bytes() - between) >> 20)
+last = torch.ones(1 << 18)  # keeps the heap's end where it is
+full = heap_bytes()
+small.clear()
+heap.release()
+print((full - heap_bytes()) >> 20)
 lines = iter(open("/proc/self/smaps"))
 next(line for line in lines if line.endswith("[heap]\\n"))
 in_kernel = next(int(line.split()[1]) for line in lines if line.startswith("Anonymous:"))
@@ -134,9 +142,10 @@ print(abs(heap_bytes() - in_kernel * 1024) >> 20)
 @pytest.mark.skipif(not COUNTS, reason="the C library is not glibc 2.33 or later")
 def test_the_heap_is_counted_without_large_blocks() -> None:
     shown = subprocess.run([sys.executable, "-c", COUNTING], check=True, capture_output=True, text=True).stdout.split()
-    small, large, apart = map(int, shown)
+    small, large, gone, apart = map(int, shown)
     assert 38 <= small <= 44  # of 40 MB
     assert large <= 2  # of 64 MB
+    assert 38 <= gone <= 44  # of 40 MB that were given back below the heap's end
     assert apart <= 2  # from what the kernel sums up
 
 
@@ -159,3 +168,21 @@ def test_where_nobody_counts_all_that_is_free_goes_back(
     monkeypatch.setattr(ours, "resident_bytes", count)
     ours.release()
     assert trimmed == [0]
+
+
+@pytest.mark.parametrize("missing", ["end", "resident", "refused", "start"])
+def test_what_the_system_does_not_say_is_an_os_error(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    ours = heap._Heap()
+    if missing == "start":
+
+        def start() -> int:
+            raise FileNotFoundError("no heap is named")
+
+        monkeypatch.setattr(heap, "_heap_start", start)
+    elif missing == "refused":
+        monkeypatch.setattr(ours, "_resident", lambda *_: -1)
+    else:
+        monkeypatch.setattr(ours, f"_{missing}", None)
+    with pytest.raises(OSError, match="heap"):
+        ours.resident_bytes()
+    assert ours._free_bytes() == math.inf

@@ -21,8 +21,8 @@ With a stretched heap it is more. Giving it back and taking it anew was another 
 FOUND_AGAIN = 3
 """Times what may be left over, which may be free between two blocks: the next one takes most of it again. A 135M
 model's run gave 110 MB back and took them anew, block after block, because they were a few too many: a twentieth of its
-time. A phase that took none of it again would outgrow its plan by twice what may be left over, and never the budget;
-measured, none came near its plan (docs/performance.md)."""
+time. A phase that took none of it again would outgrow its plan by twice what may be left over, and never the budget; of
+those measured none was above its plan (docs/performance.md)."""
 ROOMY_BLOCK_BYTES, ROOMY_KEPT_BYTES = 32 << 20, 128 << 20
 """Thresholds of the solution where it may keep all of that, which made it a sixth faster for a 13B block, and of all
 phases with a stretched heap. The first is the highest that glibc takes; tiles of statistics are below it."""

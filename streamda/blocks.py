@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -44,9 +44,11 @@ class BlockCall:
     kwargs: dict[str, Any]
     hidden_is_positional: bool
 
-    def run(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states [batch, tokens, hidden] in and out, whether the block returns a tensor or a tuple."""
-        with in_model(hidden.device):
+    def run(
+        self, block: nn.Module, hidden: torch.Tensor, watch: AbstractContextManager[object] | None = None
+    ) -> torch.Tensor:
+        """Hidden states [batch, tokens, hidden] in and out, in tensors or tuples; `watch` is entered around it."""
+        with in_model(hidden.device), watch or nullcontext():
             if self.hidden_is_positional:
                 output = block(hidden, *self.args, **self.kwargs)
             else:

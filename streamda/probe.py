@@ -117,8 +117,9 @@ def _run_on_fakes(
         )
         hidden = torch.zeros(shape, dtype=run_dtype, device=device, requires_grad=True)
         hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: nothing)
-        with torch.enable_grad(), hooks, ResultWatch(plain_linears(twin)) as watch:
-            output = twin_call.run(twin, hidden)
+        watch = ResultWatch(plain_linears(twin))
+        with torch.enable_grad(), hooks:
+            output = twin_call.run(twin, hidden, watch)
         unread = watch.unread(output)
         keep(hidden)
         keep(output)

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._C import _len_torch_function_stack
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
@@ -53,21 +54,21 @@ class ResultWatch(TorchFunctionMode):
         self._with_gradients = True
         self._called: set[str] = set()
         self._read: set[str] = set()
-        self._hooks = ExitStack()
+        self._entered = ExitStack()
+        self._depth = 0
 
     def __enter__(self) -> ResultWatch:
         for name, module in self._linears.items():
             hook = module.register_forward_hook(partial(self._note, name), prepend=True)
-            self._hooks.callback(hook.remove)
+            self._entered.callback(hook.remove)
         self._with_gradients = torch.is_grad_enabled()
-        super().__enter__()  # type: ignore[no-untyped-call]  # torch has no types for it
+        self._depth = _len_torch_function_stack()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]  # nor for this
-        self._hooks.close()
+        self._entered.close()
 
     def unread(self, output: torch.Tensor) -> frozenset[str]:
         """Layers that were called once, and whose results were only added up to `output`."""
@@ -78,7 +79,11 @@ class ResultWatch(TorchFunctionMode):
         return found[1] if found is not None and found[0]() is tensor else frozenset()
 
     def _note(self, name: str, _module: nn.Module, _args: Any, result: torch.Tensor) -> None:
-        if name in self._called:
+        if not self._called:  # most of a block comes before, and each of its functions would pass here
+            super().__enter__()  # type: ignore[no-untyped-call]  # torch has no types for it
+            self._entered.callback(super().__exit__, None, None, None)
+        # within another mode, whose end would be taken for that of this one, nothing can be told
+        if name in self._called or _len_torch_function_stack() != self._depth + 1:
             self._read.add(name)
         self._called.add(name)
         self._terms[id(result)] = weakref.ref(result), frozenset((name,))
@@ -92,8 +97,6 @@ class ResultWatch(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if not self._terms:  # most of a block comes before
-            return result
         operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         names = frozenset[str]().union(*map(self._terms_of, operands))
         if names and not _is_question(func):
@@ -148,8 +151,8 @@ class Replayed:
         """
         if not self._linears:
             return call.run(self._block, hidden)
-        with ResultWatch(self._linears) as watch:
-            output = call.run(self._block, hidden)
+        watch = ResultWatch(self._linears)
+        output = call.run(self._block, hidden, watch)
         for name in self._linears.keys() - watch.unread(output):
             raise ModelError(
                 f"the result of {name} is not only added up to what its block returns, though it was when planned; "

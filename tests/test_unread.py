@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._C import _len_torch_function_stack
 from torch.overrides import TorchFunctionMode
 
 import streamda
@@ -105,8 +106,8 @@ READ: dict[str, Combine] = {
 
 
 def watched(block: nn.Module) -> frozenset[str]:
-    with ResultWatch(plain_linears(block)) as watch:
-        output = CALL.run(block, torch.ones(2, 3, 8, requires_grad=True))
+    watch = ResultWatch(plain_linears(block))
+    output = CALL.run(block, torch.ones(2, 3, 8, requires_grad=True), watch)
     return watch.unread(output)
 
 
@@ -211,3 +212,17 @@ def test_a_result_that_is_read_after_all_is_an_error_and_no_wrong_gradient() -> 
         replayed.run(CALL, torch.ones(1, 2, 8, requires_grad=True))
     with torch.no_grad():
         assert block(torch.ones(1, 2, 8)).shape == (1, 2, 8)
+
+
+class Within(Mlp):
+    """Calls a layer within a mode of its own, as some models do to make tensors on a device."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        with torch.device("cpu"):
+            result = self.down(F.silu(self.up(hidden)))
+        return hidden + result
+
+
+def test_nothing_is_said_of_a_layer_that_is_called_within_another_mode() -> None:
+    assert watched(Within(added)) == frozenset()
+    assert _len_torch_function_stack() == 0

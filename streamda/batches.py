@@ -112,6 +112,8 @@ class Batch:
     """[batch, tokens], padding included."""
     moment_rows: torch.Tensor | None
     """Rows that enter the second moments; None for all of them."""
+    leaves_out_padding: bool
+    """Whether the other rows are all padding: no loss hangs on that, and its output gradients are zero."""
     ids: tuple[torch.Tensor, ...]
     """Per sample, [tokens] int64, on the host."""
     labels: tuple[torch.Tensor, ...]
@@ -168,6 +170,7 @@ def collate(
     return Batch(
         samples=tuple(range(len(ids)) if samples is None else samples),
         shape=shape,
+        leaves_out_padding=token_mask == "attention",
         moment_rows=None if bool(chosen.all()) else chosen.flatten().nonzero()[:, 0].to(device),
         ids=tuple(ids),
         labels=tuple(labels),

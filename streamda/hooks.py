@@ -128,7 +128,7 @@ class PanelCollector:
                 place = places[-1]
             if (gradients or outputs) and output.requires_grad:
                 output.register_hook(  # type: ignore[no-untyped-call]  # torch has no types for it
-                    lambda g: self._add_output(gradients, outputs, x, g, rows, place)
+                    lambda g: self._add_output(gradients, outputs, x, g, rows, place, batch.leaves_out_padding)
                 )
 
         return hook
@@ -174,18 +174,17 @@ class PanelCollector:
         g: torch.Tensor,
         rows: torch.Tensor | None,
         place: slice | None,
+        with_zeros: bool,
     ) -> None:
         flat_x = x.reshape(-1, x.shape[-1])  # [tokens, d_in]
         flat_g = g.detach().reshape(-1, g.shape[-1])  # [tokens, d_out]
         for panel in gradients:
             add_gradient_(self.totals[panel], flat_x, flat_g[:, panel.start : panel.stop])
-        if outputs:
-            chosen = flat_g if rows is None else flat_g[rows]
-            for panel in outputs:
-                if panel.statistic == "output_moment":
-                    add_output_moment_(self.totals[panel], chosen)
-                else:
-                    self._keep_rows(panel, chosen, place)  # others are zero: nothing hangs on padding
+        for panel in outputs:
+            if panel.statistic == "output_moment":
+                add_output_moment_(self.totals[panel], flat_g if with_zeros or rows is None else flat_g[rows])
+            else:
+                self._keep_rows(panel, flat_g if rows is None else flat_g[rows], place)
 
     def _keep_rows(self, panel: Panel, rows: torch.Tensor, place: slice | None) -> None:
         """Copies what a panel holds of the rows at a place among its group's."""

@@ -106,6 +106,7 @@ def test_rows_and_weights_are_those_of_a_naive_loop(token_mask: TokenMask, seed:
                 weights.append(1 / len(predicting))
     assert input_ids.shape == batch.shape == (count, length)
     assert batch.num_rows == count * length
+    assert batch.leaves_out_padding == (token_mask == "attention")
     if batch.moment_rows is None:
         assert moment_rows == list(range(count * length))
     else:

@@ -50,7 +50,7 @@ from streamda.timeline import Timeline
 from streamda.trace import write_profile
 from streamda.workers import settle_threads
 
-MEASURED_RUN_SECONDS = 10.0
+MEASURED_RUN_SECONDS = 60.0
 """A run that was shorter is not held against the machine's rates unless asked for: measuring them takes a second."""
 
 

@@ -147,6 +147,8 @@ def make_plan(
         plan = plan_at(workload, keep_stored)
         if plan is not None and (best is None or plan.num_replays < best.num_replays):
             best = plan
+            if max(map(len, plan.replays), default=0) <= 1:
+                break  # fewer there cannot be, and smaller micro-batches are slower
     if best is not None:
         ahead = plan_at(workload_at(best.micro_batch_tokens), best.keep_stored, prefetch=True)
         if ahead is not None and ahead.num_replays == best.num_replays:

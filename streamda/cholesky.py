@@ -121,6 +121,25 @@ def solve(bands: Bands, rhs: torch.Tensor) -> torch.Tensor:
     return x.T
 
 
+def inverse(band: torch.Tensor) -> torch.Tensor:
+    """``Z^-1`` of a factor that is one band [n, n], all of it: one product then solves, where `solve` takes a dozen.
+
+    Of all that is multiplied half is not computed, as in the factorization.
+    """
+    triangle = band.tril()  # becomes L^-1, block row by block row; of its diagonal blocks it is that already
+    blocks = list(diagonal_blocks(band))
+    for rows, columns in blocks[1:]:
+        left = slice(0, columns.start)
+        triangle[rows, left] = -(triangle[rows, columns] @ (triangle[rows, left] @ triangle[left, left]))
+    result = torch.empty_like(triangle)
+    for rows, columns in blocks:
+        below = triangle[rows.start :]  # above there are zeros
+        product = below[:, columns].T @ below[:, : columns.stop]
+        result[rows, : columns.stop] = product
+        result[: columns.stop, columns] = product.T
+    return result
+
+
 def multiply(bands: Bands, block: torch.Tensor) -> torch.Tensor:
     """``Z block`` for ``Z = L L^T``, block by block so that no copy of L without its upper part is made.
 

@@ -12,6 +12,7 @@ Inside, vectors are rows [k, n]: products of a large matrix with few vectors are
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -30,6 +31,10 @@ DEPENDENT = 1e-13
 PLAIN_STEPS = 24
 """Steps before the preconditioner joins in. Where the operator separates its eigenvalues at all it is done by then, and
 the preconditioned half of each block would be wasted."""
+FASTEST_STEP, MOST_UNSEEN = 100, 4
+"""By what a step shrinks residuals at most, and steps from one look at them to the next at most. For a small operator
+the eigenproblem of the basis takes as long as a step itself. Of layers of a 135M model the largest factor was 60, but
+for a first step; a larger one costs a step more than there need be."""
 ROTATED_COLUMNS = 2048
 """Columns of the basis rotated at a time: or there would be a second basis for a moment."""
 MAX_BASIS_VECTORS = 30 * 16
@@ -78,45 +83,46 @@ def largest_eigenpairs(
         max_steps: operator applications at most, each to a block.
     """
     size = start.shape[0]
-    precision = torch.finfo(start.dtype)
     first = _orthonormal(start.T.contiguous(), None)
     width = first.shape[0]
     limit = basis_limit(size, width)
     basis, images = _Rows(first, limit), _Rows(apply(first.T).T, limit)
     ritz = basis.all @ images.all.T
+    look_at = 1
     for step in range(1, max_steps + 1):
-        theta, rotation = torch.linalg.eigh((ritz + ritz.T) / 2)  # ascending
-        theta, rotation = theta.flip(0), rotation.flip(1).T
-        magnitude = max(float(theta.abs().max()), precision.tiny)
-        kept = min(width, theta.numel())
-        vectors = rotation[:kept] @ basis.all
-        residuals = rotation[:kept] @ images.all - vectors * theta[:kept, None]
-        worst = float(residuals[:rank].norm(dim=1).max())
-        exhausted = basis.count == size
-        gap = float(theta[rank - 1] - theta[rank]) if theta.numel() > rank else float("inf")
-        # below the rounding of the products themselves no further step can help
-        converged = exhausted or worst <= gap_tolerance * gap or worst <= 64 * precision.eps * magnitude
-        extra = precondition if step > PLAIN_STEPS else None
-        block = None if converged else _expansion(residuals, basis.all, extra)
-        if converged or block is None or step == max_steps:
-            return EigenSolution(
-                values=theta[:rank],
-                vectors=canonical_signs(vectors[:rank].T),
-                next_value=float(theta[rank]) if theta.numel() > rank else float("-inf"),
-                residual=worst / magnitude,
-                steps=step,
-                # a basis that cannot grow is an invariant subspace: what it holds is exact
-                converged=converged or block is None,
-            )
-        if basis.count + block.shape[0] > limit:
-            kept = limit // 2  # a thin restart forgets what took many steps to find
-            basis.rotate(rotation[:kept])
-            images.rotate(rotation[:kept])
-            block = _orthonormal(block, basis.all)
-            ritz = basis.all @ images.all.T
+        # what the last images add to the basis is what residuals span; these cost a look at the whole basis
+        block = _expansion(images.last, basis.all, None) if step < look_at else None
+        if block is None:
+            look = _look(basis, images, ritz, width, rank)
+            # below the rounding of the products themselves no further step can help
+            enough = max(gap_tolerance * look.gap, 64 * torch.finfo(start.dtype).eps * look.magnitude)
+            converged = basis.count == size or look.worst <= enough
+            extra = precondition if step > PLAIN_STEPS else None
+            block = None if converged else _expansion(look.residuals, basis.all, extra)
+            if converged or block is None or step == max_steps:
+                return EigenSolution(
+                    values=look.values[:rank],
+                    vectors=canonical_signs(look.vectors[:rank].T),
+                    next_value=float(look.values[rank]) if look.values.numel() > rank else float("-inf"),
+                    residual=look.worst / look.magnitude,
+                    steps=step,
+                    # a basis that cannot grow is an invariant subspace: what it holds is exact
+                    converged=converged or block is None,
+                )
+            if basis.count + block.shape[0] > limit:
+                kept = limit // 2  # a thin restart forgets what took many steps to find
+                basis.rotate(look.rotation[:kept])
+                images.rotate(look.rotation[:kept])
+                block = _orthonormal(block, basis.all)
+                ritz = basis.all @ images.all.T
+            # the preconditioner takes residuals, and a restart the vectors that were seen
+            most = min(MOST_UNSEEN, PLAIN_STEPS + 1 - step, (limit - basis.count) // width, max_steps - step)
+            look_at = step + 1
+            while look_at < step + most and look.worst > enough * FASTEST_STEP ** (look_at - step):
+                look_at += 1
         basis.append(block)
         images.append(apply(block.T).T)
-        ritz = _bordered(ritz, basis.all @ images.all[-block.shape[0] :].T)
+        ritz = _bordered(ritz, basis.all @ images.last.T)
     raise AssertionError("unreachable: the last step returns")
 
 
@@ -124,6 +130,51 @@ def basis_limit(size: int, width: int) -> int:
     """Room for vectors in the basis, for blocks of `width`."""
     # two blocks more: one that overflows is seen before it is added
     return min(size, max(MAX_BASIS_VECTORS, 20 * width)) + 2 * width
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """Ritz pairs of a basis, largest first."""
+
+    values: torch.Tensor
+    """All of them, [count]."""
+    rotation: torch.Tensor
+    """[count, count], as rows along the basis."""
+    vectors: torch.Tensor
+    """[width, n], those of the largest values."""
+    residuals: torch.Tensor
+    """[width, n] of these."""
+    worst: float
+    """Largest norm of a wanted one."""
+    gap: float
+    """Between the last wanted value and the next; infinite where there is none."""
+    magnitude: float
+    """Largest magnitude of a value, never zero."""
+
+
+def _look(basis: _Rows, images: _Rows, ritz: torch.Tensor, width: int, rank: int) -> _Look:
+    """Rayleigh-Ritz.
+
+    Args:
+        basis: orthonormal.
+        images: of the basis.
+        ritz: products of one with the other.
+        width: vectors of a block.
+        rank: of them that are wanted.
+    """
+    theta, rotation = torch.linalg.eigh((ritz + ritz.T) / 2)  # ascending
+    theta, rotation = theta.flip(0), rotation.flip(1).T
+    vectors = rotation[:width] @ basis.all
+    residuals = rotation[:width] @ images.all - vectors * theta[:width, None]
+    return _Look(
+        values=theta,
+        rotation=rotation,
+        vectors=vectors,
+        residuals=residuals,
+        worst=float(residuals[:rank].norm(dim=1).max()),
+        gap=float(theta[rank - 1] - theta[rank]) if theta.numel() > rank else math.inf,
+        magnitude=max(float(theta.abs().max()), torch.finfo(theta.dtype).tiny),
+    )
 
 
 def _bordered(symmetric: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
@@ -137,7 +188,7 @@ class _Rows:
 
     def __init__(self, first: torch.Tensor, limit: int) -> None:
         self._rows = first.new_empty(limit, first.shape[1])
-        self.count = 0
+        self.count, self._last = 0, 0
         self.append(first)
 
     @property
@@ -145,8 +196,14 @@ class _Rows:
         """All vectors, as a view."""
         return self._rows[: self.count]
 
+    @property
+    def last(self) -> torch.Tensor:
+        """The vectors that were added last, as a view."""
+        return self._rows[self.count - self._last : self.count]
+
     def append(self, block: torch.Tensor) -> None:
         """Adds vectors [k, n]."""
+        self._last = block.shape[0]
         self._rows[self.count : self.count + block.shape[0]] = block
         self.count += block.shape[0]
 

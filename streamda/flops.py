@@ -8,17 +8,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from streamda.costs import Workload
-from streamda.eigen import guard_vectors
+from streamda.eigen import GUARD_VECTORS, guard_vectors
 from streamda.low_rank import extra_vectors
 from streamda.panels import Replay
 from streamda.products import TRIANGLE_ROWS
-from streamda.solve_plan import few_tokens, needs_basis
+from streamda.solve_bytes import INVERTED_SIZE, STEPWISE_SIZE, few_tokens
+from streamda.solve_plan import needs_basis
 
 EIGEN_STEPS = 8
 """Steps of the eigensolver per layer, for the estimate of its work. The report has the true number of each layer."""
 
-SVD_FLOPS, EIGH_FLOPS = 22, 12
-"""Times n^3, as textbooks count: singular values and vectors; eigenvalues of one matrix and eigenpairs of another."""
+SVD_FLOPS, EIGH_FLOPS = 22, 9
+"""Times n^3, as textbooks count: singular values and vectors; eigenvalues and vectors."""
 
 
 def count_flops(
@@ -72,10 +73,10 @@ def count_flops(
 
 def _span_flops(d_in: int, widths: Sequence[int], rank: int, tokens: int) -> int:
     """Of an input group with rows for its statistics, all in float64."""
-    # the products of its rows with themselves, and of each layer's; the eigenvectors that are kept, along both; small
-    # matrices: eigenproblems, and two products per layer
+    # the products of its rows with themselves, and of each layer's; the eigenvectors that are kept, along both
     rows = _symmetric(tokens) * (d_in + sum(widths)) + 2 * tokens * rank * sum(d_in + width for width in widths)
-    return rows + (EIGH_FLOPS * (1 + len(widths)) + 4 * len(widths)) * tokens**3
+    # small matrices: two eigenproblems, and two products per layer, whose own eigenproblem is solved step by step
+    return rows + (2 * EIGH_FLOPS + 4 * len(widths)) * tokens**3 + len(widths) * _on_span_flops(tokens, rank)
 
 
 def _basis_flops(d_in: int, widths: Sequence[int], rank: int, tokens: int) -> tuple[int, int]:
@@ -94,6 +95,13 @@ def _krylov_flops(size: int, widths: Sequence[int], rank: int) -> int:
     return EIGEN_STEPS * min(size, rank + guard_vectors(size)) * per_vector
 
 
+def _on_span_flops(tokens: int, rank: int) -> int:
+    """Of a layer's own eigenproblem on the span of few tokens."""
+    if tokens < STEPWISE_SIZE:
+        return EIGH_FLOPS * tokens**3
+    return EIGEN_STEPS * (rank + GUARD_VECTORS) * 2 * tokens**2
+
+
 def _symmetric(size: int) -> int:
     """Per term of a symmetric product, of which nothing is computed to the right of blocks on the diagonal."""
     return size * min(2 * size, size + TRIANGLE_ROWS)
@@ -107,5 +115,8 @@ def _solve_flops(d_in: int, widths: Sequence[int], rank: int, num_tokens: int) -
         single = 2 * d_in**2 * wide + 4 * d_in * wide**2 + sum(2 * d_in * d_out * num_tokens for d_out in widths)
         # the second product, a basis again, an SVD; per layer what its gradient makes, eigenvalues and eigenvectors
         shared = 2 * d_in**2 * wide + 4 * d_in * wide**2 + SVD_FLOPS * num_tokens**3
-        return shared + sum(d_out * _symmetric(num_tokens) + EIGH_FLOPS * num_tokens**3 for d_out in widths), single
-    return d_in**3 // 3 + _krylov_flops(d_in, widths, rank), 0
+        return shared + sum(
+            d_out * _symmetric(num_tokens) + _on_span_flops(num_tokens, rank) for d_out in widths
+        ), single
+    inverse = d_in**3 if d_in <= INVERTED_SIZE else 0
+    return d_in**3 // 3 + inverse + _krylov_flops(d_in, widths, rank), 0

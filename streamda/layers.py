@@ -53,6 +53,8 @@ class InputGroup:
     d_in: int
     token_rows: int = 0
     """Tokens, at most, whose inputs and output gradients are kept as they are; 0 where their products are summed up."""
+    min_tokens: int = 0
+    """Tokens that its layers see in any case; 0 where nobody knows, as of routed ones and of statistics on disk."""
 
     @property
     def name(self) -> str:

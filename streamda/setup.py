@@ -32,7 +32,7 @@ from streamda.skeleton import build_skeleton, load_config, third_party
 from streamda.token_counts import makes_sums, rank_deficient
 from streamda.workload import WorkloadModel, micro_batch_candidates
 
-STATISTICS_VERSION = 4
+STATISTICS_VERSION = 5
 """Raised with every change that gives a block other statistics from the same model and samples."""
 NUMERIC_LIBRARIES = ("torch", "transformers", "numpy", "zarr", "numcodecs")
 """Libraries whose version may decide the last bits of the statistics."""
@@ -190,7 +190,8 @@ def prepare(config: RunConfig, *, weights: bool, solves: bool = True) -> Prepare
     lengths = [sample.num_tokens for sample in calibration.samples]
     if checkpoint is not None:  # a configuration may say another dtype than the files have
         stored_bytes = checkpoint.map.stored_itemsize
-    work = WorkloadModel(stack, targets, lengths, num_labels, stored_bytes)
+    sure = 0 if config.skip_bad_samples else num_labels
+    work = WorkloadModel(stack, targets, lengths, num_labels, stored_bytes, min_tokens=sure)
     notices = [*bounded, *source.notices, *(checkpoint.map.notices if checkpoint is not None else ())]
     if calibration.is_shipped:
         notices.append(

@@ -14,40 +14,29 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from streamda.cholesky import MAX_BLOCK_ROWS
-from streamda.eigen import basis_limit, guard_vectors
 from streamda.errors import BudgetError
 from streamda.gram_schmidt import BLOCK_TOKENS
 from streamda.layers import BlockSpec
-from streamda.low_rank import extra_vectors
 from streamda.memory import format_size
 from streamda.panels import FLOAT32_BYTES, PANEL_ROWS, statistics_bytes
-from streamda.token_span import CHUNK_COLUMNS
+from streamda.solve_bytes import (
+    FLOAT64_BYTES,
+    band_bytes,
+    chunk_rows,
+    column_bytes,
+    few_tokens,
+    few_tokens_bytes,
+    krylov_bytes,
+    token_rows_bytes,
+)
 
 WORKSPACE_BYTES = 64 << 20
 """What a run takes beside its tensors: interpreter objects, kernels and buffers of the matrix libraries, buffers of the
 tensor reader and of the statistics writer. Measured on CPU, see tests/test_memory_bound.py."""
-FLOAT64_BYTES = 8
-THIN_BLOCKS = 4
-"""Blocks of vectors that an application of the operator holds beside the basis and the images of that."""
-RESIDUAL_BLOCKS = 12
-"""Blocks of rank + guard vectors while new directions are made of residuals."""
-RITZ_MATRICES = 6
-"""Square matrices of the basis's size: the projected operator, its eigenvectors, and LAPACK's workspace."""
-SPAN_MATRICES = 12
-"""Square matrices of the number of tokens, where their rows stand for the statistics: products, eigenvectors, what they
-make of each other, and LAPACK's workspace."""
-CHUNK_BYTES = 64 << 20
-"""Of a float32 gradient that is in float64 at a time."""
-MIN_CHUNK_ROWS = 256
 TILE_COPIES, HELD_TILE_COPIES = 6, 3
 """Float32 copies of a tile that are there while two are read at a time: the reader's two, and two of each in Zarr, as
 they lie in the file and decompressed. From memory, the reader's two and what it compares of a diagonal one."""
 
-FEW_TOKENS = 1024
-"""Rows that the small eigenproblem may have: dense, it costs the cube of them."""
-FEW_ENTRIES = 1 << 24
-"""And entries of its span: what it needs then hardly exceeds what the Cholesky factor needs."""
 ROWS_PER_INPUT = 1.5
 """Tokens for each input, below which a layer is solved from their rows: with hardly more tokens than inputs the
 smallest eigenvalues of a moment are below the rounding of a float32 sum. Adapters of SmolLM2 from sums were off by 0.9
@@ -101,14 +90,6 @@ class BesideStatistics:
     """Bytes that its peak is higher for it."""
 
 
-def few_tokens(d_in: int) -> int:
-    """Most tokens for which a layer is solved on the span of its inputs: fewer than inputs, or there would be no gain.
-
-    Decided by the shape only, never by the budget.
-    """
-    return min(FEW_TOKENS, d_in - 1, FEW_ENTRIES // d_in)
-
-
 def keeps_rows(num_tokens: int, d_in: int, widths: Sequence[int]) -> bool:
     """Whether rows of inputs and output gradients stand for the sums of their products, in a run that keeps no sums.
 
@@ -134,14 +115,6 @@ def needs_basis(d_in: int, token_rows: int) -> bool:
     return token_rows > few_tokens(d_in)
 
 
-def band_bytes(d_in: int) -> list[int]:
-    """Float64 bytes of each band of a lower triangle."""
-    return [
-        FLOAT64_BYTES * (min(start + PANEL_ROWS, d_in) - start) * min(start + PANEL_ROWS, d_in)
-        for start in range(0, d_in, PANEL_ROWS)
-    ]
-
-
 def solve_layout(
     d_in: int,
     d_out: int,
@@ -150,6 +123,7 @@ def solve_layout(
     num_tokens: int | None = None,
     tile_copies: int = TILE_COPIES,
     token_rows: int = 0,
+    min_tokens: int = 0,
 ) -> SolveLayout:
     """The fastest layout that fits, or the smallest one where none does.
 
@@ -161,9 +135,10 @@ def solve_layout(
         num_tokens: that the statistics are summed over, at most. Few of them need no Cholesky factor.
         tile_copies: of a tile of the statistics while they are read.
         token_rows: that stand for the statistics; 0 for sums.
+        min_tokens: that they are of, at least. Where there may be few, those are provided for.
     """
     if token_rows and not needs_basis(d_in, token_rows):
-        return SolveLayout(0, "float32", _token_rows_bytes(d_in, d_out, token_rows), 0)
+        return SolveLayout(0, "float32", token_rows_bytes(d_in, d_out, token_rows), 0)
     sizes = band_bytes(min(token_rows or d_in, d_in))
     whole = len(sizes)
     forms: tuple[GradientForm, ...] = ("float64", "float32", "streamed")
@@ -177,7 +152,8 @@ def solve_layout(
         bases = [(whole, form, True) for form in forms[:2]] + [(count, form, False) for count, form in choices]
         layouts = [_basis_layout(token_rows, d_in, d_out, rank, each, tiles) for each in bases]
     else:
-        layouts = [_layout(d_in, d_out, rank, sizes, count, form, tiles) for count, form in choices]
+        may_be_few = min_tokens <= few_tokens(d_in)
+        layouts = [_layout(d_in, d_out, rank, sizes, each, tiles, may_be_few) for each in choices]
     fitting = (each for each in layouts if capacity_bytes is None or each.num_bytes <= capacity_bytes)
     return next(fitting, min(layouts, key=lambda each: each.num_bytes))
 
@@ -191,13 +167,16 @@ def solve_layouts(
 ) -> list[SolveLayout]:
     """How each kind of input group is solved; none where the rank is 0 and nothing is."""
     kinds = {
-        (group.d_in, max(spec.linear(name).d_out for name in group.modules), group.token_rows)
+        (group.d_in, max(spec.linear(name).d_out for name in group.modules), group.token_rows, group.min_tokens)
         for spec in specs
         for group in spec.groups
     }
     if not rank:
         return []
-    return [solve_layout(d_in, d_out, rank, capacity, num_tokens, tile_copies, rows) for d_in, d_out, rows in kinds]
+    return [
+        solve_layout(d_in, d_out, rank, capacity, num_tokens, tile_copies, rows, least)
+        for d_in, d_out, rows, least in kinds
+    ]
 
 
 def layouts_beside_statistics(
@@ -236,19 +215,26 @@ def spilled_bytes(layouts: Iterable[SolveLayout]) -> int:
 
 
 def _layout(
-    d_in: int, d_out: int, rank: int, sizes: list[int], in_memory: int, form: GradientForm, tiles: int
+    d_in: int,
+    d_out: int,
+    rank: int,
+    sizes: list[int],
+    choice: tuple[int, GradientForm],
+    tiles: int,
+    may_be_few: bool,
 ) -> SolveLayout:
+    in_memory, form = choice
     held, spilled = sum(sizes[:in_memory]), sorted(sizes[in_memory:])  # the last band may be a part of one
-    factorizing = held + sum(spilled[-2:]) + tiles + _column_bytes(d_in)
+    factorizing = held + sum(spilled[-2:]) + tiles + column_bytes(d_in)
     gradient_band = min(PANEL_ROWS, d_out) * d_in * FLOAT32_BYTES
-    chunk = _chunk_rows(d_in, d_out) * d_in * FLOAT64_BYTES
+    chunk = chunk_rows(d_in, d_out) * d_in * FLOAT64_BYTES
     gradient = {
         "float64": d_out * d_in * FLOAT64_BYTES + gradient_band,
         "float32": d_out * d_in * FLOAT32_BYTES + chunk,
         "streamed": gradient_band + chunk,
     }[form]
-    solving = held + sum(spilled[-1:]) + gradient + tiles + _krylov_bytes(d_in, d_out, rank)
-    peak = max(factorizing, solving, _few_tokens_bytes(d_in, d_out, gradient) + tiles)
+    solving = held + sum(spilled[-1:]) + gradient + tiles + krylov_bytes(d_in, d_out, rank)
+    peak = max(factorizing, solving, few_tokens_bytes(d_in, d_out, gradient) + tiles if may_be_few else 0)
     return SolveLayout(in_memory, form, peak, sum(spilled))
 
 
@@ -283,62 +269,14 @@ def _basis_layout(
     sizes = band_bytes(size)
     spilled = sorted(sizes[in_memory:])
     held += sum(sizes[:in_memory])
-    factorizing = held + sum(spilled[-2:]) + along + BLOCK_TOKENS * size * FLOAT64_BYTES + _column_bytes(size)
+    factorizing = held + sum(spilled[-2:]) + along + BLOCK_TOKENS * size * FLOAT64_BYTES + column_bytes(size)
     band = min(PANEL_ROWS, d_out) * size
     whole = {"float64": d_out * size * FLOAT64_BYTES, "float32": d_out * size * FLOAT32_BYTES, "streamed": 0}[form]
     multiplying = held + whole + along + band * (FLOAT64_BYTES + FLOAT32_BYTES) + tiles
     multiplying += (side * min(PANEL_ROWS, d_out) + 3 * BLOCK_TOKENS * size) * FLOAT32_BYTES  # operands, and copies
-    chunk = _chunk_rows(size, d_out) * size * FLOAT64_BYTES + (band * FLOAT32_BYTES if form == "streamed" else 0)
-    solving = held + sum(spilled[-1:]) + whole + chunk + _krylov_bytes(size, d_out, rank)
+    chunk = chunk_rows(size, d_out) * size * FLOAT64_BYTES + (band * FLOAT32_BYTES if form == "streamed" else 0)
+    solving = held + sum(spilled[-1:]) + whole + chunk + krylov_bytes(size, d_out, rank)
     lifting = held + whole + directions + (side * PANEL_ROWS + 4 * rank * d_in) * FLOAT64_BYTES
     in_file = sum(spilled) + (0 if holds_basis else basis) + (d_out * size * FLOAT32_BYTES if form == "streamed" else 0)
     peak = max(making, factorizing, multiplying, solving, lifting)
     return SolveLayout(in_memory, form, peak, in_file, len(starts) if holds_basis else 0)
-
-
-def _column_bytes(size: int) -> int:
-    """A block column of a band and what it becomes, twice over, while a matrix of that size is factorized."""
-    return 4 * min(size, PANEL_ROWS) * min(size, MAX_BLOCK_ROWS) * FLOAT64_BYTES
-
-
-def _krylov_bytes(size: int, d_out: int, rank: int) -> int:
-    """Vectors of an eigenproblem of that size."""
-    width = min(size, rank + guard_vectors(size))
-    limit = basis_limit(size, width)
-    thin = (2 * limit + width * (THIN_BLOCKS + RESIDUAL_BLOCKS)) * size + 4 * width * d_out + RITZ_MATRICES * limit**2
-    return thin * FLOAT64_BYTES
-
-
-def _few_tokens_bytes(d_in: int, d_out: int, gradient: int) -> int:
-    """Peak on the span of few tokens, which in a mixture of experts any run may have.
-
-    A band is read beside the vectors, their images and those of one multiplication; later the span lies beside the
-    gradient and what that makes of it.
-    """
-    tokens = few_tokens(d_in)
-    wide = tokens + extra_vectors(d_in, tokens)
-    small = RITZ_MATRICES * wide**2
-    factorizing = max(band_bytes(d_in)) + (5 * wide * d_in + small) * FLOAT64_BYTES
-    # the span in float32 and what a chunk of the gradient makes of it in both precisions, before the small eigenproblem
-    along = (d_in * FLOAT32_BYTES + _chunk_rows(d_in, d_out) * (FLOAT32_BYTES + FLOAT64_BYTES)) * tokens
-    solving = gradient + (d_in + d_out) * tokens * FLOAT64_BYTES + max(along, small * FLOAT64_BYTES)
-    return max(factorizing, solving)
-
-
-def _token_rows_bytes(d_in: int, d_out: int, tokens: int) -> int:
-    """Peak where rows stand for the statistics, which are read into memory if they are not there; see `token_span`.
-
-    First the rows in float64, their basis, a copy, and what the singular vectors make of them; then the span, and a
-    layer's rows, what they make along it and beside it, and room for two of its chunks in float64. That is the most: it
-    needs singular vectors only where rows nearly depend on each other, and the gradient only where it nearly cancels.
-    """
-    span, columns = tokens * d_in * FLOAT64_BYTES, min(d_out, CHUNK_COLUMNS)
-    spanning = tokens * d_in * FLOAT32_BYTES + 4 * span + SPAN_MATRICES * tokens**2 * FLOAT64_BYTES
-    rows = tokens * d_out * FLOAT32_BYTES
-    solving = span + rows + tokens * (d_out + 2 * columns + RITZ_MATRICES * tokens) * FLOAT64_BYTES
-    return max(spanning, solving)
-
-
-def _chunk_rows(d_in: int, d_out: int) -> int:
-    """Rows of the gradient that are multiplied at a time."""
-    return min(d_out, PANEL_ROWS, max(MIN_CHUNK_ROWS, CHUNK_BYTES // (FLOAT64_BYTES * d_in)))

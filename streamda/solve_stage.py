@@ -45,7 +45,7 @@ from streamda.token_basis import BasisGradient
 from streamda.token_span import TokenGradient
 from streamda.units import UnitStore
 
-SOLVER_VERSION = 9
+SOLVER_VERSION = 10
 """Raised with every change that gives a layer another solution from the same statistics and settings: no adapter is to
 mix the two."""
 MAX_ASYMMETRY = 1e-5
@@ -183,7 +183,14 @@ class Solver:
             widest = max(statistics.spec.linear(name).d_out for name in group.modules)
             copies = HELD_TILE_COPIES if isinstance(statistics, HeldStatistics) else TILE_COPIES  # as planned
             layout = solve_layout(
-                group.d_in, widest, self.config.rank, self.capacity_bytes, num_tokens, copies, group.token_rows
+                group.d_in,
+                widest,
+                self.config.rank,
+                self.capacity_bytes,
+                num_tokens,
+                copies,
+                token_rows=group.token_rows,
+                min_tokens=num_tokens,
             )
             with ExitStack() as stack:
                 places = layout.bands_in_memory, layout.basis_in_memory, layout.basis_in_memory

@@ -27,7 +27,14 @@ class WorkloadModel:
     """Costs of one model and one set of samples, at any micro-batch size."""
 
     def __init__(
-        self, stack: DecoderStack, targets: Targets, lengths: Sequence[int], num_labels: int, stored_dtype_bytes: int
+        self,
+        stack: DecoderStack,
+        targets: Targets,
+        lengths: Sequence[int],
+        num_labels: int,
+        stored_dtype_bytes: int,
+        *,
+        min_tokens: int = 0,
     ) -> None:
         """Takes what does not depend on the micro-batch size.
 
@@ -37,11 +44,13 @@ class WorkloadModel:
             lengths: tokens of each sample.
             num_labels: label tokens of all samples.
             stored_dtype_bytes: bytes per weight in the files.
+            min_tokens: that are counted in any case, whichever the token mask and whatever samples turn out bad.
         """
         self._stack = stack
         self._targets = targets
         self._lengths = tuple(lengths)
         self._num_labels = num_labels
+        self._min_tokens = min_tokens
         self._stored_dtype_bytes = stored_dtype_bytes
         self._dtype = stack.model.dtype
         self._fused = fused_parameters(stack.model)
@@ -105,7 +114,7 @@ class WorkloadModel:
             linears = tuple(spec for spec in self._targets.linears if spec.name.startswith(prefix + "."))
             once = {f"{prefix}.{name}" for name in probes[0].called_once}
             groups = input_groups(prefix, probes[0], linears)
-            with_rows = tuple(_with_rows(group, linears, once, row_tokens) for group in groups)
+            with_rows = tuple(self._counted(group, linears, once, row_tokens) for group in groups)
             # not of a weight that is cast by bands: its transpose, which gradients are multiplied with, cannot be
             counts = {
                 name: block.get_parameter(f"{name}.weight").numel() for name in probes[0].unread & probes[1].unread
@@ -136,6 +145,21 @@ class WorkloadModel:
                 )
             )
         return tuple(costs)
+
+    def _counted(self, group: InputGroup, linears: Sequence[LinearSpec], once: set[str], tokens: int) -> InputGroup:
+        """The group with what is known of its tokens, and with rows for its statistics where these are few.
+
+        Args:
+            group: of layers with their full names.
+            linears: of its block.
+            once: layers that are called once, on all tokens.
+            tokens: of all samples; 0 for sums in any case.
+        """
+        if not once.issuperset(group.modules):
+            return group
+        widths = [linear.d_out for linear in linears if linear.name in group.modules]
+        rows = tokens if keeps_rows(tokens, group.d_in, widths) else 0
+        return dataclasses.replace(group, token_rows=rows, min_tokens=self._min_tokens)
 
     def _product_bytes(self, spec: BlockSpec, rows: int) -> int:
         """What a product into a panel needs beside its operands and the panel; see `streamda.factors`."""
@@ -176,13 +200,6 @@ def micro_batch_candidates(setting: str, lengths: Sequence[int], device: torch.d
         candidates.append(size)
         size //= 2
     return (*candidates, 1)
-
-
-def _with_rows(group: InputGroup, linears: Sequence[LinearSpec], once: set[str], tokens: int) -> InputGroup:
-    """The group, with rows for its statistics where these are few; `once`: layers that are called once."""
-    widths = [linear.d_out for linear in linears if linear.name in group.modules]
-    fits = once.issuperset(group.modules) and keeps_rows(tokens, group.d_in, widths)
-    return dataclasses.replace(group, token_rows=tokens) if fits else group
 
 
 def _cast_bytes(size: int) -> int:

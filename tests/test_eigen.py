@@ -265,3 +265,35 @@ def test_the_largest_entry_of_each_vector_is_positive() -> None:
     found = solve(with_spectrum(SPECTRA["geometric"](50)), 6)
     for column in found.vectors.T:
         assert float(column[column.abs().argmax()]) > 0
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_steps_without_a_look_at_the_residuals_change_nothing_but_their_number(
+    spectrum: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matrix = with_spectrum(SPECTRA[spectrum](300))
+    looks: list[int] = []
+    plain = eigen._look
+    monkeypatch.setattr(eigen, "_look", lambda *args: (looks.append(args[0].count), plain(*args))[1])
+    few = solve(matrix, 8)
+    seen_few = len(looks)
+    looks.clear()
+    monkeypatch.setattr(eigen, "MOST_UNSEEN", 1)
+    all_of_them = solve(matrix, 8)
+    assert len(looks) == all_of_them.steps
+    assert few.converged == all_of_them.converged
+    assert few.steps <= all_of_them.steps + 1
+    assert subspace_distance(few.vectors, all_of_them.vectors) < 1e-5
+    if all_of_them.steps > 4:
+        assert seen_few < len(looks)
+
+
+def test_an_operator_whose_first_images_all_leave_the_basis_is_solved() -> None:
+    """Not one Ritz value of the start says how large anything is."""
+    half = 20
+    matrix = torch.zeros(2 * half, 2 * half, dtype=F64)
+    matrix[half:, :half] = matrix[:half, half:] = torch.diag(1 / torch.arange(1, half + 1, dtype=F64))
+    start = torch.cat((orthogonal(half, 0)[:, :10], torch.zeros(half, 10, dtype=F64)))
+    found = largest_eigenpairs(lambda block: matrix @ block, start, 4)
+    assert found.converged
+    torch.testing.assert_close(found.values, torch.tensor([1, 1 / 2, 1 / 3, 1 / 4], dtype=F64), rtol=1e-9, atol=0)

@@ -26,7 +26,8 @@ LAYERS = (
     {
         "layers", "heap", "memory", "batches", "panels", "costs", "disk_plan", "flops", "plan", "bounds", "products",
         "factors", "cholesky", "block_statistics", "eigen", "low_rank", "token_span", "gram_schmidt", "token_basis",
-        "solve_plan", "token_counts", "stored_weights", "workers", "methods", "spare_memory", "kept_memory",
+        "solve_bytes", "solve_plan", "token_counts", "stored_weights", "workers", "methods", "spare_memory",
+        "kept_memory",
     },
     # edges: files, data sets, the hub
     {
@@ -66,14 +67,15 @@ WITHIN = {
     "token_basis": {"block_statistics", "cholesky", "gram_schmidt", "panels", "products", "token_span"},
     "stored_weights": {"products"},
     "block_statistics": {"factors", "layers", "panels"},
-    "solve_plan": {"cholesky", "eigen", "gram_schmidt", "layers", "low_rank", "memory", "panels", "token_span"},
+    "solve_bytes": {"cholesky", "eigen", "low_rank", "panels", "token_span"},
+    "solve_plan": {"gram_schmidt", "layers", "memory", "panels", "solve_bytes"},
     "token_counts": {"layers", "solve_plan"},
     "costs": {"layers"},
-    "flops": {"costs", "eigen", "low_rank", "panels", "products", "solve_plan"},
+    "flops": {"costs", "eigen", "low_rank", "panels", "products", "solve_bytes", "solve_plan"},
     "kept_memory": {"costs", "heap"},
     "plan": {"costs", "disk_plan", "flops", "kept_memory", "layers", "memory", "panels", "solve_plan"},
     "eigen": {"cholesky"},
-    "methods": {"cholesky", "eigen", "factors", "low_rank", "products", "solve_plan", "token_basis", "token_span"},
+    "methods": {"cholesky", "eigen", "factors", "low_rank", "products", "solve_bytes", "token_basis", "token_span"},
     # the families of a noun
     "json_rows": {"bad_rows"},
     "rows": {"bad_rows", "json_rows"},

@@ -15,7 +15,15 @@ from hypothesis import strategies as st
 from streamda import eigen
 from streamda.config import PRESETS, SolveConfig
 from streamda.errors import NumericalError
-from streamda.methods import InputFactor, LayerSolution, SolveStatus, SpannedFactor, prepare_input_factor, solve_layer
+from streamda.methods import (
+    InputFactor,
+    LayerSolution,
+    SolveStatus,
+    SpannedFactor,
+    input_factor,
+    prepare_input_factor,
+    solve_layer,
+)
 from tests.oracles import DenseSolution, dense_lora_da, lower_factor
 
 POPULATION = 5000
@@ -668,3 +676,27 @@ def test_every_status_has_a_sentence_of_advice() -> None:
     for status in SolveStatus:
         assert status.advice.endswith(".")
         assert len({other.advice for other in SolveStatus}) == len(SolveStatus)
+
+
+@pytest.mark.parametrize("options", ABLATIONS.values(), ids=ABLATIONS)
+def test_with_the_inverse_of_a_small_factor_the_solution_is_what_it_is_without(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    statistics = draw(3, 90, 60, 400)
+
+    def solved() -> tuple[InputFactor, LayerSolution]:
+        factor = prepare_input_factor(Cut(statistics.input_moment, band_rows=60), 1e-6, ("layer",))
+        assert isinstance(factor, InputFactor)
+        gradient, moment = statistics.gradient.split(16), statistics.output_moment
+        config = SolveConfig(**options)
+        found = solve_layer("layer", factor, gradient, moment, config, population_size=POPULATION, seed=0)
+        return factor, found
+
+    with_inverse, found = solved()
+    monkeypatch.setattr(input_factor, "INVERTED_SIZE", 59)
+    without, plain = solved()
+    assert with_inverse.inverse is not None
+    assert without.inverse is None
+    block = torch.randn(60, 3, dtype=torch.float64)
+    torch.testing.assert_close(with_inverse.solve(block), without.solve(block), rtol=1e-7, atol=1e-9)
+    assert relative_error(product(found), product(plain)) < 1e-6

@@ -327,6 +327,19 @@ class TestPlansOfRealModels:
             assert made.num_replays == fewest
             assert made.micro_batch_tokens == max(tokens for tokens, count in alone.items() if count == fewest)
 
+    def test_smaller_micro_batches_are_not_looked_at_where_the_largest_needs_one_replay(self) -> None:
+        asked: list[int] = []
+
+        def workload_at(tokens: int) -> Workload:
+            asked.append(tokens)
+            return llama_workload(MODELS["Llama-2-13B"], tokens)
+
+        made = make_plan(
+            MemoryBudget(24 * GB, 0, None), CANDIDATES, workload_at, rank=8, keep_statistics=False, host_is_device=False
+        )
+        assert made.num_replays == 40
+        assert set(asked) == {CANDIDATES[0]}
+
     def test_collecting_alone_solves_nothing(self) -> None:
         made = plan_for("Llama-2-7B", 24 * GB, rank=0)
         assert "solve" not in made.peaks
@@ -618,8 +631,8 @@ class TestFlops:
         assert made.flops["forward"] == 2 * 24 * 10  # y = x W^T
         assert made.flops["replay"] == 2 * 24 * 10 + 2 * 24 * 10  # once more, and g W; never the gradient of W
         assert made.flops["statistics"] == 2 * 24 * 10 + 4 * 4 * 10  # g^T x, and half of x^T x
-        # Cholesky; then per step and each of 4 vectors four triangular solves, and two products with the gradient
-        assert made.flops["solve"] == 4**3 // 3 + EIGEN_STEPS * 4 * (4 * 4**2 + 2 * 2 * 4 * 6)
+        # Cholesky, its inverse; then per step and each of 4 vectors two products with that, and two with the gradient
+        assert made.flops["solve"] == 4**3 // 3 + 4**3 + EIGEN_STEPS * 4 * (4 * 4**2 + 2 * 2 * 4 * 6)
 
     def test_few_tokens_are_solved_on_their_span_half_of_it_in_float32(self) -> None:
         d_in, d_out, tokens = 1000, 600, 10

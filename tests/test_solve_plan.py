@@ -7,14 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from streamda import solve_plan
+from streamda import solve_bytes, solve_plan
 from streamda.config import SolveConfig
 from streamda.errors import BudgetError
 from streamda.layers import BlockSpec, InputGroup, LinearSpec
 from streamda.memory import parse_size
 from streamda.methods import input_factor
 from streamda.panels import block_panels
-from streamda.solve_plan import band_bytes, few_tokens, keeps_rows, solve_layout
+from streamda.solve_bytes import band_bytes, few_tokens
+from streamda.solve_plan import keeps_rows, solve_layout
 from streamda.solve_stage import Solver
 from streamda.store import BlockStatisticsReader
 from tests.test_store import CPU, a_run, block, draw, write
@@ -67,7 +68,8 @@ def test_few_is_fewer_than_inputs_and_a_bounded_span(d_in: int) -> None:
 
 @pytest.mark.parametrize("few", [False, True])
 def test_every_layout_solves_to_the_same_bits(few: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(solve_plan, "PANEL_ROWS", 16)
+    for module in (solve_plan, solve_bytes):
+        monkeypatch.setattr(module, "PANEL_ROWS", 16)
     spec = block(70, 40)
     sums = draw(spec)
     if few:  # gradients on the span of the inputs, as those of the same tokens are
@@ -75,7 +77,7 @@ def test_every_layout_solves_to_the_same_bits(few: bool, tmp_path: Path, monkeyp
             for name in group.modules:
                 sums[name]["gradient"] @= sums[group.name]["input_moment"]
     else:
-        for module in (solve_plan, input_factor):
+        for module in (solve_plan, solve_bytes, input_factor):
             monkeypatch.setattr(module, "few_tokens", lambda _d_in: 0)
     with a_run(tmp_path, tile=16) as run:
         write(run, spec, sums)

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import streamda
-from streamda import panels, plan, solve_plan, store, token_basis, workload
+from streamda import panels, plan, solve_bytes, store, token_basis, workload
 from streamda.config import RunConfig
 from streamda.errors import DamagedError
 from streamda.inspection import inspect_folder
@@ -140,7 +140,7 @@ def test_several_replays_give_the_same_bits(
 @pytest.fixture
 def along_bases(monkeypatch: pytest.MonkeyPatch) -> None:
     """What thousands of tokens do: panels hold some of them, and they are solved along a basis of theirs."""
-    monkeypatch.setattr(solve_plan, "FEW_TOKENS", 8)
+    monkeypatch.setattr(solve_bytes, "FEW_TOKENS", 8)
     monkeypatch.setattr(token_basis, "PANEL_ROWS", 10)
     for module in (panels, store):
         monkeypatch.setattr(module, "panel_tokens", lambda *_: 8)

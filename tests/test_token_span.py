@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from streamda import token_span as module
 from streamda.config import SolveConfig
 from streamda.errors import NumericalError
-from streamda.methods import LayerSolution, SolveStatus, prepare_token_factor, solve_layer
+from streamda.methods import LayerSolution, SolveStatus, on_span, prepare_token_factor, solve_layer
 from streamda.methods.displacement import Displacement
 from streamda.methods.on_span import displacement_of_tokens, displacement_on_span, token_gradient_on_span
 from streamda.token_span import TokenGradient, TokenSpan, token_span
@@ -345,3 +345,31 @@ def test_the_effective_rank_is_that_of_the_moment() -> None:
     assert factor is not None
     moment = x.double().T @ x.double()
     assert factor.effective_rank == pytest.approx(float(moment.trace() ** 2 / moment.norm() ** 2), rel=1e-9)
+
+
+@pytest.mark.parametrize("sizes", ["one size", "many sizes"])
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_a_few_eigenpairs_found_step_by_step_are_those_of_all(
+    name: str, sizes: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where they do not settle soon, as those of tokens of many sizes, all are computed after all."""
+    x, g = draw_rows(0, 300, 500, 200)
+    if sizes == "many sizes":
+        x *= 0.97 ** torch.arange(300)[:, None]
+        g *= 0.97 ** torch.arange(300)[:, None]
+    dense: list[int] = []
+    eigh = torch.linalg.eigh
+
+    def counted(matrix: torch.Tensor) -> Any:
+        dense.append(matrix.shape[0])
+        return eigh(matrix)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.linalg, "eigh", counted)
+        stepwise = solve_rows(x, g, **ABLATIONS[name])
+    if name == "defaults":  # two for the span
+        assert dense.count(300) == (2 if sizes == "one size" else 3)
+    monkeypatch.setattr(on_span, "STEPWISE_SIZE", 10**6)
+    plain = solve_rows(x, g, **ABLATIONS[name])
+    assert relative_error(product(stepwise), product(plain)) < 1e-5
+    require_same_numbers(stepwise, plain, 8)

@@ -9,7 +9,7 @@ import torch
 
 from streamda import eigen
 from streamda.methods.input_factor import InputFactor
-from streamda.solve_plan import CHUNK_BYTES, FLOAT64_BYTES, MIN_CHUNK_ROWS
+from streamda.solve_bytes import CHUNK_BYTES, FLOAT64_BYTES, MIN_CHUNK_ROWS
 
 
 class Displacement:
@@ -36,7 +36,9 @@ class Displacement:
         self._gradient = gradient
         self.d_out, self.d_in = shape
         self.device = device
-        self._inverse_y = None if y is None else 1 / y[:, None]
+        self.weights = None if y is None else 1 / y
+        """``1/y`` [d_out]; None for ones."""
+        self._minus_weights: torch.Tensor | float = -1.0 if self.weights is None else -self.weights
 
     def precondition(self, block: torch.Tensor) -> torch.Tensor:
         """``Z^-1 block`` for [d_in, k]."""
@@ -51,16 +53,16 @@ class Displacement:
         for start, rows in self.rows():
             torch.mm(vectors, rows.T, out=product[:, start : start + rows.shape[0]])
             del rows  # or it would be there while the next one is made
-        return -self.weigh(product.T)
+        return product.mul_(self._minus_weights).T
 
     def times(self, block: torch.Tensor) -> torch.Tensor:
         """``D block``: [d_out, k] -> [d_in, k]."""
-        vectors = self.weigh(block.clone()).T.contiguous()  # [k, d_out]
+        vectors = block.T * self._minus_weights  # [k, d_out]
         product = vectors.new_zeros(vectors.shape[0], self.d_in)
         for start, rows in self.rows():
             product.addmm_(vectors[:, start : start + rows.shape[0]], rows)
             del rows
-        return -self.precondition(product.T)
+        return self.precondition(product.T)
 
     def rows(self, dtype: torch.dtype = torch.float64) -> Iterator[tuple[int, torch.Tensor]]:
         """First row and rows [count, d_in] of each chunk of the gradient, which may be a view of it.
@@ -76,32 +78,33 @@ class Displacement:
             start += band.shape[0]
             del band
 
-    def magnitude(self, start: torch.Tensor) -> float:
-        """A rough size of D, to bring everything to order one: at most its spectral norm."""
-        few = start[:, : eigen.GUARD_VECTORS]
-        return math.sqrt(float(self.times(self.transposed(few)).norm(dim=0).max()))
-
-    def largest_singular_value(self, near: torch.Tensor, start: torch.Tensor, scale: float) -> float:
+    def largest_singular_value(
+        self, vectors: torch.Tensor, images: torch.Tensor, start: torch.Tensor, scale: float
+    ) -> float:
         """The spectral norm, to eight digits.
 
         Args:
-            near: [d_in, k], directions that probably hold the largest one: the eigenvectors found before.
-            start: [d_in, k], random directions for the case that they do not.
-            scale: what `magnitude` gave.
+            vectors: [d_in, k], orthonormal directions that probably hold its own: the eigenvectors found before.
+            images: ``D^T vectors`` [d_out, k].
+            start: [d_in, m], random directions for the case that they do not.
+            scale: about the size of D.
         """
+        tolerance = 1e-4  # an eigenvalue's error is the square of its vector's
+        along = images / scale
+        squares, rotation = torch.linalg.eigh(along.T @ along)  # ascending
+        gap = float(squares[-1] - squares[-2]) if squares.numel() > 1 else 0.0
+        direction = rotation[:, -1:]
+        residual = self.times(along @ direction) / scale - (vectors @ direction) * squares[-1]
+        if float(residual.norm()) < tolerance * gap:
+            return math.sqrt(float(squares[-1])) * scale
         found = eigen.largest_eigenpairs(
             lambda block: self.times(self.transposed(block / scale)) / scale,
-            torch.cat((near, start[:, : eigen.GUARD_VECTORS]), dim=1),
+            torch.cat((vectors, start[:, : eigen.GUARD_VECTORS]), dim=1),
             1,
-            gap_tolerance=1e-4,  # an eigenvalue's error is the square of its vector's
+            gap_tolerance=tolerance,
         )
         return math.sqrt(max(float(found.values[0]), 0.0)) * scale
 
-    @property
-    def weights(self) -> torch.Tensor | None:
-        """``1/y`` [d_out]; None for ones."""
-        return None if self._inverse_y is None else self._inverse_y[:, 0]
-
     def weigh(self, block: torch.Tensor) -> torch.Tensor:
         """``diag(1/y) block`` for [d_out, k], in place."""
-        return block if self._inverse_y is None else block.mul_(self._inverse_y)
+        return block if self.weights is None else block.mul_(self.weights[:, None])

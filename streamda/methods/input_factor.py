@@ -25,7 +25,7 @@ from streamda import cholesky
 from streamda.errors import NumericalError
 from streamda.factors import is_finite
 from streamda.low_rank import low_rank_factor
-from streamda.solve_plan import few_tokens
+from streamda.solve_bytes import INVERTED_SIZE, few_tokens
 from streamda.token_basis import BasisMoment, NonFiniteError, Rows, TokenBasis
 from streamda.token_span import TokenSpan, token_span
 
@@ -47,9 +47,13 @@ class InputFactor:
     damping: float
     """lambda in use, in the moment's own units."""
     raises: int
+    inverse: torch.Tensor | None = None
+    """``Z^-1`` [d_in, d_in] itself, of a small moment."""
 
     def solve(self, block: torch.Tensor) -> torch.Tensor:
         """``Z^-1 block`` for [d_in, k]."""
+        if self.inverse is not None:
+            return (block.T @ self.inverse).T  # vectors as rows, as there
         return cholesky.solve(self.bands, block) / self.scale
 
     def multiply(self, block: torch.Tensor) -> torch.Tensor:
@@ -229,7 +233,9 @@ def _factorize(
 
         try:
             cholesky.factorize(damped, len(moment), bands)
-            return InputFactor(bands, scale, used, raises)
+            is_small = len(bands) == 1 and bands[0].shape[1] <= INVERTED_SIZE
+            inverse = cholesky.inverse(bands[0]).div_(scale) if is_small else None
+            return InputFactor(bands, scale, used, raises, inverse)
         except cholesky.NotPositiveDefiniteError:
             bands.clear()
         raised = max(10 * used, MIN_RAISED_DAMPING * scale)

@@ -75,20 +75,30 @@ def by_krylov(
     d_in = displacement.d_in
     start = draw(d_in, min(d_in, config.rank + eigen.guard_vectors(d_in)), generator, displacement.device)
     start /= start.norm(dim=0)
-    scale = displacement.magnitude(start)
-    require_range(name, scale)
-    scaled = variance / (config.bias_weight * scale**2) if config.bias_weight else 0.0
+    scale = 0.0
 
     def apply(block: torch.Tensor) -> torch.Tensor:
+        nonlocal scale
         solved = displacement.precondition(block)  # both terms begin with it
-        result = displacement.times(displacement.transposed(block, solved / scale) / scale)
-        return result.sub_(solved, alpha=scaled) if scaled else result
+        images = displacement.transposed(block, solved)
+        unit = scale or float(images.norm(dim=0).max())
+        require_range(name, unit)
+        result = displacement.times(images / unit)
+        if not scale:  # the first block tells it; from then on all is of order one
+            scale = math.sqrt(unit) * math.sqrt(float(result.norm(dim=0).max()))
+            require_range(name, scale)
+        result *= unit / scale / scale
+        if config.bias_weight:
+            result.sub_(solved, alpha=variance / config.bias_weight / scale / scale)
+        return result
 
     if config.bias_weight == 0:
+        apply(start)
         found = eigen.largest_eigenpairs(factor.multiply, start, config.rank)
     else:
-        found = eigen.largest_eigenpairs(apply, start, config.rank, precondition=factor.multiply if scaled else None)
-    sigma = displacement.largest_singular_value(found.vectors, start, scale)
+        found = eigen.largest_eigenpairs(apply, start, config.rank, precondition=factor.multiply if variance else None)
+    projected = displacement.transposed(found.vectors)
+    sigma = displacement.largest_singular_value(found.vectors, projected, start, scale)
 
     def in_units(theta: float) -> float:
         unit = sigma**2 if config.normalize else 1.0
@@ -100,7 +110,7 @@ def by_krylov(
         eigenvalues=tuple(in_units(float(value)) for value in found.values),
         next_eigenvalue=in_units(found.next_value) if math.isfinite(found.next_value) else None,
         vectors=found.vectors,
-        projected=displacement.transposed(found.vectors),
+        projected=projected,
         sigma=sigma,
         residual=found.residual,
         steps=found.steps,

@@ -8,7 +8,7 @@ span of W, as they do where the same tokens made it, so do the columns of D:
 
 No eigenvalue on the span is above c / lambda, so that the low end of Omega is that of a T x T matrix; where that has
 fewer rows than eigenvectors are wanted, the rest is any orthonormal one outside the span, along which D is zero.
-Nothing iterates, and the rounding of the stored sums, which 1 / lambda would magnify outside the span, does not enter.
+The rounding of the stored sums, which 1 / lambda would magnify outside the span, does not enter.
 Where the tokens' rows are known and not only sums of them, span and gradient come from these (`streamda.token_span`).
 """
 
@@ -27,6 +27,7 @@ from streamda.methods.displacement import Displacement
 from streamda.methods.input_factor import SpannedFactor, TokenFactor
 from streamda.methods.low_end import LowEnd, draw, outside_of, require_range
 from streamda.products import add_product_, add_triangle_
+from streamda.solve_bytes import STEPWISE_SIZE
 from streamda.token_span import TokenGradient
 
 MAX_LEAK = 1e-3
@@ -41,6 +42,11 @@ NEARLY_CANCELLED = 1e-5
 """Of the sizes of its two factors, below which the rounding of the square of a product might show."""
 NO_GRADIENT = 1e-12
 """Of the sizes of its two factors, below which a product is the rounding of zero in float64."""
+
+MAX_STEPS = 10
+"""After which all of them are computed after all, as where the steps end short of this share of the gap:"""
+SETTLED, SETTLED_NORM = 1e-6, 1e-4
+"""Residuals over gaps: of the eigenvectors, and of the largest singular value, whose error is the square of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +90,6 @@ def on_span(
     scale, gram = displacement.scale, displacement.gram
     require_range(name, scale)
     damped = factor.eigenvalues + factor.damping
-    sigma = math.sqrt(max(float(torch.linalg.eigvalsh(gram)[-1]), 0.0)) * scale
     # minus the guidance matrix on the span, in units of alpha scale^2 once alpha is there; else its order, that of Z
     small = gram * config.bias_weight if config.bias_weight else torch.diag(damped)
     constant = 0.0
@@ -93,10 +98,9 @@ def on_span(
         top = float(damped[-1])
         constant = variance / scale**2 / top
         small.diagonal().sub_(constant * ((factor.eigenvalues[-1] - factor.eigenvalues) / damped))
-    theta, rotation = torch.linalg.eigh(small)
-    theta, rotation = theta.flip(0), rotation.flip(1)[:, : config.rank]
+    theta, rotation, residual = _largest_eigenpairs(small, config.rank, generator)
+    sigma = math.sqrt(max(_largest_eigenvalue(gram, rotation), 0.0)) * scale
     kept = rotation.shape[1]
-    residual = (small @ rotation - rotation * theta[:kept]).norm(dim=0).max() / theta.abs().max()
     unsigned = factor.lift(rotation)
     d_in = unsigned.shape[0]
     if kept < config.rank:  # and so few directions that all of them are no large matrix
@@ -109,7 +113,7 @@ def on_span(
     unit = sigma**2 if config.normalize else 1.0
     values = [
         (float(value) - constant) * scale**2 / unit if config.bias_weight else -variance / unit / float(value)
-        for value in theta[: config.rank + 1]
+        for value in theta
     ]
     outside = min(config.rank + 1, d_in) - len(values)
     values += [-variance / unit / factor.damping] * outside
@@ -119,11 +123,50 @@ def on_span(
         vectors=vectors,
         projected=projected,
         sigma=sigma,
-        residual=float(residual),
+        residual=residual,
         steps=1,
         converged=True,
         noisy=displacement.noisy,
     )
+
+
+def _largest_eigenpairs(
+    matrix: torch.Tensor, rank: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Of a symmetric matrix [k, k] float64.
+
+    Returns:
+        Eigenvalues [rank + 1, or k if that is less], descending; eigenvectors [k, rank or less] of all but the one
+        beyond the rank; and the largest norm of ``matrix v - theta v``, relative to the largest value's magnitude.
+    """
+    size = matrix.shape[0]
+    if size >= max(STEPWISE_SIZE, 2 * rank):
+        start = draw(size, rank + eigen.GUARD_VECTORS, generator, matrix.device)
+        found = eigen.largest_eigenpairs(
+            lambda block: (block.T @ matrix).T,
+            start / start.norm(dim=0),
+            rank,
+            gap_tolerance=SETTLED,
+            max_steps=MAX_STEPS,
+        )
+        residual = float((matrix @ found.vectors - found.vectors * found.values).norm(dim=0).max())
+        if residual <= 2 * SETTLED * float(found.values[-1] - found.next_value):
+            theta = torch.cat((found.values, found.values.new_tensor([found.next_value])))
+            return theta, found.vectors, residual / float(theta.abs().max())
+    theta, rotation = torch.linalg.eigh(matrix)
+    theta, rotation = theta.flip(0), rotation.flip(1)[:, :rank]
+    residual = float((matrix @ rotation - rotation * theta[: rotation.shape[1]]).norm(dim=0).max())
+    return theta[: rank + 1], rotation, residual / float(theta.abs().max())
+
+
+def _largest_eigenvalue(gram: torch.Tensor, near: torch.Tensor) -> float:
+    """Of a positive semidefinite matrix [k, k], given orthonormal directions [k, r] that probably hold its vector."""
+    images = gram @ near
+    theta, rotation = torch.linalg.eigh(near.T @ images)  # ascending
+    residual = images @ rotation[:, -1] - near @ rotation[:, -1] * theta[-1]
+    if theta.numel() > 1 and float(residual.norm()) < SETTLED_NORM * float(theta[-1] - theta[-2]):
+        return float(theta[-1])
+    return float(torch.linalg.eigvalsh(gram)[-1])
 
 
 def displacement_of_tokens(

@@ -47,8 +47,8 @@ def test_512_megabytes_hold_on_a_real_model_with_256_samples(smollm2: Path, tmp_
         "text_column": "prompt",
         "num_samples": 256,
         "max_length": 8,
-        # a third of the blocks, for the suite's time: that the peak does not grow with blocks is the next test's matter
-        "target_modules": r"model\.layers\.2\d\..*",
+        # the last blocks, for the suite's time: that the peak does not grow with blocks is the next test's matter
+        "target_modules": r"model\.layers\.2[789]\..*",
         "max_gpu_mem": "512MB",
         "spill_statistics": spill,
     }
@@ -108,8 +108,8 @@ def measured_peak(model: Path, num_samples: int, folder: Path) -> int:
 
 @pytest.mark.slow
 def test_the_peak_does_not_grow_with_samples_or_blocks(tmp_path: Path) -> None:
-    """Held in memory, the boundary states of the larger runs would be 62 MB more; the meter is good to about 15 MB."""
-    shallow, deep = make_model(tmp_path / "shallow", 2), make_model(tmp_path / "deep", 16)
+    """Held in memory, the boundary states of the larger runs would be 40 MB more; the meter is good to about 15 MB."""
+    shallow, deep = make_model(tmp_path / "shallow", 2), make_model(tmp_path / "deep", 10)
     few = measured_peak(deep, 8, tmp_path)
     assert measured_peak(deep, 64, tmp_path) - few < 25_000_000
     assert few - measured_peak(shallow, 8, tmp_path) < 25_000_000

@@ -31,6 +31,23 @@ def run(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[stream
     return report, folder
 
 
+@pytest.fixture(scope="module")
+def another(run: tuple[streamda.InitReport, Path], smollm2: Path) -> Path:
+    """Of some blocks, for the suite's time, one sample at a time, and with boundary states on disk."""
+    folder = run[1] / "other"
+    blocks = "|".join(map(str, CHECKED_BLOCKS))
+    streamda.initialize(
+        model=str(smollm2),
+        output_dir=str(folder),
+        keep_statistics=True,
+        micro_batch_tokens="1",
+        max_host_mem="60MB",
+        target_modules=rf"model\.layers\.({blocks})\..*",
+        **OPTIONS | {"max_gpu_mem": "400MB"},
+    )
+    return folder
+
+
 def products(folder: Path) -> dict[str, torch.Tensor]:
     """B A [d_out, d_in] of every module of an adapter, float64."""
     tensors = load_file(folder / "adapter_model.safetensors")
@@ -73,28 +90,21 @@ def test_products_equal_the_dense_float64_solution(run: tuple[streamda.InitRepor
 
 
 def test_batching_and_the_place_of_boundary_states_do_not_matter(
-    run: tuple[streamda.InitReport, Path], smollm2: Path
+    run: tuple[streamda.InitReport, Path], another: Path
 ) -> None:
     _, folder = run
-    streamda.initialize(
-        model=str(smollm2),
-        output_dir=str(folder / "other"),
-        keep_statistics=True,
-        micro_batch_tokens="1",
-        max_host_mem="60MB",
-        **OPTIONS | {"max_gpu_mem": "400MB"},
-    )
-    first, second = products(folder / "adapter"), products(folder / "other")
-    errors = {name: relative_error(second[name], first[name]) for name in first}
+    first, second = products(folder / "adapter"), products(another)
+    assert len(second) == 7 * len(CHECKED_BLOCKS)
+    errors = {name: relative_error(second[name], first[name]) for name in second}
     # Layers whose inputs lack directions live there on lambda, and float32 noise over lambda is not the same twice.
-    # With so few tokens these are a handful of the 210; the golden model, which has none, is held to 1e-4.
-    assert sum(error >= 5e-3 for error in errors.values()) <= 4, sorted(errors.items(), key=lambda item: -item[1])[:6]
+    # With so few tokens one may be among these; the golden model, which has none, is held to 1e-4.
+    assert sum(error >= 5e-3 for error in errors.values()) <= 1, sorted(errors.items(), key=lambda item: -item[1])[:6]
     assert max(errors.values()) < 5e-2
     with (
         streamda.open_statistics(folder / "adapter.work") as ours,
         streamda.open_statistics(folder / "other.work") as theirs,
     ):
-        for name in [name for name in ours if int(name.split(".")[2]) in CHECKED_BLOCKS]:
+        for name in theirs:
             left, right = ours[name], theirs[name]
             assert left.num_tokens == right.num_tokens
             assert relative_error(right.gradient, left.gradient) < 1e-4, name
@@ -120,10 +130,11 @@ def test_logits_are_those_of_the_weights_changed_by_hand(run: tuple[streamda.Ini
     assert not torch.allclose(unchanged, expected, atol=1e-3)
 
 
-def test_solve_serves_other_ranks_without_the_model(run: tuple[streamda.InitReport, Path]) -> None:
-    _, folder = run
-    report = streamda.solve(statistics=str(folder / "adapter.work"), output_dir=str(folder / "rank-2"), rank=2)
-    smaller, larger = products(folder / "rank-2"), products(folder / "adapter")
+def test_solve_serves_other_ranks_without_the_model(another: Path) -> None:
+    folder = another.with_name("rank-2")
+    report = streamda.solve(statistics=f"{another}.work", output_dir=str(folder), rank=2)
+    smaller, larger = products(folder), products(another)
+    assert smaller.keys() == larger.keys()
     assert {facts["status"] for facts in report.modules.values()} == {"ok"}
     for name, product in smaller.items():
         # the two best directions of eight: projecting the larger product onto them gives the smaller one
@@ -133,7 +144,7 @@ def test_solve_serves_other_ranks_without_the_model(run: tuple[streamda.InitRepo
 
 
 def test_few_tokens_give_what_a_whole_model_in_float64_gives(smollm2: Path, tmp_path: Path) -> None:
-    """Every layer, from the rows of tokens; the sums of their products are held to nothing here."""
+    """Every layer, from the rows of tokens."""
     data = tmp_path / "two.jsonl"
     texts = [
         {
@@ -143,7 +154,7 @@ def test_few_tokens_give_what_a_whole_model_in_float64_gives(smollm2: Path, tmp_
         {"question": "A train of 8 cars has 40 seats in each. How many seats?", "answer": "8 * 40 = 320 seats."},
     ]
     data.write_text("".join(json.dumps(text) + "\n" for text in texts))
-    errors = check_few_tokens.main([str(smollm2), str(data), "--num-samples", "2"])
+    errors = check_few_tokens.main([str(smollm2), str(data), "--num-samples", "2", "--ways", "rows"])
     assert len(errors["rows"]) == 210
     assert max(errors["rows"].values()) < 2e-3
 
@@ -165,6 +176,7 @@ def test_as_many_tokens_as_inputs_give_what_a_whole_model_in_float64_gives(smoll
         lines.append(json.dumps({"question": question, "answer": answer}) + "\n")
     data = tmp_path / "twenty.jsonl"
     data.write_text("".join(lines))
-    errors = check_few_tokens.main([str(smollm2), str(data), "--num-samples", "20", "--modules", "1.mlp.down_proj"])
+    chosen = ["--modules", "1.mlp.down_proj", "--ways", "rows"]
+    errors = check_few_tokens.main([str(smollm2), str(data), "--num-samples", "20", *chosen])
     assert len(errors["rows"]) == 3
     assert max(errors["rows"].values()) < 2e-3

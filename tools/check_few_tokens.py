@@ -2,16 +2,17 @@
 
     python tools/make_smollm2.py .cache/smollm2-135m
     python -m tools.check_few_tokens .cache/smollm2-135m gsm8k_train.jsonl [--num-samples 2] [--max-length 1024]
-                                      [--modules down_proj]
+                                      [--modules down_proj] [--ways rows sums]
 
 Runs `streamda init` twice, with `--keep-statistics`, which makes sums, and without. The truth is the same model loaded
 whole in float64: inputs and output gradients of every adapted layer, and a dense solution along the singular vectors of
 these inputs, none of which is left out. (A dense inverse of the damped moment would lose more digits than are asked
 for.) Prints relative Frobenius errors of B A and the statuses of the layers. Memory: the model in float64, and 8 bytes
-for each input and output of each layer and token. `--modules` compares those layers only whose names hold it.
+for each input and output of each layer and token. `--modules` adapts those layers only whose names hold it.
 """
 
 import argparse
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -76,9 +77,9 @@ def dense_product(x: Tensor, g: Tensor, num_samples: int, population_size: int, 
 
 
 def compare(
-    model: Path, data: str, num_samples: int, max_length: int, rank: int, modules: str
+    model: Path, data: str, num_samples: int, max_length: int, rank: int, modules: str, ways: Sequence[str]
 ) -> dict[str, dict[str, float]]:
-    """Errors by way and layer whose name holds `modules`; prints the statuses of all."""
+    """Errors by way and layer whose name holds `modules`; prints their statuses."""
     options = {
         "model": str(model),
         "dataset": data,
@@ -91,6 +92,8 @@ def compare(
     }
     prepared = prepare(RunConfig.from_options(options), weights=False)
     names = [linear.name for linear in prepared.targets.linears if modules in linear.name]
+    if modules:
+        options["target_modules"] = "|".join(map(re.escape, names))
     samples = [
         (torch.as_tensor(sample.input_ids), torch.as_tensor(sample.labels)) for sample in prepared.calibration.samples
     ]
@@ -98,10 +101,10 @@ def compare(
     config = SolveConfig(rank=rank)
     truth = {name: dense_product(*rows.pop(name), len(samples), prepared.population_size, config) for name in names}
     errors: dict[str, dict[str, float]] = {}
-    for way, given in WAYS.items():
+    for way in ways:
         with tempfile.TemporaryDirectory() as folder:
             output = Path(folder) / "adapter"
-            report = streamda.initialize(**options, **given, output_dir=str(output))
+            report = streamda.initialize(**options, **WAYS[way], output_dir=str(output))
             found = products(read_adapter(output))
         statuses = dict(Counter(facts["status"] for facts in report.modules.values()))
         print(f"{way}: {statuses}, {sum(report.seconds.values()):.1f} s")
@@ -117,10 +120,17 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     parser.add_argument("--num-samples", type=int, default=2)
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--modules", default="", help="a part of the names of the layers that are compared")
+    parser.add_argument("--modules", default="", help="a part of the names of the layers that are adapted")
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     options = parser.parse_args(arguments)
     errors = compare(
-        options.model, options.data, options.num_samples, options.max_length, options.rank, options.modules
+        options.model,
+        options.data,
+        options.num_samples,
+        options.max_length,
+        options.rank,
+        options.modules,
+        options.ways,
     )
     lines = []
     for way, each in errors.items():

@@ -35,7 +35,7 @@ from streamda.nonfinite import skip_notice
 from streamda.places import output_dir, require_output, require_places, work_dir
 from streamda.plan import Plan
 from streamda.progress import Progress
-from streamda.rates import measure_rates
+from streamda.rates import ProductRates, measure_rates
 from streamda.report import InitReport
 from streamda.rundir import MODEL_FOLDER, RunDirectory
 from streamda.session import finished_report, new_report, open_run, remove_leftover, resume_notices, run_digest
@@ -120,7 +120,7 @@ def initialize(config: RunConfig, *, quiet: bool = False, verbose: bool = False)
             if config.profile or config.rates is not None or report.wall_seconds >= MEASURED_RUN_SECONDS:
                 try:
                     with timeline.span("measure rates"), limit_errors():
-                        _record_bounds(report, prepared, made, rates, work)
+                        _record_bounds(report, prepared, made, rates.or_else(meter.product_rates), work)
                 except (BudgetError, StorageError):  # no reason to lose what is done
                     report.notices.append("the machine's rates could not be measured: no room for it")
             with Stopwatch(report, "write", meter), timeline.span("write adapter"):
@@ -291,7 +291,7 @@ def _solver(config: RunConfig, population_size: int, device: torch.device, timel
 def _meter(prepared: Prepared, timeline: Timeline) -> RunMeter:
     """Starts measuring. Imports, tokenizer and samples are behind us; the checkpoint has not given a weight yet."""
     enforce_device_limit(prepared.device, prepared.budget.device_bytes)
-    return RunMeter(prepared.device, timeline)
+    return RunMeter(prepared.device, timeline, ProductRates(prepared.device, prepared.dtype))
 
 
 def _announce(progress: Progress, prepared: Prepared, verbose: bool) -> None:

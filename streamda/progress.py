@@ -65,6 +65,7 @@ class PassBar:
         """One step is done in this run; those of an earlier run are not counted, so that the ETA stays honest."""
         self._done += 1
         self._bar.update(1)
+        self._meter.between_blocks()
         if self._log is not None:
             self._log.advance(self._done, self._facts)
 

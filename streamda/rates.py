@@ -1,13 +1,15 @@
-"""Rates of this machine, measured in a second or two: matrix products in two precisions, and one file on the disk."""
+"""Rates of this machine: matrix products in two precisions, and one file on the disk; in a second, or along a run."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import mmap
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -22,6 +24,8 @@ from streamda.products import ONEDNN, linear, product_library
 GEMM_SECONDS = 0.15
 """Spent per precision at least. The first products start threads and pick kernels; much less would
 measure that, and more shows in a run of half a minute."""
+SAMPLE_SIZE, SAMPLE_SECONDS = 1024, 20.0
+"""Rows of the products that are timed while a run goes on, and the time between two of them."""
 FILE_BYTES = 128 << 20
 """Written and read back. Less would measure a disk's latencies and caches, more takes longer than it is worth."""
 DISK_SECONDS = 1.0
@@ -62,24 +66,69 @@ def measure_flops(device: torch.device, dtype: torch.dtype) -> float:
     """
     # a GPU finishes small products before the next is launched; two large float64 matrices would show in a small budget
     size, repeats = (1536, 1) if device.type == "cpu" else (4096 if dtype.itemsize < 8 else 2048, 16)
-    left = torch.randn(size, size, device=device).to(dtype)
-    by_onednn = dtype == torch.float32 and product_library(device) == ONEDNN
-    result = None if by_onednn else torch.empty_like(left)
+    multiply = _product(device, dtype, size)
     best, deadline = math.inf, time.monotonic() + GEMM_SECONDS
     for run in itertools.count():
         started = time.monotonic()
         if started > deadline and run > 1:
             break
         for _ in range(repeats):
-            if by_onednn:  # as a run multiplies
-                result = None  # not a third matrix while the next one is made
-                result = linear(left, left)
-            else:
-                result = torch.mm(left, left, out=result)
-        assert result is not None
+            result = multiply()
         result[0, 0].item()  # waits for the device
         best = min(best, time.monotonic() - started)
     return 2.0 * size**3 * repeats / best
+
+
+def _product(device: torch.device, dtype: torch.dtype, size: int) -> Callable[[], torch.Tensor]:
+    """A product of a square matrix with itself, as a run multiplies, that never holds a third one."""
+    own = torch.Generator(device).manual_seed(0)  # a run's random numbers are not to depend on when this is asked
+    left = torch.randn(size, size, device=device, generator=own).to(dtype)
+    if dtype == torch.float32 and product_library(device) == ONEDNN:
+        return functools.partial(linear, left, left)
+    return functools.partial(torch.mm, left, left, out=torch.empty_like(left))
+
+
+class ProductRates:
+    """Rates of products as a CPU gives them while a run goes on: one of each precision now and then, between blocks.
+
+    The speed of a shared machine changes within seconds, and what it does when a run is over says little of how fast
+    the run could have been.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Measures nothing yet, nor ever on a device that is no CPU.
+
+        Args:
+            device: that computes.
+            dtype: in which it computes.
+        """
+        self._device, self._dtype = device, dtype
+        self._due = math.inf if device.type != "cpu" else time.monotonic() + SAMPLE_SECONDS
+        self._seconds: dict[torch.dtype, list[float]] = {dtype: [], torch.float64: []}
+
+    @property
+    def is_due(self) -> bool:
+        """Whether `SAMPLE_SECONDS` have passed since the last sample."""
+        return time.monotonic() >= self._due
+
+    def sample(self) -> None:
+        """Takes some 30 MB, for a tenth of a second."""
+        for dtype, seconds in self._seconds.items():
+            multiply = _product(self._device, dtype, SAMPLE_SIZE)
+            multiply()  # its threads may have fallen asleep
+            started = time.monotonic()
+            multiply()
+            seconds.append(time.monotonic() - started)
+        self._due = time.monotonic() + SAMPLE_SECONDS
+
+    @property
+    def mean(self) -> Rates:
+        """All operations over all their time; of no sample nothing is known."""
+        mine, double = (
+            2.0 * SAMPLE_SIZE**3 * len(seconds) / sum(seconds) if seconds else None
+            for seconds in (self._seconds[self._dtype], self._seconds[torch.float64])
+        )
+        return Rates(flops=mine, flops64=double)
 
 
 def measure_disk(folder: Path, num_bytes: int = FILE_BYTES) -> tuple[float, float]:

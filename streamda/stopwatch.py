@@ -8,7 +8,9 @@ from types import TracebackType
 
 import torch
 
+from streamda.bounds import Rates
 from streamda.memory import PeakMeter
+from streamda.rates import ProductRates
 from streamda.report import InitReport
 from streamda.timeline import MAIN, PHASES, Timeline
 
@@ -16,8 +18,16 @@ from streamda.timeline import MAIN, PHASES, Timeline
 class RunMeter:
     """Measures a run: its memory by a `PeakMeter`, whose peaks it keeps, and its time by a `Timeline`."""
 
-    def __init__(self, device: torch.device, timeline: Timeline) -> None:
+    def __init__(self, device: torch.device, timeline: Timeline, products: ProductRates | None = None) -> None:
+        """Starts measuring.
+
+        Args:
+            device: whose memory is measured.
+            timeline: of the run.
+            products: rates that are measured while it goes on; None for none.
+        """
         self.timeline = timeline
+        self._products = products
         self._meter = PeakMeter(device)
         self._peak = self._highest = 0
 
@@ -29,6 +39,17 @@ class RunMeter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._meter.__exit__(kind, error, trace)
+
+    def between_blocks(self) -> None:
+        """Measures the rates of products if it is time to; nothing else is to compute meanwhile."""
+        if self._products is not None and self._products.is_due:
+            with self.timeline.span("measure rates"):
+                self._products.sample()
+
+    @property
+    def product_rates(self) -> Rates:
+        """As far as they were measured."""
+        return Rates() if self._products is None else self._products.mean
 
     def take_peak(self) -> int:
         """Peak in bytes since the last call, and starts a new period."""

@@ -9,8 +9,10 @@ import pytest
 import torch
 from tqdm import tqdm
 
+from streamda.bounds import Rates
 from streamda.memory import format_size
 from streamda.progress import PassBar, Progress
+from streamda.rates import ProductRates
 from streamda.report import InitReport
 from streamda.stopwatch import RunMeter, Stopwatch
 from streamda.timeline import MAIN, PHASES, Timeline
@@ -91,3 +93,16 @@ def test_without_a_terminal_a_line_is_written_now_and_then(
             if not quiet:
                 assert lines[0].startswith("backward: 2 of 5 in 1 min, about 2 min to go, 30 tokens/s, peak ")
                 assert lines[1].startswith("backward: 4 of 5 in 3 min, about 1 min to go, 30 tokens/s, peak ")
+
+
+def test_rates_are_measured_when_a_step_is_done_and_it_is_time_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    timeline = Timeline()
+    products = ProductRates(CPU, torch.float32)
+    with RunMeter(CPU, timeline, products) as meter, tqdm(total=2, file=io.StringIO()) as bar:
+        shown = PassBar(bar, meter, 0)
+        shown.advance()
+        assert meter.product_rates == Rates()
+        monkeypatch.setattr(ProductRates, "is_due", True)
+        shown.advance()
+        assert meter.product_rates == products.mean != Rates()
+    assert [span.name for span in timeline.spans()] == ["measure rates"]

@@ -12,7 +12,7 @@ import torch
 from streamda import files, rates
 from streamda.bounds import Rates
 from streamda.errors import StorageError
-from streamda.rates import measure_disk, measure_flops, measure_rates
+from streamda.rates import ProductRates, measure_disk, measure_flops, measure_rates
 
 CPU = torch.device("cpu")
 
@@ -30,6 +30,35 @@ def test_products_are_measured_in_under_two_seconds(dtype: torch.dtype) -> None:
     rate = measure_flops(CPU, dtype)
     assert time.monotonic() - started < 2
     assert 1e8 < rate < 1e15
+
+
+def test_along_a_run_rates_are_all_operations_over_all_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two samples of each precision, the second at a third of the speed."""
+    now, took = [100.0], [0.0]
+    monkeypatch.setattr(rates.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(rates, "_product", lambda *_: lambda: now.append(now.pop() + took[0]))
+    products = ProductRates(CPU, torch.float32)
+    assert products.mean == Rates()
+    assert not products.is_due
+    for took[0] in (1.0, 3.0):
+        now[0] += rates.SAMPLE_SECONDS
+        assert products.is_due
+        products.sample()
+        assert not products.is_due
+    assert products.mean == Rates(flops=2 * 1024**3 / 2, flops64=2 * 1024**3 / 2)
+
+
+def test_along_a_run_products_leave_random_numbers_alone() -> None:
+    state = torch.get_rng_state()
+    products = ProductRates(CPU, torch.bfloat16)
+    products.sample()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(1e7 < rate < 1e15 for rate in (products.mean.flops or 0, products.mean.flops64 or 0))
+
+
+def test_no_gpu_is_kept_from_its_work_to_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rates.time, "monotonic", lambda: 1e9)
+    assert not ProductRates(torch.device("cuda"), torch.bfloat16).is_due
 
 
 def test_the_disk_s_rates_are_bytes_over_time_and_no_file_stays(

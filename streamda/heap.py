@@ -138,8 +138,15 @@ class _Heap:
 
     def release(self) -> None:
         """Gives back what is free, unless all of it may stay."""
-        if self._trim is not None and not (self._allowed and self._free_bytes() <= self._allowed):
-            self._trim(0)
+        if self._trim is None or (self._allowed and self._stays_below(self._allowed)):
+            return
+        self._trim(0)
+
+    def _stays_below(self, num_bytes: int) -> bool:
+        """Whether no more than that is free."""
+        # the C library counts in no time, and too much: free blocks whose pages it has given back, too
+        counted = math.inf if self._info is None else int(self._info().fordblks)
+        return counted <= num_bytes or self._free_bytes() <= num_bytes
 
     def resident_bytes(self) -> int:
         """Memory of the heap, without the large blocks that are mapped one by one.

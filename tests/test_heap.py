@@ -186,3 +186,21 @@ def test_what_the_system_does_not_say_is_an_os_error(monkeypatch: pytest.MonkeyP
     with pytest.raises(OSError, match="heap"):
         ours.resident_bytes()
     assert ours._free_bytes() == math.inf
+
+
+@pytest.mark.skipif(not COUNTS, reason="the C library is not glibc 2.33 or later")
+def test_pages_are_counted_only_where_the_c_library_says_that_more_may_be_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[float] = []
+    trimmed: list[int] = []
+    ours = heap._Heap()
+    monkeypatch.setattr(ours, "_trim", trimmed.append)
+    monkeypatch.setattr(ours, "_free_bytes", lambda: counted.append(0.0) or 0.0)
+    ours._allowed = 1 << 60
+    ours.release()
+    assert (counted, trimmed) == ([], [])
+    ours._allowed = 1
+    ours.release()
+    assert (counted, trimmed) == ([0.0], [])
+    ours._allowed = 0
+    ours.release()
+    assert (counted, trimmed) == ([0.0], [0])

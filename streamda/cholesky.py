@@ -124,7 +124,8 @@ def solve(bands: Bands, rhs: torch.Tensor) -> torch.Tensor:
 def inverse(band: torch.Tensor) -> torch.Tensor:
     """``Z^-1`` of a factor that is one band [n, n], all of it: one product then solves, where `solve` takes a dozen.
 
-    Of all that is multiplied half is not computed, as in the factorization.
+    Of all that is multiplied half is not computed, as in the factorization. What it gives is as near to the solution as
+    what `solve` does, but may fit the right-hand side less: it is not backward stable.
     """
     triangle = band.tril()  # becomes L^-1, block row by block row; of its diagonal blocks it is that already
     blocks = list(diagonal_blocks(band))

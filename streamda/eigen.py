@@ -32,14 +32,18 @@ PLAIN_STEPS = 24
 """Steps before the preconditioner joins in. Where the operator separates its eigenvalues at all it is done by then, and
 the preconditioned half of each block would be wasted."""
 FASTEST_STEP, MOST_UNSEEN = 100, 4
-"""By what a step shrinks residuals at most, and steps from one look at them to the next at most. For a small operator
-the eigenproblem of the basis takes as long as a step itself. Of layers of a 135M model the largest factor was 60, but
-for a first step; a larger one costs a step more than there need be."""
+"""By what a step is taken to shrink residuals, and steps from one look at them to the next at most. For a small
+operator the eigenproblem of the basis takes as long as a step itself. Of layers of a 135M model the largest factor was
+60, but for a first step; where it is larger, up to three steps are made that nothing needs."""
 ROTATED_COLUMNS = 2048
 """Columns of the basis rotated at a time: or there would be a second basis for a moment."""
 MAX_BASIS_VECTORS = 30 * 16
 """In the basis before a restart, or 20 blocks of wide ones. A flat spectrum costs twice the steps with a quarter of
 it, and may never settle; 704 float64 vectors at n = 28672 are 161 MB, and their images as much."""
+
+
+class NotFiniteError(ArithmeticError):
+    """The operator made a number that is not finite."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,15 +80,19 @@ def largest_eigenpairs(
 
     Args:
         apply: the operator; its magnitude should be near 1 (scale it first: solvers judge by absolute numbers).
-        start: [n, k] with k >= min(n, rank), the first block; random, or better. float64.
+        start: [n, k] with k >= min(n, rank + 1), the first block; random, or better. float64.
         rank: eigenpairs wanted, at most n.
         precondition: maps residuals [n, k] towards errors [n, k]; any linear map will do, a good one is faster.
         gap_tolerance: residual over gap at which the subspace counts as found.
         max_steps: operator applications at most, each to a block.
+
+    Raises:
+        NotFiniteError: the operator over- or underflows.
     """
     size = start.shape[0]
-    first = _orthonormal(start.T.contiguous(), None)
+    first = orthonormal(start.T.contiguous(), None)
     width = first.shape[0]
+    assert width >= min(size, rank + 1)  # or there would be no gap to judge by
     limit = basis_limit(size, width)
     basis, images = _Rows(first, limit), _Rows(apply(first.T).T, limit)
     ritz = basis.all @ images.all.T
@@ -113,7 +121,7 @@ def largest_eigenpairs(
                 kept = limit // 2  # a thin restart forgets what took many steps to find
                 basis.rotate(look.rotation[:kept])
                 images.rotate(look.rotation[:kept])
-                block = _orthonormal(block, basis.all)
+                block = orthonormal(block, basis.all)
                 ritz = basis.all @ images.all.T
             # the preconditioner takes residuals, and a restart the vectors that were seen
             most = min(MOST_UNSEEN, PLAIN_STEPS + 1 - step, (limit - basis.count) // width, max_steps - step)
@@ -161,7 +169,12 @@ def _look(basis: _Rows, images: _Rows, ritz: torch.Tensor, width: int, rank: int
         ritz: products of one with the other.
         width: vectors of a block.
         rank: of them that are wanted.
+
+    Raises:
+        NotFiniteError: one of the products is not.
     """
+    if not bool(torch.isfinite(ritz).all()):
+        raise NotFiniteError("the operator over- or underflows")
     theta, rotation = torch.linalg.eigh((ritz + ritz.T) / 2)  # ascending
     theta, rotation = theta.flip(0), rotation.flip(1).T
     vectors = rotation[:width] @ basis.all
@@ -231,11 +244,11 @@ def _expansion(residuals: torch.Tensor, basis: torch.Tensor, precondition: Opera
         extra = precondition(residuals.T).T
         scales = extra.norm(dim=1, keepdim=True).clamp_min(torch.finfo(extra.dtype).tiny)
         residuals = torch.cat((residuals, extra / scales))
-    block = _orthonormal(residuals, basis)
+    block = orthonormal(residuals, basis)
     return block if block.shape[0] else None
 
 
-def _orthonormal(block: torch.Tensor, against: torch.Tensor | None) -> torch.Tensor:
+def orthonormal(block: torch.Tensor, against: torch.Tensor | None) -> torch.Tensor:
     """Orthonormal basis [<= k, n] of what a block of unit-size vectors adds to `against` [m, n].
 
     By eigenvectors of the small Gram matrix, so that all large work is matrix products. Twice is enough (Kahan and

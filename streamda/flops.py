@@ -12,7 +12,7 @@ from streamda.eigen import GUARD_VECTORS, guard_vectors
 from streamda.low_rank import extra_vectors
 from streamda.panels import Replay
 from streamda.products import TRIANGLE_ROWS
-from streamda.solve_bytes import INVERTED_SIZE, STEPWISE_SIZE, few_tokens
+from streamda.solve_bytes import INVERTED_SIZE, few_tokens, is_stepwise
 from streamda.solve_plan import needs_basis
 
 EIGEN_STEPS = 8
@@ -97,7 +97,7 @@ def _krylov_flops(size: int, widths: Sequence[int], rank: int) -> int:
 
 def _on_span_flops(tokens: int, rank: int) -> int:
     """Of a layer's own eigenproblem on the span of few tokens."""
-    if tokens < STEPWISE_SIZE:
+    if not is_stepwise(tokens, rank):
         return EIGH_FLOPS * tokens**3
     return EIGEN_STEPS * (rank + GUARD_VECTORS) * 2 * tokens**2
 

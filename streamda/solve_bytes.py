@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from streamda.cholesky import MAX_BLOCK_ROWS
-from streamda.eigen import basis_limit, guard_vectors
+from streamda.eigen import GUARD_VECTORS, basis_limit, guard_vectors
 from streamda.low_rank import extra_vectors
 from streamda.panels import FLOAT32_BYTES, PANEL_ROWS
 from streamda.token_span import CHUNK_COLUMNS
@@ -24,12 +24,18 @@ MIN_CHUNK_ROWS = 256
 INVERTED_SIZE = 1024
 """Inputs up to which a factor's inverse is made: solving with few vectors is two to four times as fast with it, which
 one layer with as many inputs just makes up for."""
-STEPWISE_SIZE = 256
-"""Rows of a matrix from which on its few largest eigenpairs are found step by step, in a quarter of the time of all."""
+STEPWISE_SIZE, STEPWISE_BLOCKS = 512, 20
+"""Rows of a matrix from which on its few largest eigenpairs are found step by step, in a quarter of the time of all or
+less; and how many blocks of vectors it must have room for, as a basis of ten takes half as long as all of them."""
 FEW_TOKENS = 1024
 """Rows that the small eigenproblem may have: dense, it costs the cube of them."""
 FEW_ENTRIES = 1 << 24
 """And entries of its span: what it needs then hardly exceeds what the Cholesky factor needs."""
+
+
+def is_stepwise(size: int, rank: int) -> bool:
+    """Whether the few largest eigenpairs of a dense matrix are found step by step."""
+    return size >= max(STEPWISE_SIZE, STEPWISE_BLOCKS * (rank + GUARD_VECTORS))
 
 
 def few_tokens(d_in: int) -> int:

@@ -45,7 +45,7 @@ from streamda.token_basis import BasisGradient
 from streamda.token_span import TokenGradient
 from streamda.units import UnitStore
 
-SOLVER_VERSION = 10
+SOLVER_VERSION = 11
 """Raised with every change that gives a layer another solution from the same statistics and settings: no adapter is to
 mix the two."""
 MAX_ASYMMETRY = 1e-5

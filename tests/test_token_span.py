@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from streamda import solve_bytes
 from streamda import token_span as module
 from streamda.config import SolveConfig
 from streamda.errors import NumericalError
@@ -18,7 +19,17 @@ from streamda.methods import LayerSolution, SolveStatus, on_span, prepare_token_
 from streamda.methods.displacement import Displacement
 from streamda.methods.on_span import displacement_of_tokens, displacement_on_span, token_gradient_on_span
 from streamda.token_span import TokenGradient, TokenSpan, token_span
-from tests.test_lora_da import ABLATIONS, POPULATION, Statistics, dense, product, relative_error, rounded, solve
+from tests.test_lora_da import (
+    ABLATIONS,
+    POPULATION,
+    Statistics,
+    dense,
+    product,
+    relative_error,
+    rounded,
+    solve,
+    two_parts,
+)
 
 
 def draw_rows(seed: int, tokens: int, d_in: int, d_out: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -347,12 +358,17 @@ def test_the_effective_rank_is_that_of_the_moment() -> None:
     assert factor.effective_rank == pytest.approx(float(moment.trace() ** 2 / moment.norm() ** 2), rel=1e-9)
 
 
+NEVER_SETTLED = {"much variance", "overwhelming variance", "little bias"}
+UNSETTLED_OF_MANY_SIZES = {"defaults", "theorem", "output damping", "balanced theorem", "balanced", "orthonormal A"}
+UNSETTLED_OF_MANY_SIZES |= {"small gamma", "rank 1", "rank 20"}
+
+
 @pytest.mark.parametrize("sizes", ["one size", "many sizes"])
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_a_few_eigenpairs_found_step_by_step_are_those_of_all(
     name: str, sizes: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where they do not settle soon, as those of tokens of many sizes, all are computed after all."""
+    """Where they do not settle soon all are computed after all, and the steps say so."""
     x, g = draw_rows(0, 300, 500, 200)
     if sizes == "many sizes":
         x *= 0.97 ** torch.arange(300)[:, None]
@@ -364,12 +380,37 @@ def test_a_few_eigenpairs_found_step_by_step_are_those_of_all(
         dense.append(matrix.shape[0])
         return eigh(matrix)
 
+    monkeypatch.setattr(solve_bytes, "STEPWISE_BLOCKS", 1)
+    monkeypatch.setattr(solve_bytes, "STEPWISE_SIZE", 256)
     with monkeypatch.context() as patch:
         patch.setattr(torch.linalg, "eigh", counted)
         stepwise = solve_rows(x, g, **ABLATIONS[name])
-    if name == "defaults":  # two for the span
-        assert dense.count(300) == (2 if sizes == "one size" else 3)
-    monkeypatch.setattr(on_span, "STEPWISE_SIZE", 10**6)
+    assert stepwise.stats is not None
+    if name == "without bias":  # the order is that of the tokens' own eigenvalues
+        assert (dense.count(300), stepwise.stats.steps) == (2, 1)
+    elif name in NEVER_SETTLED or (sizes == "many sizes" and name in UNSETTLED_OF_MANY_SIZES):
+        assert (dense.count(300), stepwise.stats.steps) == (3, on_span.MAX_STEPS + 1)
+    else:  # two for the span
+        assert dense.count(300) == 2
+        assert 1 < stepwise.stats.steps <= on_span.MAX_STEPS
+    monkeypatch.setattr(solve_bytes, "STEPWISE_SIZE", 10**6)
     plain = solve_rows(x, g, **ABLATIONS[name])
+    assert plain.stats is not None
     assert relative_error(product(stepwise), product(plain)) < 1e-5
     require_same_numbers(stepwise, plain, 8)
+    assert stepwise.stats.next_eigenvalue == pytest.approx(plain.stats.next_eigenvalue, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options", [{"bias_weight": 0.0}, {}, {"variance_weight": 1e3}, {"variance_weight": 1e5}], ids=str
+)
+def test_of_few_tokens_the_norm_of_the_displacement_is_its_own_wherever_the_eigenvectors_lie(
+    options: dict[str, float],
+) -> None:
+    """Eight loud channels of their own tokens and outputs, at which the eigenvectors may all lie."""
+    x, g = two_parts((8, 500), (20, 290), 100.0)
+    found = solve_rows(x, 0.1 * g, **options)
+    expected = dense(sums_of(x, 0.1 * g), **options)
+    assert found.stats is not None
+    assert found.stats.displacement_norm == pytest.approx(expected.sigma, rel=1e-6)
+    assert relative_error(product(found), expected.product) < 1e-5

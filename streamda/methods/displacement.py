@@ -81,13 +81,18 @@ class Displacement:
     def largest_singular_value(
         self, vectors: torch.Tensor, images: torch.Tensor, start: torch.Tensor, scale: float
     ) -> float:
-        """The spectral norm, to eight digits.
+        """The spectral norm, to eight digits where the largest singular values are apart.
 
         Args:
-            vectors: [d_in, k], orthonormal directions that probably hold its own: the eigenvectors found before.
+            vectors: [d_in, k], orthonormal directions that probably hold its own: the eigenvectors found before, which
+                may be small singular vectors of D where the variance decides; and what D makes of random ones, in which
+                a larger one would show.
             images: ``D^T vectors`` [d_out, k].
             start: [d_in, m], random directions for the case that they do not.
             scale: about the size of D.
+
+        Raises:
+            NotFiniteError: D over- or underflows.
         """
         tolerance = 1e-4  # an eigenvalue's error is the square of its vector's
         along = images / scale

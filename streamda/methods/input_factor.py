@@ -233,11 +233,12 @@ def _factorize(
 
         try:
             cholesky.factorize(damped, len(moment), bands)
+        except cholesky.NotPositiveDefiniteError:
+            bands.clear()
+        else:
             is_small = len(bands) == 1 and bands[0].shape[1] <= INVERTED_SIZE
             inverse = cholesky.inverse(bands[0]).div_(scale) if is_small else None
             return InputFactor(bands, scale, used, raises, inverse)
-        except cholesky.NotPositiveDefiniteError:
-            bands.clear()
         raised = max(10 * used, MIN_RAISED_DAMPING * scale)
         if raised > MAX_RAISED_DAMPING * scale:
             raise NumericalError(

@@ -9,7 +9,7 @@ hardly tells them apart; there ``Z`` itself, applied to the residuals, is the pr
 they are the top eigenvectors of ``Z``, and ``Z`` is the operator.
 
 `on_basis` is for tokens whose rows are known: `by_krylov` along a basis of these (`streamda.token_basis`), since the
-rounding of sums would be magnified outside their span. Few of them need no steps (`streamda.methods.on_span`).
+rounding of sums would be magnified outside their span. For few of them see `streamda.methods.on_span`.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ class LowEnd:
     sigma: float
     """Largest singular value of D."""
     residual: float
-    """Largest norm of ``A v - theta v``, relative to the largest eigenvalue magnitude."""
+    """Largest norm of ``A v - theta v``, relative to the largest eigenvalue magnitude that was seen."""
     steps: int
-    """Applications of the operator to a block."""
+    """Applications of the operator to a block; a small matrix whose eigenpairs are all computed counts as one."""
     converged: bool
     """Whether the eigenvectors have settled."""
     noisy: bool = False
@@ -75,10 +75,10 @@ def by_krylov(
     d_in = displacement.d_in
     start = draw(d_in, min(d_in, config.rank + eigen.guard_vectors(d_in)), generator, displacement.device)
     start /= start.norm(dim=0)
-    scale = 0.0
+    scale, pushed = 0.0, start[:, :0]
 
     def apply(block: torch.Tensor) -> torch.Tensor:
-        nonlocal scale
+        nonlocal scale, pushed
         solved = displacement.precondition(block)  # both terms begin with it
         images = displacement.transposed(block, solved)
         unit = scale or float(images.norm(dim=0).max())
@@ -87,18 +87,25 @@ def by_krylov(
         if not scale:  # the first block tells it; from then on all is of order one
             scale = math.sqrt(unit) * math.sqrt(float(result.norm(dim=0).max()))
             require_range(name, scale)
+            pushed = result[:, : eigen.GUARD_VECTORS].clone()  # D D^T of random vectors
         result *= unit / scale / scale
         if config.bias_weight:
             result.sub_(solved, alpha=variance / config.bias_weight / scale / scale)
         return result
 
-    if config.bias_weight == 0:
-        apply(start)
-        found = eigen.largest_eigenpairs(factor.multiply, start, config.rank)
-    else:
-        found = eigen.largest_eigenpairs(apply, start, config.rank, precondition=factor.multiply if variance else None)
-    projected = displacement.transposed(found.vectors)
-    sigma = displacement.largest_singular_value(found.vectors, projected, start, scale)
+    try:
+        if config.bias_weight == 0:
+            apply(start)
+            found = eigen.largest_eigenpairs(factor.multiply, start, config.rank)
+        else:
+            precondition = factor.multiply if variance else None
+            found = eigen.largest_eigenpairs(apply, start, config.rank, precondition=precondition)
+        vectors = with_probes(found.vectors, pushed)
+        images = displacement.transposed(vectors)
+        sigma = displacement.largest_singular_value(vectors, images, start, scale)
+    except eigen.NotFiniteError as error:
+        raise out_of_range(name) from error
+    projected = images[:, : found.vectors.shape[1]]
 
     def in_units(theta: float) -> float:
         unit = sigma**2 if config.normalize else 1.0
@@ -167,6 +174,12 @@ def draw(size: int, count: int, generator: torch.Generator, device: torch.device
     return torch.randn(size, count, generator=generator, dtype=torch.float64).to(device)
 
 
+def with_probes(vectors: torch.Tensor, pushed: torch.Tensor) -> torch.Tensor:
+    """Eigenvectors [n, r] and, at right angles to them, what else a product made of random vectors [n, k]."""
+    unit = pushed / pushed.norm(dim=0).clamp_min(torch.finfo(pushed.dtype).tiny)
+    return torch.cat((vectors, eigen.orthonormal(unit.T, vectors.T).T), dim=1)
+
+
 def require_range(name: str, scale: float) -> None:
     """Refuses what cannot be brought to order one.
 
@@ -174,4 +187,9 @@ def require_range(name: str, scale: float) -> None:
         NumericalError: the size of D is zero or not finite.
     """
     if not math.isfinite(scale) or scale == 0:
-        raise NumericalError(f"{name}: the displacement over- or underflows in float64")
+        raise out_of_range(name)
+
+
+def out_of_range(name: str) -> NumericalError:
+    """What is said of a layer whose numbers leave the range of float64."""
+    return NumericalError(f"{name}: the displacement over- or underflows in float64")

@@ -25,9 +25,9 @@ from streamda.config import SolveConfig
 from streamda.factors import frobenius_norm, largest_magnitude, mirror_lower_
 from streamda.methods.displacement import Displacement
 from streamda.methods.input_factor import SpannedFactor, TokenFactor
-from streamda.methods.low_end import LowEnd, draw, outside_of, require_range
+from streamda.methods.low_end import LowEnd, draw, outside_of, require_range, with_probes
 from streamda.products import add_product_, add_triangle_
-from streamda.solve_bytes import STEPWISE_SIZE
+from streamda.solve_bytes import is_stepwise
 from streamda.token_span import TokenGradient
 
 MAX_LEAK = 1e-3
@@ -37,7 +37,7 @@ NOISY_LEAK = 1e-5
 """Share from which on it is said that the solution is noisy. Rounding leaves 1e-7 to 1e-6; more means that the inputs
 of some tokens hardly stand out of the rounding of the others'. How far B A is off depends on which tokens these are."""
 LEAK_PROBES = 8
-"""Random vectors by which that share is measured."""
+"""Random vectors by which that share is measured, or a value looked for."""
 NEARLY_CANCELLED = 1e-5
 """Of the sizes of its two factors, below which the rounding of the square of a product might show."""
 NO_GRADIENT = 1e-12
@@ -90,16 +90,21 @@ def on_span(
     scale, gram = displacement.scale, displacement.gram
     require_range(name, scale)
     damped = factor.eigenvalues + factor.damping
-    # minus the guidance matrix on the span, in units of alpha scale^2 once alpha is there; else its order, that of Z
-    small = gram * config.bias_weight if config.bias_weight else torch.diag(damped)
+    # minus the guidance matrix on the span, in units of alpha scale^2; without alpha its order is that of Z
+    small = gram * config.bias_weight
     constant = 0.0
     if variance and config.bias_weight:
         # c / (s + lambda) is c / (s_max + lambda) and the rest: the constant moves no vector, and would drown what does
         top = float(damped[-1])
         constant = variance / scale**2 / top
         small.diagonal().sub_(constant * ((factor.eigenvalues[-1] - factor.eigenvalues) / damped))
-    theta, rotation, residual = _largest_eigenpairs(small, config.rank, generator)
-    sigma = math.sqrt(max(_largest_eigenvalue(gram, rotation), 0.0)) * scale
+    if config.bias_weight:
+        require_range(name, largest_magnitude(small))
+        theta, rotation, residual, steps = _largest_eigenpairs(small, config.rank, generator)
+    else:  # a diagonal, in ascending order
+        theta, steps, residual = damped.flip(0)[: config.rank + 1], 1, 0.0
+        rotation = torch.eye(damped.numel(), dtype=damped.dtype, device=damped.device).flip(1)[:, : config.rank]
+    sigma = math.sqrt(max(_largest_eigenvalue(gram, rotation, generator), 0.0)) * scale
     kept = rotation.shape[1]
     unsigned = factor.lift(rotation)
     d_in = unsigned.shape[0]
@@ -124,7 +129,7 @@ def on_span(
         projected=projected,
         sigma=sigma,
         residual=residual,
-        steps=1,
+        steps=steps,
         converged=True,
         noisy=displacement.noisy,
     )
@@ -132,15 +137,16 @@ def on_span(
 
 def _largest_eigenpairs(
     matrix: torch.Tensor, rank: int, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor, float]:
+) -> tuple[torch.Tensor, torch.Tensor, float, int]:
     """Of a symmetric matrix [k, k] float64.
 
     Returns:
         Eigenvalues [rank + 1, or k if that is less], descending; eigenvectors [k, rank or less] of all but the one
-        beyond the rank; and the largest norm of ``matrix v - theta v``, relative to the largest value's magnitude.
+        beyond the rank; the largest norm of ``matrix v - theta v``, relative to the largest magnitude of these values;
+        and steps, of which computing all at once is one.
     """
-    size = matrix.shape[0]
-    if size >= max(STEPWISE_SIZE, 2 * rank):
+    size, steps = matrix.shape[0], 0
+    if is_stepwise(size, rank):
         start = draw(size, rank + eigen.GUARD_VECTORS, generator, matrix.device)
         found = eigen.largest_eigenpairs(
             lambda block: (block.T @ matrix).T,
@@ -152,15 +158,21 @@ def _largest_eigenpairs(
         residual = float((matrix @ found.vectors - found.vectors * found.values).norm(dim=0).max())
         if residual <= 2 * SETTLED * float(found.values[-1] - found.next_value):
             theta = torch.cat((found.values, found.values.new_tensor([found.next_value])))
-            return theta, found.vectors, residual / float(theta.abs().max())
+            return theta, found.vectors, residual / float(theta.abs().max()), found.steps
+        steps = found.steps
     theta, rotation = torch.linalg.eigh(matrix)
-    theta, rotation = theta.flip(0), rotation.flip(1)[:, :rank]
+    theta, rotation = theta.flip(0)[: rank + 1], rotation.flip(1)[:, :rank]
     residual = float((matrix @ rotation - rotation * theta[: rotation.shape[1]]).norm(dim=0).max())
-    return theta[: rank + 1], rotation, residual / float(theta.abs().max())
+    return theta, rotation, residual / float(theta.abs().max()), steps + 1
 
 
-def _largest_eigenvalue(gram: torch.Tensor, near: torch.Tensor) -> float:
-    """Of a positive semidefinite matrix [k, k], given orthonormal directions [k, r] that probably hold its vector."""
+def _largest_eigenvalue(gram: torch.Tensor, vectors: torch.Tensor, generator: torch.Generator) -> float:
+    """Of a positive semidefinite matrix [k, k], given orthonormal directions [k, r] that probably hold its vector.
+
+    Where the variance decides they need not. A larger value shows in what the matrix makes of random vectors.
+    """
+    pushed = gram @ (gram @ draw(gram.shape[0], LEAK_PROBES, generator, gram.device))
+    near = with_probes(vectors, pushed)
     images = gram @ near
     theta, rotation = torch.linalg.eigh(near.T @ images)  # ascending
     residual = images @ rotation[:, -1] - near @ rotation[:, -1] * theta[-1]

@@ -144,9 +144,11 @@ class _Heap:
 
     def _stays_below(self, num_bytes: int) -> bool:
         """Whether no more than that is free."""
-        # the C library counts in no time, and too much: free blocks whose pages it has given back, too
-        counted = math.inf if self._info is None else int(self._info().fordblks)
-        return counted <= num_bytes or self._free_bytes() <= num_bytes
+        if self._info is None:
+            return False
+        info = self._info()
+        # what the C library counts is too much: free blocks whose pages it has given back, too
+        return int(info.fordblks) <= num_bytes or self._free_bytes(int(info.uordblks)) <= num_bytes
 
     def resident_bytes(self) -> int:
         """Memory of the heap, without the large blocks that are mapped one by one.
@@ -170,16 +172,14 @@ class _Heap:
         # the other bits may be anything; a sum would be one of 64-bit copies
         return int(torch.count_nonzero(pages.bitwise_and_(1))) * mmap.PAGESIZE
 
-    def _free_bytes(self) -> float:
-        """Pages of the heap that nothing in use lies on, infinite where nobody counts.
+    def _free_bytes(self, in_use: int) -> float:
+        """Pages of the heap that nothing of the bytes in use lies on, infinite where nobody counts.
 
         Too little by what is in use and was never touched, a few tensors below the thresholds at most, and by what is
         in use on heaps of their own that threads have made before (none in a run by the command line).
         """
-        if self._info is None:
-            return math.inf
         try:
-            free = self.resident_bytes() - int(self._info().uordblks)
+            free = self.resident_bytes() - in_use
         except OSError:
             return math.inf
         return free if free >= 0 else math.inf  # what is in use lies elsewhere, too

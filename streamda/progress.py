@@ -39,7 +39,9 @@ class PassLog:
 class PassBar:
     """The bar of one pass: step by step, with token rate and the highest memory peak so far."""
 
-    def __init__(self, bar: tqdm[Never], meter: RunMeter, tokens: int, log: PassLog | None = None) -> None:
+    def __init__(
+        self, bar: tqdm[Never], meter: RunMeter, tokens: int, log: PassLog | None = None, *, counts_blocks: bool = True
+    ) -> None:
         """Shows nothing yet.
 
         Args:
@@ -47,8 +49,10 @@ class PassBar:
             meter: of the run.
             tokens: that each step computes.
             log: what is written there.
+            counts_blocks: whether its steps are blocks, between two of which rates may be measured.
         """
         self._bar = bar
+        self._counts_blocks = counts_blocks
         self._log = log
         self._meter = meter
         self._tokens = tokens
@@ -65,7 +69,8 @@ class PassBar:
         """One step is done in this run; those of an earlier run are not counted, so that the ETA stays honest."""
         self._done += 1
         self._bar.update(1)
-        self._meter.between_blocks()
+        if self._counts_blocks:
+            self._meter.between_blocks()
         if self._log is not None:
             self._log.advance(self._done, self._facts)
 
@@ -96,7 +101,7 @@ class Progress:
         """
         log = PassLog(name, num_steps, self.say) if self._silent and not self._quiet else None
         with tqdm(total=num_steps, desc=name, unit=unit, disable=self._silent, leave=True) as bar:
-            yield PassBar(bar, self._meter, tokens, log)
+            yield PassBar(bar, self._meter, tokens, log, counts_blocks=unit == "block")
 
     def say(self, line: str) -> None:
         """One line on stderr, unless quiet."""

@@ -25,7 +25,9 @@ GEMM_SECONDS = 0.15
 """Spent per precision at least. The first products start threads and pick kernels; much less would
 measure that, and more shows in a run of half a minute."""
 SAMPLE_SIZE, SAMPLE_SECONDS = 1024, 20.0
-"""Rows of the products that are timed while a run goes on, and the time between two of them."""
+"""Rows of the products that are timed while a run goes on, and the time between two samples at least."""
+MAX_SHARE = 0.01
+"""Of a run's time for them: without its own instructions bfloat16 takes a CPU seconds."""
 FILE_BYTES = 128 << 20
 """Written and read back. Less would measure a disk's latencies and caches, more takes longer than it is worth."""
 DISK_SECONDS = 1.0
@@ -73,26 +75,30 @@ def measure_flops(device: torch.device, dtype: torch.dtype) -> float:
         if started > deadline and run > 1:
             break
         for _ in range(repeats):
+            result = None  # the one before is gone before the next is made
             result = multiply()
+        assert result is not None
         result[0, 0].item()  # waits for the device
         best = min(best, time.monotonic() - started)
     return 2.0 * size**3 * repeats / best
 
 
 def _product(device: torch.device, dtype: torch.dtype, size: int) -> Callable[[], torch.Tensor]:
-    """A product of a square matrix with itself, as a run multiplies, that never holds a third one."""
+    """A product of a square matrix with itself, as a run multiplies, that holds no third one."""
     own = torch.Generator(device).manual_seed(0)  # a run's random numbers are not to depend on when this is asked
     left = torch.randn(size, size, device=device, generator=own).to(dtype)
     if dtype == torch.float32 and product_library(device) == ONEDNN:
         return functools.partial(linear, left, left)
+    if device.type == "cpu" and dtype.itemsize < 4:  # as a model's layers do; a plain product takes ten times as long
+        return functools.partial(torch.nn.functional.linear, left, left)
     return functools.partial(torch.mm, left, left, out=torch.empty_like(left))
 
 
 class ProductRates:
-    """Rates of products as a CPU gives them while a run goes on: one of each precision now and then, between blocks.
+    """Rates of products as a CPU gives them while a run goes on, of each precision now and then, between two blocks.
 
     The speed of a shared machine changes within seconds, and what it does when a run is over says little of how fast
-    the run could have been.
+    the run could have been. The next block's weights may be read meanwhile, as they are while blocks compute.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
@@ -112,14 +118,18 @@ class ProductRates:
         return time.monotonic() >= self._due
 
     def sample(self) -> None:
-        """Takes some 30 MB, for a tenth of a second."""
+        """Takes some 30 MB, in float32 for a tenth of a second."""
+        began = time.monotonic()
         for dtype, seconds in self._seconds.items():
             multiply = _product(self._device, dtype, SAMPLE_SIZE)
-            multiply()  # its threads may have fallen asleep
-            started = time.monotonic()
-            multiply()
-            seconds.append(time.monotonic() - started)
-        self._due = time.monotonic() + SAMPLE_SECONDS
+            taken: list[float] = []
+            for _ in range(3):  # threads may have fallen asleep before the first; a pause of one tells nothing
+                started = time.monotonic()
+                multiply()
+                taken.append(time.monotonic() - started)
+            seconds.append(min(taken))
+        ended = time.monotonic()
+        self._due = ended + max(SAMPLE_SECONDS, (ended - began) / MAX_SHARE)
 
     @property
     def mean(self) -> Rates:

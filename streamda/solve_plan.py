@@ -10,6 +10,7 @@ result.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -139,23 +140,23 @@ def solve_layout(
     """
     if token_rows and not needs_basis(d_in, token_rows):
         return SolveLayout(0, "float32", token_rows_bytes(d_in, d_out, token_rows), 0)
-    sizes = band_bytes(min(token_rows or d_in, d_in))
-    whole = len(sizes)
+    whole = len(band_bytes(min(token_rows or d_in, d_in)))
     forms: tuple[GradientForm, ...] = ("float64", "float32", "streamed")
-    if not token_rows and num_tokens is not None and 0 < num_tokens <= few_tokens(d_in):
-        # the factor that is made for a gradient off the span, if there is any, goes to a file
-        whole, forms = 0, forms[1:]
     choices = [(whole, form) for form in forms]
     choices += [(count, form) for form in forms[1:] for count in range(whole - 1, -1, -1)]
     tiles = tile_copies * min(d_in, PANEL_ROWS) ** 2 * FLOAT32_BYTES
     if token_rows:
         bases = [(whole, form, True) for form in forms[:2]] + [(count, form, False) for count, form in choices]
-        layouts = [_basis_layout(token_rows, d_in, d_out, rank, each, tiles) for each in bases]
-    else:
-        may_be_few = min_tokens <= few_tokens(d_in)
-        layouts = [_layout(d_in, d_out, rank, sizes, each, tiles, may_be_few) for each in choices]
-    fitting = (each for each in layouts if capacity_bytes is None or each.num_bytes <= capacity_bytes)
-    return next(fitting, min(layouts, key=lambda each: each.num_bytes))
+        return _fastest([_basis_layout(token_rows, d_in, d_out, rank, each, tiles) for each in bases], capacity_bytes)
+    found: list[SolveLayout] = []
+    if num_tokens is None or num_tokens == 0 or num_tokens > few_tokens(d_in):
+        found.append(_fastest([_layout(d_in, d_out, rank, each, tiles) for each in choices], capacity_bytes))
+    if min_tokens <= few_tokens(d_in):
+        # the factor that is made for a gradient off the span, if there is any, goes to a file
+        few = [_layout(d_in, d_out, rank, (0, form), tiles, are_few=True) for form in forms[1:]]
+        found.append(_fastest(few, capacity_bytes))
+    # which it is shows when all tokens are counted
+    return dataclasses.replace(found[0], num_bytes=largest_bytes(found))
 
 
 def solve_layouts(
@@ -204,6 +205,12 @@ def layouts_beside_statistics(
     return BesideStatistics(left, layouts, growth) if fits else None
 
 
+def _fastest(layouts: Sequence[SolveLayout], capacity_bytes: int | None) -> SolveLayout:
+    """The first that fits, or the smallest one where none does."""
+    fitting = (each for each in layouts if capacity_bytes is None or each.num_bytes <= capacity_bytes)
+    return next(fitting, min(layouts, key=lambda each: each.num_bytes))
+
+
 def largest_bytes(layouts: Iterable[SolveLayout]) -> int:
     """The highest of their peaks."""
     return max((layout.num_bytes for layout in layouts), default=0)
@@ -218,12 +225,12 @@ def _layout(
     d_in: int,
     d_out: int,
     rank: int,
-    sizes: list[int],
     choice: tuple[int, GradientForm],
     tiles: int,
-    may_be_few: bool,
+    *,
+    are_few: bool = False,
 ) -> SolveLayout:
-    in_memory, form = choice
+    (in_memory, form), sizes = choice, band_bytes(d_in)
     held, spilled = sum(sizes[:in_memory]), sorted(sizes[in_memory:])  # the last band may be a part of one
     factorizing = held + sum(spilled[-2:]) + tiles + column_bytes(d_in)
     gradient_band = min(PANEL_ROWS, d_out) * d_in * FLOAT32_BYTES
@@ -234,7 +241,7 @@ def _layout(
         "streamed": gradient_band + chunk,
     }[form]
     solving = held + sum(spilled[-1:]) + gradient + tiles + krylov_bytes(d_in, d_out, rank)
-    peak = max(factorizing, solving, few_tokens_bytes(d_in, d_out, gradient) + tiles if may_be_few else 0)
+    peak = max(factorizing, solving, few_tokens_bytes(d_in, d_out, gradient) + tiles if are_few else 0)
     return SolveLayout(in_memory, form, peak, sum(spilled))
 
 

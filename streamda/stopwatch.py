@@ -41,7 +41,7 @@ class RunMeter:
         self._meter.__exit__(kind, error, trace)
 
     def between_blocks(self) -> None:
-        """Measures the rates of products if it is time to; nothing else is to compute meanwhile."""
+        """Measures the rates of products if it is time to; no block is to compute meanwhile."""
         if self._products is not None and self._products.is_due:
             with self.timeline.span("measure rates"):
                 self._products.sample()

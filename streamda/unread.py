@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._C import _len_torch_function_stack
+from torch._C import _len_torch_function_stack  # nothing public says whether a mode is entered within another one
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
@@ -55,7 +55,7 @@ class ResultWatch(TorchFunctionMode):
         self._called: set[str] = set()
         self._read: set[str] = set()
         self._entered = ExitStack()
-        self._depth = 0
+        self._depth, self._is_watching = 0, False
 
     def __enter__(self) -> ResultWatch:
         for name, module in self._linears.items():
@@ -79,11 +79,15 @@ class ResultWatch(TorchFunctionMode):
         return found[1] if found is not None and found[0]() is tensor else frozenset()
 
     def _note(self, name: str, _module: nn.Module, _args: Any, result: torch.Tensor) -> None:
-        if not self._called:  # most of a block comes before, and each of its functions would pass here
+        # within another mode, whose end would be taken for that of this one, it is neither entered nor can be told
+        # anything
+        is_outermost = _len_torch_function_stack() == self._depth + self._is_watching
+        if not self._is_watching and is_outermost:
+            # only now, as each function passes here from now on, and most of a block comes before
             super().__enter__()  # type: ignore[no-untyped-call]  # torch has no types for it
             self._entered.callback(super().__exit__, None, None, None)
-        # within another mode, whose end would be taken for that of this one, nothing can be told
-        if name in self._called or _len_torch_function_stack() != self._depth + 1:
+            self._is_watching = True
+        if name in self._called or not is_outermost:
             self._read.add(name)
         self._called.add(name)
         self._terms[id(result)] = weakref.ref(result), frozenset((name,))

@@ -33,22 +33,25 @@ def test_products_are_measured_in_under_two_seconds(dtype: torch.dtype) -> None:
 
 
 def test_along_a_run_rates_are_all_operations_over_all_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two samples of each precision, the second at a third of the speed."""
+    """Two samples of each precision, the second at a third of the speed; of each its best product counts."""
     now, took = [100.0], [0.0]
     monkeypatch.setattr(rates.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(rates, "_product", lambda *_: lambda: now.append(now.pop() + took[0]))
+    waits = itertools.cycle((50.0, 0.0, 7.0))
+    monkeypatch.setattr(rates, "_product", lambda *_: lambda: now.append(now.pop() + took[0] + next(waits)))
     products = ProductRates(CPU, torch.float32)
     assert products.mean == Rates()
     assert not products.is_due
     for took[0] in (1.0, 3.0):
-        now[0] += rates.SAMPLE_SECONDS
+        now[0] += 100 * 300  # so that no more than a hundredth of the time goes to it
         assert products.is_due
         products.sample()
+        now[0] += rates.SAMPLE_SECONDS
         assert not products.is_due
     assert products.mean == Rates(flops=2 * 1024**3 / 2, flops64=2 * 1024**3 / 2)
 
 
-def test_along_a_run_products_leave_random_numbers_alone() -> None:
+def test_along_a_run_products_leave_random_numbers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rates, "SAMPLE_SIZE", 64)  # bfloat16 may take seconds
     state = torch.get_rng_state()
     products = ProductRates(CPU, torch.bfloat16)
     products.sample()

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from streamda import solve_bytes, solve_plan
-from streamda.config import SolveConfig
+from streamda import setup, solve_bytes, solve_plan
+from streamda.config import RunConfig, SolveConfig
 from streamda.errors import BudgetError
 from streamda.layers import BlockSpec, InputGroup, LinearSpec
 from streamda.memory import parse_size
 from streamda.methods import input_factor
 from streamda.panels import block_panels
 from streamda.solve_bytes import band_bytes, few_tokens
-from streamda.solve_plan import keeps_rows, solve_layout
+from streamda.solve_plan import SolveLayout, keeps_rows, solve_layout
 from streamda.solve_stage import Solver
 from streamda.store import BlockStatisticsReader
+from tests.models import make_config, make_samples, run_options, write_samples
 from tests.test_store import CPU, a_run, block, draw, write
 
 GB = 10**9
@@ -30,6 +33,11 @@ def test_bands_cover_the_lower_triangle() -> None:
 
 @pytest.mark.parametrize(("d_in", "d_out"), [(576, 1536), (5120, 13824), (13824, 5120), (28672, 8192), (8192, 28672)])
 def test_less_memory_gives_smaller_layouts_in_order_of_speed(d_in: int, d_out: int) -> None:
+    many = 10**6
+
+    def solve_layout(*args: Any) -> SolveLayout:
+        return solve_plan.solve_layout(*args, many, min_tokens=many)
+
     best = solve_layout(d_in, d_out, 8, None)
     assert (best.bands_in_memory, best.gradient, best.spilled_bytes) == (len(band_bytes(d_in)), "float64", 0)
     smallest = solve_layout(d_in, d_out, 8, 0)
@@ -58,6 +66,44 @@ def test_few_tokens_need_no_room_for_a_cholesky_factor() -> None:
     assert few.num_bytes < many.num_bytes - sum(band_bytes(13824)) // 2
     # one that is made all the same, for a gradient off the span, goes to a file
     assert (few.bands_in_memory, few.spilled_bytes) == (0, sum(band_bytes(13824)))
+
+
+@pytest.mark.parametrize("skips", [False, True])
+def test_all_layers_but_routed_ones_get_the_tokens_of_all_samples(skips: bool, tmp_path: Path) -> None:
+    samples = make_samples()
+    write_samples(tmp_path / "samples.jsonl", samples)
+    make_config("llama").save_pretrained(tmp_path / "model")
+    config = RunConfig.from_options(run_options(tmp_path, skip_bad_samples=skips, token_mask="labels"))
+    prepared = setup.prepare(config, weights=False)
+    labels = sum(int((label[1:] != -100).sum()) for _, label in samples)
+    least = {group.min_tokens for spec in prepared.specs(64, keep_statistics=False) for group in spec.groups}
+    assert least == {0 if skips else labels}
+    group = dataclasses.replace(prepared.specs(64, keep_statistics=False)[0].groups[0], min_tokens=0)
+    # called more than once, or on a part of the tokens
+    assert prepared.work._counted(group, (), set(), 0).min_tokens == 0
+
+
+@pytest.mark.parametrize(
+    ("d_in", "d_out", "capacity"), [(4096, 16384, 646), (2048, 16384, 464), (2048, 8192, 324), (5120, 16384, 763)]
+)
+@pytest.mark.parametrize("least", [0, 300])
+def test_whatever_tokens_a_layer_gets_its_solution_is_planned_for(
+    d_in: int, d_out: int, capacity: int, least: int
+) -> None:
+    """The solver knows how many there are, the planner between what numbers: the faster way may be the larger one."""
+    for budget in (None, 0, *range(capacity - 300, capacity + 300, 25)):
+        room = None if budget is None else budget * 1_000_000
+        planned = solve_layout(d_in, d_out, 8, room, 3000, min_tokens=least)
+        for tokens in (max(least, 1), few_tokens(d_in), few_tokens(d_in) + 1, 3000):
+            made = solve_layout(d_in, d_out, 8, room, tokens, min_tokens=tokens)
+            assert made.num_bytes <= planned.num_bytes
+
+
+def test_few_tokens_are_not_planned_for_where_there_are_more() -> None:
+    few = few_tokens(2048)
+    known, unknown = (solve_layout(2048, 2048, 8, None, 3000, min_tokens=least) for least in (few + 1, few))
+    assert known.num_bytes < unknown.num_bytes
+    assert known == solve_layout(2048, 2048, 8, None, 3000, min_tokens=3000)
 
 
 @pytest.mark.parametrize("d_in", [1, 2, 100, 5000, 28672])

@@ -226,3 +226,30 @@ class Within(Mlp):
 def test_nothing_is_said_of_a_layer_that_is_called_within_another_mode() -> None:
     assert watched(Within(added)) == frozenset()
     assert _len_torch_function_stack() == 0
+
+
+class Doubled(TorchFunctionMode):
+    """Gives twice of every hyperbolic tangent."""
+
+    def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        return 2 * result if func is torch.tanh else result
+
+
+class Partly(Mlp):
+    """Calls its first layer within a mode, and reads its second one's result after that."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        with Doubled():
+            inner = self.up(hidden)
+        result = self.down(torch.tanh(inner))
+        return hidden + result * hidden
+
+
+def test_a_mode_that_ends_within_a_block_ends_there() -> None:
+    block, hidden = Partly(added), torch.ones(2, 3, 8, requires_grad=True)
+    watch = ResultWatch(plain_linears(block))
+    output = CALL.run(block, hidden, watch)
+    assert torch.equal(output, block(hidden))
+    assert watch.unread(output) == frozenset()
+    assert _len_torch_function_stack() == 0

@@ -9,6 +9,7 @@ Needs matplotlib (`pip install 'streamda[plots]'`). Measures nothing; of the fil
 """
 
 import argparse
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,7 +55,7 @@ def plot_plan(facts: Sequence[dict[str, Any]]) -> Figure:
     """Measured over planned peaks, and the two lines that they are to stay between."""
     figure, (peaks, shares) = two_parts()
     highest = max(each["planned_peak"] for each in facts) / GB
-    for colour, shape in zip(COLOURS, dict.fromkeys(each["shape"] for each in facts), strict=False):
+    for colour, shape in zip(itertools.cycle(COLOURS), dict.fromkeys(each["shape"] for each in facts), strict=False):
         runs = [each for each in facts if each["shape"] == shape]
         planned, measured = ([each[key] / GB for each in runs] for key in ("planned_peak", "measured_peak"))
         peaks.plot(planned, measured, "o", color=colour, label=shape, markersize=4)

@@ -75,6 +75,7 @@ def largest_eigenpairs(
     precondition: Operator | None = None,
     gap_tolerance: float = 1e-5,
     max_steps: int = 200,
+    hoped_for: float = math.inf,
 ) -> EigenSolution:
     """Finds the `rank` largest (not largest in magnitude) eigenvalues of a symmetric operator.
 
@@ -85,6 +86,7 @@ def largest_eigenpairs(
         precondition: maps residuals [n, k] towards errors [n, k]; any linear map will do, a good one is faster.
         gap_tolerance: residual over gap at which the subspace counts as found.
         max_steps: operator applications at most, each to a block.
+        hoped_for: gives up where residuals would have to shrink by more than this in each step that is left.
 
     Raises:
         NotFiniteError: the operator over- or underflows.
@@ -107,7 +109,9 @@ def largest_eigenpairs(
             converged = basis.count == size or look.worst <= enough
             extra = precondition if step > PLAIN_STEPS else None
             block = None if converged else _expansion(look.residuals, basis.all, extra)
-            if converged or block is None or step == max_steps:
+            # no power where it is not asked for: that may overflow
+            hopeless = hoped_for < math.inf and look.worst > enough * hoped_for ** (max_steps - step)
+            if converged or block is None or step == max_steps or hopeless:
                 return EigenSolution(
                     values=look.values[:rank],
                     vectors=canonical_signs(look.vectors[:rank].T),

@@ -289,6 +289,18 @@ def test_steps_without_a_look_at_the_residuals_change_nothing_but_their_number(
         assert seen_few < len(looks)
 
 
+def test_a_search_that_cannot_end_in_time_is_given_up_and_one_that_can_is_not() -> None:
+    flat, steep = (
+        with_spectrum(values) for values in (torch.linspace(1, 0, 300, dtype=F64), SPECTRA["one over i"](300))
+    )
+    start = torch.randn(300, 16, generator=torch.Generator().manual_seed(0), dtype=F64)
+    for hoped_for, steps in ((math.inf, 10), (10.0, 5)):
+        found = largest_eigenpairs(lambda block: flat @ block, start, 8, max_steps=10, hoped_for=hoped_for)
+        assert (found.converged, found.steps) == (False, steps)
+        found = largest_eigenpairs(lambda block: steep @ block, start, 8, max_steps=10, hoped_for=hoped_for)
+        assert found.converged
+
+
 def test_an_operator_whose_first_images_all_leave_the_basis_is_solved() -> None:
     """Not one Ritz value of the start says how large anything is."""
     half = 20

@@ -33,10 +33,10 @@ def test_products_are_measured_in_under_two_seconds(dtype: torch.dtype) -> None:
 
 
 def test_along_a_run_rates_are_all_operations_over_all_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two samples of each precision, the second at a third of the speed; of each its best product counts."""
+    """Two samples of each precision, the second at a third of the speed; of three products the middle one counts."""
     now, took = [100.0], [0.0]
     monkeypatch.setattr(rates.time, "monotonic", lambda: now[0])
-    waits = itertools.cycle((50.0, 0.0, 7.0))
+    waits = itertools.cycle((9.0, 50.0, 0.0, -0.5))  # the first one does not count
     monkeypatch.setattr(rates, "_product", lambda *_: lambda: now.append(now.pop() + took[0] + next(waits)))
     products = ProductRates(CPU, torch.float32)
     assert products.mean == Rates()

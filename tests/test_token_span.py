@@ -389,7 +389,8 @@ def test_a_few_eigenpairs_found_step_by_step_are_those_of_all(
     if name == "without bias":  # the order is that of the tokens' own eigenvalues
         assert (dense.count(300), stepwise.stats.steps) == (2, 1)
     elif name in NEVER_SETTLED or (sizes == "many sizes" and name in UNSETTLED_OF_MANY_SIZES):
-        assert (dense.count(300), stepwise.stats.steps) == (3, on_span.MAX_STEPS + 1)
+        assert dense.count(300) == 3
+        assert 5 < stepwise.stats.steps <= on_span.MAX_STEPS + 1
     else:  # two for the span
         assert dense.count(300) == 2
         assert 1 < stepwise.stats.steps <= on_span.MAX_STEPS

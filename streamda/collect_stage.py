@@ -244,7 +244,7 @@ class Collection:
         if begins or grads(top) in self._boundaries:  # in the second case only its loss is read
             with (
                 self._phase("epilogue"),
-                self._progress.pass_over("epilogue", len(self._batches), 0, unit="batch") as bar,
+                self._progress.pass_over("epilogue", len(self._batches), 0, "batch", measures_rates=False) as bar,
             ):
                 loss = self._sweep.epilogue(self._plan.logit_rows, bar)
             self._run.update_settings({"loss": loss})

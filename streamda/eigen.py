@@ -18,6 +18,8 @@ from dataclasses import dataclass
 
 import torch
 
+from streamda.factors import is_finite
+
 Operator = Callable[[torch.Tensor], torch.Tensor]
 """Maps a block [n, k] to [n, k]."""
 
@@ -89,14 +91,16 @@ def largest_eigenpairs(
         hoped_for: gives up where residuals would have to shrink by more than this in each step that is left.
 
     Raises:
-        NotFiniteError: the operator over- or underflows.
+        NotFiniteError: the operator makes NaN or Inf.
+        ValueError: too few columns of the start are independent.
     """
     size = start.shape[0]
     first = orthonormal(start.T.contiguous(), None)
     width = first.shape[0]
-    assert width >= min(size, rank + 1)  # or there would be no gap to judge by
+    if width < min(size, rank + 1):  # there would be no gap to judge by
+        raise ValueError(f"of {start.shape[1]} vectors to start from only {width} are independent")
     limit = basis_limit(size, width)
-    basis, images = _Rows(first, limit), _Rows(apply(first.T).T, limit)
+    basis, images = _Rows(first, limit), _Rows(_finite(apply(first.T).T), limit)
     ritz = basis.all @ images.all.T
     look_at = 1
     for step in range(1, max_steps + 1):
@@ -109,8 +113,8 @@ def largest_eigenpairs(
             converged = basis.count == size or look.worst <= enough
             extra = precondition if step > PLAIN_STEPS else None
             block = None if converged else _expansion(look.residuals, basis.all, extra)
-            # no power where it is not asked for: that may overflow
-            hopeless = hoped_for < math.inf and look.worst > enough * hoped_for ** (max_steps - step)
+            shrinking = math.log(look.worst / enough) if look.worst > enough else 0.0
+            hopeless = shrinking > (max_steps - step) * math.log(hoped_for)
             if converged or block is None or step == max_steps or hopeless:
                 return EigenSolution(
                     values=look.values[:rank],
@@ -133,9 +137,15 @@ def largest_eigenpairs(
             while look_at < step + most and look.worst > enough * FASTEST_STEP ** (look_at - step):
                 look_at += 1
         basis.append(block)
-        images.append(apply(block.T).T)
+        images.append(_finite(apply(block.T).T))
         ritz = _bordered(ritz, basis.all @ images.last.T)
     raise AssertionError("unreachable: the last step returns")
+
+
+def _finite(images: torch.Tensor) -> torch.Tensor:
+    if not is_finite(images):
+        raise NotFiniteError("the operator over- or underflows")
+    return images
 
 
 def basis_limit(size: int, width: int) -> int:
@@ -173,12 +183,7 @@ def _look(basis: _Rows, images: _Rows, ritz: torch.Tensor, width: int, rank: int
         ritz: products of one with the other.
         width: vectors of a block.
         rank: of them that are wanted.
-
-    Raises:
-        NotFiniteError: one of the products is not.
     """
-    if not bool(torch.isfinite(ritz).all()):
-        raise NotFiniteError("the operator over- or underflows")
     theta, rotation = torch.linalg.eigh((ritz + ritz.T) / 2)  # ascending
     theta, rotation = theta.flip(0), rotation.flip(1).T
     vectors = rotation[:width] @ basis.all

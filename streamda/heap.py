@@ -173,7 +173,7 @@ class _Heap:
         return int(torch.count_nonzero(pages.bitwise_and_(1))) * mmap.PAGESIZE
 
     def _free_bytes(self, in_use: int) -> float:
-        """Pages of the heap that nothing of the bytes in use lies on, infinite where nobody counts.
+        """Bytes of the heap that are in memory beyond those in use, infinite where nobody counts.
 
         Too little by what is in use and was never touched, a few tensors below the thresholds at most, and by what is
         in use on heaps of their own that threads have made before (none in a run by the command line).

@@ -40,7 +40,7 @@ class PassBar:
     """The bar of one pass: step by step, with token rate and the highest memory peak so far."""
 
     def __init__(
-        self, bar: tqdm[Never], meter: RunMeter, tokens: int, log: PassLog | None = None, *, counts_blocks: bool = True
+        self, bar: tqdm[Never], meter: RunMeter, tokens: int, log: PassLog | None = None, *, measures_rates: bool = True
     ) -> None:
         """Shows nothing yet.
 
@@ -49,10 +49,10 @@ class PassBar:
             meter: of the run.
             tokens: that each step computes.
             log: what is written there.
-            counts_blocks: whether its steps are blocks, between two of which rates may be measured.
+            measures_rates: whether those of the machine may be measured between two steps.
         """
         self._bar = bar
-        self._counts_blocks = counts_blocks
+        self._measures_rates = measures_rates
         self._log = log
         self._meter = meter
         self._tokens = tokens
@@ -69,7 +69,7 @@ class PassBar:
         """One step is done in this run; those of an earlier run are not counted, so that the ETA stays honest."""
         self._done += 1
         self._bar.update(1)
-        if self._counts_blocks:
+        if self._measures_rates:
             self._meter.between_blocks()
         if self._log is not None:
             self._log.advance(self._done, self._facts)
@@ -90,7 +90,9 @@ class Progress:
         self._silent = self._quiet or not sys.stderr.isatty()
 
     @contextmanager
-    def pass_over(self, name: str, num_steps: int, tokens: int, unit: str = "block") -> Iterator[PassBar]:
+    def pass_over(
+        self, name: str, num_steps: int, tokens: int, unit: str = "block", *, measures_rates: bool = True
+    ) -> Iterator[PassBar]:
         """A bar for one pass.
 
         Args:
@@ -98,10 +100,11 @@ class Progress:
             num_steps: still to be done in this run.
             tokens: that each step computes; 0 shows no rate.
             unit: what a step is.
+            measures_rates: see `PassBar`; not where activations are held from one step to the next.
         """
         log = PassLog(name, num_steps, self.say) if self._silent and not self._quiet else None
         with tqdm(total=num_steps, desc=name, unit=unit, disable=self._silent, leave=True) as bar:
-            yield PassBar(bar, self._meter, tokens, log, counts_blocks=unit == "block")
+            yield PassBar(bar, self._meter, tokens, log, measures_rates=measures_rates)
 
     def say(self, line: str) -> None:
         """One line on stderr, unless quiet."""

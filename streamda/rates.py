@@ -28,7 +28,7 @@ measure that, and more shows in a run of half a minute."""
 SAMPLE_SIZE, SAMPLE_SECONDS = 1024, 20.0
 """Rows of the products that are timed while a run goes on, and the time between two samples at least."""
 MAX_SHARE = 0.01
-"""Of a run's time for them: without its own instructions bfloat16 takes a CPU seconds."""
+"""Of a run's time for them, once the first has shown what they take: bfloat16 may take a CPU seconds."""
 FILE_BYTES = 128 << 20
 """Written and read back. Less would measure a disk's latencies and caches, more takes longer than it is worth."""
 DISK_SECONDS = 1.0
@@ -115,7 +115,7 @@ class ProductRates:
 
     @property
     def is_due(self) -> bool:
-        """Whether `SAMPLE_SECONDS` have passed since the last sample."""
+        """Whether it is time for the next sample."""
         return time.monotonic() >= self._due
 
     def sample(self) -> None:

@@ -26,7 +26,7 @@ INVERTED_SIZE = 1024
 one layer with as many inputs just makes up for."""
 STEPWISE_SIZE, STEPWISE_BLOCKS = 512, 20
 """Rows of a matrix from which on its few largest eigenpairs are found step by step, in a quarter of the time of all or
-less; and how many blocks of vectors it must have room for, as a basis of ten takes half as long as all of them."""
+less; and how many blocks of vectors it must have room for: steps to ten of these cost half of all eigenpairs."""
 FEW_TOKENS = 1024
 """Rows that the small eigenproblem may have: dense, it costs the cube of them."""
 FEW_ENTRIES = 1 << 24

@@ -155,7 +155,8 @@ def solve_layout(
         # the factor that is made for a gradient off the span, if there is any, goes to a file
         few = [_layout(d_in, d_out, rank, (0, form), tiles, are_few=True) for form in forms[1:]]
         found.append(_fastest(few, capacity_bytes))
-    # which it is shows when all tokens are counted
+    # which it is shows when all tokens are counted. Left out is the file for a factor that few would need where the
+    # gradient leaves their span, as token mask `labels` makes it
     return dataclasses.replace(found[0], num_bytes=largest_bytes(found))
 
 
@@ -230,6 +231,16 @@ def _layout(
     *,
     are_few: bool = False,
 ) -> SolveLayout:
+    """Of sums.
+
+    Args:
+        d_in: of the group.
+        d_out: of its widest layer.
+        rank: of the adapter.
+        choice: bands of the factor in memory, form of the gradient.
+        tiles: bytes while statistics are read.
+        are_few: whether the layers are solved on the span of few tokens, if their gradients are on it.
+    """
     (in_memory, form), sizes = choice, band_bytes(d_in)
     held, spilled = sum(sizes[:in_memory]), sorted(sizes[in_memory:])  # the last band may be a part of one
     factorizing = held + sum(spilled[-2:]) + tiles + column_bytes(d_in)

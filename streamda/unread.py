@@ -79,8 +79,8 @@ class ResultWatch(TorchFunctionMode):
         return found[1] if found is not None and found[0]() is tensor else frozenset()
 
     def _note(self, name: str, _module: nn.Module, _args: Any, result: torch.Tensor) -> None:
-        # within another mode, whose end would be taken for that of this one, it is neither entered nor can be told
-        # anything
+        # within another mode this one is not entered, as the other's end would be taken for its own, and the layer is
+        # said to be read
         is_outermost = _len_torch_function_stack() == self._depth + self._is_watching
         if not self._is_watching and is_outermost:
             # only now, as each function passes here from now on, and most of a block comes before

@@ -678,16 +678,22 @@ def test_every_status_has_a_sentence_of_advice() -> None:
         assert len({other.advice for other in SolveStatus}) == len(SolveStatus)
 
 
+LOUD_GRADIENTS = (1.0, 0.3, 0.1, 0.08, 0.065, 0.05, 0.04, 0.03, 0.025, 0.02, 0.01)
+
+
 def two_parts(
-    inputs: tuple[int, int], tokens: tuple[int, int], loudness: float, outputs: int = 30
+    inputs: tuple[int, int], tokens: tuple[int, int], loudness: float, size: float, outputs: int = 30
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and output gradients of two kinds of tokens, which share neither channels nor outputs."""
+    """Inputs and output gradients of two kinds of tokens, which share neither channels nor outputs.
+
+    The inputs of the first are `loudness` times as large, and their gradients `size` times.
+    """
     generator = torch.Generator().manual_seed(0)
     x = torch.zeros(sum(tokens), sum(inputs))
     g = torch.zeros(sum(tokens), 2 * outputs)
     x[: tokens[0], : inputs[0]] = loudness * torch.randn(tokens[0], inputs[0], generator=generator)
     x[tokens[0] :, inputs[0] :] = torch.randn(tokens[1], inputs[1], generator=generator)
-    g[: tokens[0], :outputs] = torch.randn(tokens[0], outputs, generator=generator)
+    g[: tokens[0], :outputs] = size * torch.randn(tokens[0], outputs, generator=generator)
     g[tokens[0] :, outputs:] = torch.randn(tokens[1], outputs, generator=generator)
     return x, g
 
@@ -699,22 +705,28 @@ def two_parts(
 def test_the_norm_of_the_displacement_is_its_own_wherever_the_eigenvectors_lie(
     options: dict[str, float], outputs: int
 ) -> None:
-    """Eight loud channels, at which all eigenvectors lie where the variance decides, are small in the displacement."""
-    x, g = (part.double() for part in two_parts((8, 60), (200, 200), 10.0, outputs))
-    statistics = Statistics(g.T @ x / len(x), x.T @ x / len(x), (g * g).mean(dim=0))
-    found, expected = solve(statistics, **options), dense(statistics, **options)
-    assert found.stats is not None
-    assert found.stats.displacement_norm == pytest.approx(expected.sigma, rel=1e-6)
-    assert relative_error(product(found), expected.product) < 1e-5
+    """Eight loud channels, at which all eigenvectors lie where the variance decides, may be small in the displacement.
+
+    Their singular values cross those of the others as their gradients shrink.
+    """
+    for size in LOUD_GRADIENTS:
+        x, g = (part.double() for part in two_parts((8, 60), (200, 200), 10.0, size, outputs))
+        statistics = Statistics(g.T @ x / len(x), x.T @ x / len(x), (g * g).mean(dim=0))
+        found, expected = solve(statistics, **options), dense(statistics, **options)
+        assert found.stats is not None
+        assert found.stats.displacement_norm == pytest.approx(expected.sigma, rel=1e-6)
+        assert relative_error(product(found), expected.product) < 1e-5
 
 
 def test_the_norm_of_the_displacement_needs_no_steps_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the eigenvectors hold its singular vector, as they nearly always do, that is seen by one product."""
     ranks: list[int] = []
+    widths: list[int] = []
     plain = eigen.largest_eigenpairs
 
     def counted(apply: Any, start: torch.Tensor, rank: int, **options: Any) -> Any:
         ranks.append(rank)
+        widths.append(start.shape[1])
         return plain(apply, start, rank, **options)
 
     monkeypatch.setattr(eigen, "largest_eigenpairs", counted)
@@ -724,12 +736,15 @@ def test_the_norm_of_the_displacement_needs_no_steps_of_its_own(monkeypatch: pyt
         assert found.stats is not None
         assert found.stats.displacement_norm == pytest.approx(float(dense(statistics, **options).sigma), rel=1e-8)
     assert ranks == [8, 8]
+    solve(statistics, variance_weight=1e5)
+    assert ranks == [8, 8, 8, 1]
+    assert set(widths) == {16}  # as planned
 
 
 @pytest.mark.parametrize(("bias_weight", "scales"), [(1e-310, (1, 1)), (1e-300, (1e-12, 1e12))])
 def test_numbers_that_leave_the_range_are_refused_by_name(bias_weight: float, scales: tuple[float, float]) -> None:
     statistics = draw(0, 30, 40, 200).scaled(*scales)
-    with pytest.raises(NumericalError, match="layer: the displacement over- or underflows in float64"):
+    with pytest.raises(NumericalError, match=r"layer: the displacement.* over- or underflows in float64"):
         solve(statistics, bias_weight=bias_weight)
 
 

@@ -98,12 +98,13 @@ def test_without_a_terminal_a_line_is_written_now_and_then(
 def test_rates_are_measured_when_a_step_is_done_and_it_is_time_to(monkeypatch: pytest.MonkeyPatch) -> None:
     timeline = Timeline()
     products = ProductRates(CPU, torch.float32)
-    with RunMeter(CPU, timeline, products) as meter, tqdm(total=3, file=io.StringIO()) as bar:
+    with RunMeter(CPU, timeline, products) as meter, tqdm(total=2, file=io.StringIO()) as bar:
         shown = PassBar(bar, meter, 0)
         shown.advance()
         assert meter.product_rates == Rates()
         monkeypatch.setattr(ProductRates, "is_due", True)
-        PassBar(bar, meter, 0, counts_blocks=False).advance()  # of micro-batches, between which memory is in use
+        with Progress(meter, quiet=True).pass_over("epilogue", 1, 0, "batch", measures_rates=False) as batches:
+            batches.advance()  # memory is in use
         assert meter.product_rates == Rates()
         shown.advance()
         assert meter.product_rates == products.mean != Rates()

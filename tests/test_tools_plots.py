@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+pytest.importorskip("matplotlib")
+
 from tools import plots
 
 RUNS = {
@@ -59,6 +61,7 @@ def test_lengths_are_those_of_the_figures() -> None:
     peaks, shares = plots.plot_plan(PLANS).axes
     assert list(peaks.lines[0].get_xdata()) == [1, 2]
     assert [list(line.get_ydata()) for line in shares.lines[:5]] == [[pytest.approx(0.9)] * 2] * 5
+    assert len({(line.get_color(), line.get_marker()) for line in shares.lines[:5]}) == 5
     layers = plots.plot_scaling(SERIES).axes[0]
     assert list(layers.lines[1].get_ydata()) == pytest.approx([2, 6])  # the line through 3, 4 and 6 seconds
 

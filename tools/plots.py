@@ -26,6 +26,7 @@ WIDTH, HEIGHT = 9.0, 3.2
 """Of a plot with two parts, in inches."""
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44")
 """Told apart with any colour vision: Paul Tol's bright scheme."""
+MARKERS = "os^D"
 
 
 def plot_speed(facts: dict[str, Any]) -> Figure:
@@ -55,11 +56,12 @@ def plot_plan(facts: Sequence[dict[str, Any]]) -> Figure:
     """Measured over planned peaks, and the two lines that they are to stay between."""
     figure, (peaks, shares) = two_parts()
     highest = max(each["planned_peak"] for each in facts) / GB
-    for colour, shape in zip(itertools.cycle(COLOURS), dict.fromkeys(each["shape"] for each in facts), strict=False):
+    looks = [(colour, marker) for marker in MARKERS for colour in COLOURS]
+    for (colour, marker), shape in zip(itertools.cycle(looks), dict.fromkeys(each["shape"] for each in facts)):
         runs = [each for each in facts if each["shape"] == shape]
         planned, measured = ([each[key] / GB for each in runs] for key in ("planned_peak", "measured_peak"))
-        peaks.plot(planned, measured, "o", color=colour, label=shape, markersize=4)
-        shares.plot([each["factor"] for each in runs], [m / p for m, p in zip(measured, planned, strict=True)], "o",
+        peaks.plot(planned, measured, marker, color=colour, label=shape, markersize=4)
+        shares.plot([each["factor"] for each in runs], [m / p for m, p in zip(measured, planned, strict=True)], marker,
                     color=colour, markersize=4)  # fmt: skip
     for share, style in ((1.0, "-"), (0.75, "--")):
         peaks.plot([0, highest], [0, share * highest], style, color="black", linewidth=0.8)
@@ -107,12 +109,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = parser.parse_args(arguments)
     chosen.folder.mkdir(parents=True, exist_ok=True)
     # the same file from the same figures, whenever it is drawn; text stays text
-    matplotlib.rcParams |= {"svg.hashsalt": "streamda", "svg.fonttype": "none"}
-    for name, plot in PLOTS.items():
-        if file := getattr(chosen, name):
-            target = chosen.folder / f"{name}.svg"
-            plot(json.loads(file.read_text(encoding="utf-8"))).savefig(target, metadata={"Date": None})
-            print(target)
+    with matplotlib.rc_context({"svg.hashsalt": "streamda", "svg.fonttype": "none"}):
+        for name, plot in PLOTS.items():
+            if file := getattr(chosen, name):
+                target = chosen.folder / f"{name}.svg"
+                plot(json.loads(file.read_text(encoding="utf-8"))).savefig(target, metadata={"Date": None})
+                print(target)
 
 
 if __name__ == "__main__":

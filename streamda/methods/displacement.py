@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from streamda import eigen
+from streamda.factors import is_finite
 from streamda.methods.input_factor import InputFactor
 from streamda.solve_bytes import CHUNK_BYTES, FLOAT64_BYTES, MIN_CHUNK_ROWS
 
@@ -79,15 +80,21 @@ class Displacement:
             del band
 
     def largest_singular_value(
-        self, vectors: torch.Tensor, images: torch.Tensor, start: torch.Tensor, scale: float
+        self,
+        vectors: torch.Tensor,
+        images: torch.Tensor,
+        outside: float,
+        penalty: float,
+        start: torch.Tensor,
+        scale: float,
     ) -> float:
         """The spectral norm, to eight digits where the largest singular values are apart.
 
         Args:
-            vectors: [d_in, k], orthonormal directions that probably hold its own: the eigenvectors found before, which
-                may be small singular vectors of D where the variance decides; and what D makes of random ones, in which
-                a larger one would show.
+            vectors: [d_in, k], the eigenvectors found before, which hold its own unless the variance decides.
             images: ``D^T vectors`` [d_out, k].
+            outside: see `is_largest`, as a share of `scale` squared.
+            penalty: likewise.
             start: [d_in, m], random directions for the case that they do not.
             scale: about the size of D.
 
@@ -96,15 +103,18 @@ class Displacement:
         """
         tolerance = 1e-4  # an eigenvalue's error is the square of its vector's
         along = images / scale
+        if not is_finite(along):
+            raise eigen.NotFiniteError("the displacement over- or underflows")
         squares, rotation = torch.linalg.eigh(along.T @ along)  # ascending
-        gap = float(squares[-1] - squares[-2]) if squares.numel() > 1 else 0.0
-        direction = rotation[:, -1:]
-        residual = self.times(along @ direction) / scale - (vectors @ direction) * squares[-1]
-        if float(residual.norm()) < tolerance * gap:
-            return math.sqrt(float(squares[-1])) * scale
+        if squares.numel() > 1 and is_largest(squares, outside, penalty):
+            direction = rotation[:, -1:]
+            residual = self.times(along @ direction) / scale - (vectors @ direction) * squares[-1]
+            if float(residual.norm()) < tolerance * float(squares[-1] - squares[-2]):
+                return math.sqrt(float(squares[-1])) * scale
+        # not from the vectors: where they hold another one exactly, that would pass for the largest
         found = eigen.largest_eigenpairs(
             lambda block: self.times(self.transposed(block / scale)) / scale,
-            torch.cat((vectors, start[:, : eigen.GUARD_VECTORS]), dim=1),
+            start,
             1,
             gap_tolerance=tolerance,
         )
@@ -113,3 +123,19 @@ class Displacement:
     def weigh(self, block: torch.Tensor) -> torch.Tensor:
         """``diag(1/y) block`` for [d_out, k], in place."""
         return block if self.weights is None else block.mul_(self.weights[:, None])
+
+
+def is_largest(squares: torch.Tensor, outside: float, penalty: float) -> bool:
+    """Whether no singular value of D is larger than those along the eigenvectors found, wherever it lies.
+
+    These span an invariant subspace of ``D D^T - P`` with ``0 <= P <= penalty``, and along what is left of the space
+    that is `outside` at most. So there ``D D^T`` is at most both together; and what it has between the two parts is
+    what P has there, half of the penalty at most.
+
+    Args:
+        squares: of D's singular values along the eigenvectors, ascending.
+        outside: the largest eigenvalue that was left out.
+        penalty: the largest eigenvalue that P may have.
+    """
+    second = float(squares[-2]) if squares.numel() > 1 else 0.0
+    return max(second, outside + penalty) + penalty / 2 <= float(squares[-1])

@@ -53,7 +53,7 @@ class InputFactor:
     def solve(self, block: torch.Tensor) -> torch.Tensor:
         """``Z^-1 block`` for [d_in, k]."""
         if self.inverse is not None:
-            # vectors as rows, as there; times the transpose, which it is as well: a third faster with few of them
+            # vectors as rows, as there; it is symmetric, and the product is a third faster with its transpose
             return (block.T @ self.inverse.T).T
         return cholesky.solve(self.bands, block) / self.scale
 

@@ -42,7 +42,7 @@ class LowEnd:
     sigma: float
     """Largest singular value of D."""
     residual: float
-    """Largest norm of ``A v - theta v``, relative to the largest eigenvalue magnitude that was seen."""
+    """Largest norm of ``A v - theta v``, relative to the largest eigenvalue magnitude that was computed."""
     steps: int
     """Applications of the operator to a block; a small matrix whose eigenpairs are all computed counts as one."""
     converged: bool
@@ -75,10 +75,10 @@ def by_krylov(
     d_in = displacement.d_in
     start = draw(d_in, min(d_in, config.rank + eigen.guard_vectors(d_in)), generator, displacement.device)
     start /= start.norm(dim=0)
-    scale, pushed = 0.0, start[:, :0]
+    scale = 0.0
 
     def apply(block: torch.Tensor) -> torch.Tensor:
-        nonlocal scale, pushed
+        nonlocal scale
         solved = displacement.precondition(block)  # both terms begin with it
         images = displacement.transposed(block, solved)
         unit = scale or float(images.norm(dim=0).max())
@@ -87,7 +87,6 @@ def by_krylov(
         if not scale:  # the first block tells it; from then on all is of order one
             scale = math.sqrt(unit) * math.sqrt(float(result.norm(dim=0).max()))
             require_range(name, scale)
-            pushed = result[:, : eigen.GUARD_VECTORS].clone()  # D D^T of random vectors
         result *= unit / scale / scale
         if config.bias_weight:
             result.sub_(solved, alpha=variance / config.bias_weight / scale / scale)
@@ -97,15 +96,15 @@ def by_krylov(
         if config.bias_weight == 0:
             apply(start)
             found = eigen.largest_eigenpairs(factor.multiply, start, config.rank)
+            outside = penalty = math.inf
         else:
             precondition = factor.multiply if variance else None
             found = eigen.largest_eigenpairs(apply, start, config.rank, precondition=precondition)
-        vectors = with_probes(found.vectors, pushed)
-        images = displacement.transposed(vectors)
-        sigma = displacement.largest_singular_value(vectors, images, start, scale)
+            outside, penalty = found.next_value, variance / config.bias_weight / scale / scale / factor.damping
+        projected = displacement.transposed(found.vectors)
+        sigma = displacement.largest_singular_value(found.vectors, projected, outside, penalty, start, scale)
     except eigen.NotFiniteError as error:
         raise out_of_range(name) from error
-    projected = images[:, : found.vectors.shape[1]]
 
     def in_units(theta: float) -> float:
         unit = sigma**2 if config.normalize else 1.0
@@ -174,12 +173,6 @@ def draw(size: int, count: int, generator: torch.Generator, device: torch.device
     return torch.randn(size, count, generator=generator, dtype=torch.float64).to(device)
 
 
-def with_probes(vectors: torch.Tensor, pushed: torch.Tensor) -> torch.Tensor:
-    """Eigenvectors [n, r] and, at right angles to them, what else a product made of random vectors [n, k]."""
-    unit = pushed / pushed.norm(dim=0).clamp_min(torch.finfo(pushed.dtype).tiny)
-    return torch.cat((vectors, eigen.orthonormal(unit.T, vectors.T).T), dim=1)
-
-
 def require_range(name: str, scale: float) -> None:
     """Refuses what cannot be brought to order one.
 
@@ -192,4 +185,6 @@ def require_range(name: str, scale: float) -> None:
 
 def out_of_range(name: str) -> NumericalError:
     """What is said of a layer whose numbers leave the range of float64."""
-    return NumericalError(f"{name}: the displacement over- or underflows in float64")
+    return NumericalError(
+        f"{name}: the displacement, or what the variance takes off it, over- or underflows in float64"
+    )

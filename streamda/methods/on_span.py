@@ -23,9 +23,9 @@ import torch
 from streamda import eigen
 from streamda.config import SolveConfig
 from streamda.factors import frobenius_norm, largest_magnitude, mirror_lower_
-from streamda.methods.displacement import Displacement
+from streamda.methods.displacement import Displacement, is_largest
 from streamda.methods.input_factor import SpannedFactor, TokenFactor
-from streamda.methods.low_end import LowEnd, draw, outside_of, require_range, with_probes
+from streamda.methods.low_end import LowEnd, draw, out_of_range, outside_of, require_range
 from streamda.products import add_product_, add_triangle_
 from streamda.solve_bytes import is_stepwise
 from streamda.token_span import TokenGradient
@@ -37,18 +37,18 @@ NOISY_LEAK = 1e-5
 """Share from which on it is said that the solution is noisy. Rounding leaves 1e-7 to 1e-6; more means that the inputs
 of some tokens hardly stand out of the rounding of the others'. How far B A is off depends on which tokens these are."""
 LEAK_PROBES = 8
-"""Random vectors by which that share is measured, or a value looked for."""
+"""Random vectors by which that share is measured."""
 NEARLY_CANCELLED = 1e-5
 """Of the sizes of its two factors, below which the rounding of the square of a product might show."""
 NO_GRADIENT = 1e-12
 """Of the sizes of its two factors, below which a product is the rounding of zero in float64."""
 
 MAX_STEPS, HOPED_FOR = 10, 20.0
-"""After which all of them are computed after all; or before, where residuals would have to shrink by more than that in
-each step that is left. Those of a 135M model's tokens took five to nine. Or where the steps end short of this share of
-the gap:"""
+"""Steps after which all eigenpairs are computed at once instead; sooner, where residuals would have to shrink by more
+than the second number in each step that is left. A 135M model's layers took five to nine steps."""
 SETTLED, SETTLED_NORM = 1e-6, 1e-4
-"""Residuals over gaps: of the eigenvectors, and of the largest singular value, whose error is the square of it."""
+"""Residual over gap at which a few eigenvectors count as found, and the largest singular value's, whose error is the
+square of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,21 +92,26 @@ def on_span(
     scale, gram = displacement.scale, displacement.gram
     require_range(name, scale)
     damped = factor.eigenvalues + factor.damping
-    # minus the guidance matrix on the span, in units of alpha scale^2; without alpha its order is that of Z
-    small = gram * config.bias_weight
     constant = 0.0
-    if variance and config.bias_weight:
-        # c / (s + lambda) is c / (s_max + lambda) and the rest: the constant moves no vector, and would drown what does
-        top = float(damped[-1])
-        constant = variance / scale**2 / top
-        small.diagonal().sub_(constant * ((factor.eigenvalues[-1] - factor.eigenvalues) / damped))
     if config.bias_weight:
+        # minus the guidance matrix on the span, in units of alpha scale^2
+        small = gram.clone()
+        # c / (s + lambda) is c / (s_max + lambda) and the rest: the constant moves no vector, and would drown what does
+        constant = variance / config.bias_weight / scale**2 / float(damped[-1])
+        rest = constant * ((factor.eigenvalues[-1] - factor.eigenvalues) / damped)
+        small.diagonal().sub_(rest)
         require_range(name, largest_magnitude(small))
-        theta, rotation, residual, steps = _largest_eigenpairs(small, config.rank, generator)
-    else:  # a diagonal, in ascending order
+        try:
+            theta, rotation, residual, steps = _largest_eigenpairs(small, config.rank, generator)
+        except eigen.NotFiniteError as error:
+            raise out_of_range(name) from error
+        outside = float(theta[-1]) if theta.numel() > rotation.shape[1] else -math.inf
+        penalty = largest_magnitude(rest)
+    else:  # its order is that of Z, a diagonal in ascending order
         theta, steps, residual = damped.flip(0)[: config.rank + 1], 1, 0.0
         rotation = torch.eye(damped.numel(), dtype=damped.dtype, device=damped.device).flip(1)[:, : config.rank]
-    sigma = math.sqrt(max(_largest_eigenvalue(gram, rotation, generator), 0.0)) * scale
+        outside = penalty = math.inf
+    sigma = math.sqrt(max(_largest_eigenvalue(gram, rotation, outside, penalty), 0.0)) * scale
     kept = rotation.shape[1]
     unsigned = factor.lift(rotation)
     d_in = unsigned.shape[0]
@@ -119,11 +124,12 @@ def on_span(
 
     unit = sigma**2 if config.normalize else 1.0
     values = [
-        (float(value) - constant) * scale**2 / unit if config.bias_weight else -variance / unit / float(value)
+        (float(value) - constant) * config.bias_weight * scale**2 / unit
+        if config.bias_weight
+        else -variance / unit / float(value)
         for value in theta
     ]
-    outside = min(config.rank + 1, d_in) - len(values)
-    values += [-variance / unit / factor.damping] * outside
+    values += [-variance / unit / factor.damping] * (min(config.rank + 1, d_in) - len(values))
     return LowEnd(
         eigenvalues=tuple(values[: config.rank]),
         next_eigenvalue=values[config.rank] if len(values) > config.rank else None,
@@ -144,8 +150,11 @@ def _largest_eigenpairs(
 
     Returns:
         Eigenvalues [rank + 1, or k if that is less], descending; eigenvectors [k, rank or less] of all but the one
-        beyond the rank; the largest norm of ``matrix v - theta v``, relative to the largest magnitude of these values;
-        and steps, of which computing all at once is one.
+        beyond the rank; the largest norm of ``matrix v - theta v``, relative to the largest magnitude of an eigenvalue
+        that was computed; and steps, of which computing all at once is one.
+
+    Raises:
+        NotFiniteError: products of the matrix over- or underflow.
     """
     size, steps = matrix.shape[0], 0
     if is_stepwise(size, rank):
@@ -161,26 +170,30 @@ def _largest_eigenpairs(
         residual = float((matrix @ found.vectors - found.vectors * found.values).norm(dim=0).max())
         if residual <= 2 * SETTLED * float(found.values[-1] - found.next_value):
             theta = torch.cat((found.values, found.values.new_tensor([found.next_value])))
-            return theta, found.vectors, residual / float(theta.abs().max()), found.steps
+            return theta, found.vectors, found.residual, found.steps
         steps = found.steps
     theta, rotation = torch.linalg.eigh(matrix)
-    theta, rotation = theta.flip(0)[: rank + 1], rotation.flip(1)[:, :rank]
+    theta, rotation = theta.flip(0), rotation.flip(1)[:, :rank]
     residual = float((matrix @ rotation - rotation * theta[: rotation.shape[1]]).norm(dim=0).max())
-    return theta, rotation, residual / float(theta.abs().max()), steps + 1
+    residual /= max(largest_magnitude(theta), torch.finfo(theta.dtype).tiny)
+    return theta[: rank + 1], rotation, residual, steps + 1
 
 
-def _largest_eigenvalue(gram: torch.Tensor, vectors: torch.Tensor, generator: torch.Generator) -> float:
-    """Of a positive semidefinite matrix [k, k], given orthonormal directions [k, r] that probably hold its vector.
+def _largest_eigenvalue(gram: torch.Tensor, vectors: torch.Tensor, outside: float, penalty: float) -> float:
+    """Of ``K^T K`` [k, k], given the eigenvectors [k, r], which hold its own unless the variance decides.
 
-    Where the variance decides they need not. A larger value shows in what the matrix makes of random vectors.
+    Args:
+        gram: positive semidefinite.
+        vectors: orthonormal.
+        outside: see `is_largest`.
+        penalty: likewise.
     """
-    pushed = gram @ (gram @ draw(gram.shape[0], LEAK_PROBES, generator, gram.device))
-    near = with_probes(vectors, pushed)
-    images = gram @ near
-    theta, rotation = torch.linalg.eigh(near.T @ images)  # ascending
-    residual = images @ rotation[:, -1] - near @ rotation[:, -1] * theta[-1]
-    if theta.numel() > 1 and float(residual.norm()) < SETTLED_NORM * float(theta[-1] - theta[-2]):
-        return float(theta[-1])
+    images = gram @ vectors
+    squares, rotation = torch.linalg.eigh(vectors.T @ images)  # ascending
+    if squares.numel() > 1 and is_largest(squares, outside, penalty):
+        residual = images @ rotation[:, -1] - vectors @ rotation[:, -1] * squares[-1]
+        if float(residual.norm()) < SETTLED_NORM * float(squares[-1] - squares[-2]):
+            return float(squares[-1])
     return float(torch.linalg.eigvalsh(gram)[-1])
 
 

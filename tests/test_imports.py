@@ -74,7 +74,7 @@ WITHIN = {
     "flops": {"costs", "eigen", "low_rank", "panels", "products", "solve_bytes", "solve_plan"},
     "kept_memory": {"costs", "heap"},
     "plan": {"costs", "disk_plan", "flops", "kept_memory", "layers", "memory", "panels", "solve_plan"},
-    "eigen": {"cholesky"},
+    "eigen": {"cholesky", "factors"},
     "methods": {"cholesky", "eigen", "factors", "low_rank", "products", "solve_bytes", "token_basis", "token_span"},
     # the families of a noun
     "json_rows": {"bad_rows"},

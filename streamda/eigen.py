@@ -95,7 +95,7 @@ def largest_eigenpairs(
         ValueError: too few columns of the start are independent.
     """
     size = start.shape[0]
-    first = orthonormal(start.T.contiguous(), None)
+    first = _orthonormal(start.T.contiguous(), None)
     width = first.shape[0]
     if width < min(size, rank + 1):  # there would be no gap to judge by
         raise ValueError(f"of {start.shape[1]} vectors to start from only {width} are independent")
@@ -129,7 +129,7 @@ def largest_eigenpairs(
                 kept = limit // 2  # a thin restart forgets what took many steps to find
                 basis.rotate(look.rotation[:kept])
                 images.rotate(look.rotation[:kept])
-                block = orthonormal(block, basis.all)
+                block = _orthonormal(block, basis.all)
                 ritz = basis.all @ images.all.T
             # the preconditioner takes residuals, and a restart the vectors that were seen
             most = min(MOST_UNSEEN, PLAIN_STEPS + 1 - step, (limit - basis.count) // width, max_steps - step)
@@ -253,11 +253,11 @@ def _expansion(residuals: torch.Tensor, basis: torch.Tensor, precondition: Opera
         extra = precondition(residuals.T).T
         scales = extra.norm(dim=1, keepdim=True).clamp_min(torch.finfo(extra.dtype).tiny)
         residuals = torch.cat((residuals, extra / scales))
-    block = orthonormal(residuals, basis)
+    block = _orthonormal(residuals, basis)
     return block if block.shape[0] else None
 
 
-def orthonormal(block: torch.Tensor, against: torch.Tensor | None) -> torch.Tensor:
+def _orthonormal(block: torch.Tensor, against: torch.Tensor | None) -> torch.Tensor:
     """Orthonormal basis [<= k, n] of what a block of unit-size vectors adds to `against` [m, n].
 
     By eigenvectors of the small Gram matrix, so that all large work is matrix products. Twice is enough (Kahan and

@@ -176,5 +176,6 @@ def test_a_nearly_singular_system_is_still_solved_to_a_small_residual() -> None:
 def test_the_inverse_of_one_band_is_torch_s_own(size: int) -> None:
     matrix = spd(size)
     found = cholesky.inverse(factorized(matrix, band_rows=size)[0])
+    torch.testing.assert_close(found, found.T, rtol=1e-12, atol=1e-6)
     torch.testing.assert_close(found, torch.linalg.inv(matrix), rtol=1e-8, atol=1e-4)
     torch.testing.assert_close(found @ matrix, torch.eye(size, dtype=torch.float64), rtol=0, atol=1e-8)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -11,6 +11,9 @@ from streamda import eigen
 from streamda.factors import is_finite
 from streamda.methods.input_factor import InputFactor
 from streamda.solve_bytes import CHUNK_BYTES, FLOAT64_BYTES, MIN_CHUNK_ROWS
+
+SETTLED_NORM = 1e-4
+"""Residual over gap at which the largest singular value counts as found: its error is the square of that."""
 
 
 class Displacement:
@@ -93,7 +96,7 @@ class Displacement:
         Args:
             vectors: [d_in, k], the eigenvectors found before, which hold its own unless the variance decides.
             images: ``D^T vectors`` [d_out, k].
-            outside: see `is_largest`, as a share of `scale` squared.
+            outside: see `largest_square`, as a share of `scale` squared.
             penalty: likewise.
             start: [d_in, m], random directions for the case that they do not.
             scale: about the size of D.
@@ -101,22 +104,20 @@ class Displacement:
         Raises:
             NotFiniteError: D over- or underflows.
         """
-        tolerance = 1e-4  # an eigenvalue's error is the square of its vector's
         along = images / scale
         if not is_finite(along):
             raise eigen.NotFiniteError("the displacement over- or underflows")
-        squares, rotation = torch.linalg.eigh(along.T @ along)  # ascending
-        if squares.numel() > 1 and is_largest(squares, outside, penalty):
-            direction = rotation[:, -1:]
-            residual = self.times(along @ direction) / scale - (vectors @ direction) * squares[-1]
-            if float(residual.norm()) < tolerance * float(squares[-1] - squares[-2]):
-                return math.sqrt(float(squares[-1])) * scale
+        square = largest_square(
+            vectors, along.T @ along, lambda block: self.times(along @ block) / scale, outside, penalty
+        )
+        if square is not None:
+            return math.sqrt(square) * scale
         # not from the vectors: where they hold another one exactly, that would pass for the largest
         found = eigen.largest_eigenpairs(
             lambda block: self.times(self.transposed(block / scale)) / scale,
             start,
             1,
-            gap_tolerance=tolerance,
+            gap_tolerance=SETTLED_NORM,
         )
         return math.sqrt(max(float(found.values[0]), 0.0)) * scale
 
@@ -125,17 +126,31 @@ class Displacement:
         return block if self.weights is None else block.mul_(self.weights[:, None])
 
 
-def is_largest(squares: torch.Tensor, outside: float, penalty: float) -> bool:
-    """Whether no singular value of D is larger than those along the eigenvectors found, wherever it lies.
+def largest_square(
+    vectors: torch.Tensor,
+    gram: torch.Tensor,
+    apply: Callable[[torch.Tensor], torch.Tensor],
+    outside: float,
+    penalty: float,
+) -> float | None:
+    """The largest eigenvalue of ``D D^T`` along the eigenvectors found; None unless no other one can be larger.
 
     These span an invariant subspace of ``D D^T - P`` with ``0 <= P <= penalty``, and along what is left of the space
     that is `outside` at most. So there ``D D^T`` is at most both together; and what it has between the two parts is
     what P has there, half of the penalty at most.
 
     Args:
-        squares: of D's singular values along the eigenvectors, ascending.
+        vectors: V [n, r], orthonormal.
+        gram: ``V^T D D^T V`` [r, r].
+        apply: ``D D^T V block`` [n, k] for [r, k].
         outside: the largest eigenvalue that was left out.
         penalty: the largest eigenvalue that P may have.
     """
-    second = float(squares[-2]) if squares.numel() > 1 else 0.0
-    return max(second, outside + penalty) + penalty / 2 <= float(squares[-1])
+    squares, rotation = torch.linalg.eigh(gram)  # ascending
+    if squares.numel() < 2:
+        return None
+    second, largest = float(squares[-2]), float(squares[-1])
+    if max(second, outside + penalty) + penalty / 2 > largest:
+        return None
+    residual = apply(rotation[:, -1:]) - (vectors @ rotation[:, -1:]) * squares[-1]
+    return largest if float(residual.norm()) < SETTLED_NORM * (largest - second) else None

@@ -23,7 +23,7 @@ import torch
 from streamda import eigen
 from streamda.config import SolveConfig
 from streamda.factors import frobenius_norm, largest_magnitude, mirror_lower_
-from streamda.methods.displacement import Displacement, is_largest
+from streamda.methods.displacement import Displacement, largest_square
 from streamda.methods.input_factor import SpannedFactor, TokenFactor
 from streamda.methods.low_end import LowEnd, draw, out_of_range, outside_of, require_range
 from streamda.products import add_product_, add_triangle_
@@ -46,9 +46,8 @@ NO_GRADIENT = 1e-12
 MAX_STEPS, HOPED_FOR = 10, 20.0
 """Steps after which all eigenpairs are computed at once instead; sooner, where residuals would have to shrink by more
 than the second number in each step that is left. A 135M model's layers took five to nine steps."""
-SETTLED, SETTLED_NORM = 1e-6, 1e-4
-"""Residual over gap at which a few eigenvectors count as found, and the largest singular value's, whose error is the
-square of it."""
+SETTLED = 1e-6
+"""Residual over gap at which a few eigenvectors count as found."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,16 +184,12 @@ def _largest_eigenvalue(gram: torch.Tensor, vectors: torch.Tensor, outside: floa
     Args:
         gram: positive semidefinite.
         vectors: orthonormal.
-        outside: see `is_largest`.
+        outside: see `largest_square`.
         penalty: likewise.
     """
     images = gram @ vectors
-    squares, rotation = torch.linalg.eigh(vectors.T @ images)  # ascending
-    if squares.numel() > 1 and is_largest(squares, outside, penalty):
-        residual = images @ rotation[:, -1] - vectors @ rotation[:, -1] * squares[-1]
-        if float(residual.norm()) < SETTLED_NORM * float(squares[-1] - squares[-2]):
-            return float(squares[-1])
-    return float(torch.linalg.eigvalsh(gram)[-1])
+    square = largest_square(vectors, vectors.T @ images, lambda block: images @ block, outside, penalty)
+    return float(torch.linalg.eigvalsh(gram)[-1]) if square is None else square
 
 
 def displacement_of_tokens(

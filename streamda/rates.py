@@ -88,10 +88,10 @@ def _product(device: torch.device, dtype: torch.dtype, size: int) -> Callable[[]
     """A product of a square matrix with itself, as a run multiplies, that holds no third one."""
     own = torch.Generator(device).manual_seed(0)  # a run's random numbers are not to depend on when this is asked
     left = torch.randn(size, size, device=device, generator=own).to(dtype)
-    if dtype == torch.float32 and product_library(device) == ONEDNN:
+    by_onednn = dtype == torch.float32 and product_library(device) == ONEDNN
+    # a plain product in bfloat16 takes a CPU ten times as long as a model's layers do
+    if by_onednn or (device.type == "cpu" and dtype.itemsize < 4):
         return functools.partial(linear, left, left)
-    if device.type == "cpu" and dtype.itemsize < 4:  # as a model's layers do; a plain product takes ten times as long
-        return functools.partial(torch.nn.functional.linear, left, left)
     return functools.partial(torch.mm, left, left, out=torch.empty_like(left))
 
 

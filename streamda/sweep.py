@@ -231,14 +231,16 @@ class Sweep:
                     with self._timeline.span("write statistics"):
                         sink.write_panel(panel, values)
                 del values
+        # only now, when the next block's weights are there: while they are read, such a look takes five times as long
+        for name in facts:
+            facts[name]["weight_norm"] = frobenius_norm(self._stack.model.get_parameter(f"{name}.weight"))
         self._checkpoint.release([spec.prefix], spare=push)
         release_unused(self._device)
         return facts
 
     def _first_facts(self, name: str) -> dict[str, Any]:
         """What is known of a layer before its statistics are."""
-        norm = frobenius_norm(self._stack.model.get_parameter(f"{name}.weight"))
-        facts: dict[str, Any] = {"num_samples": self._num_samples, "num_tokens": 0, "weight_norm": norm}
+        facts: dict[str, Any] = {"num_samples": self._num_samples, "num_tokens": 0}
         if count := self._checkpoint.not_finite.get(f"{name}.weight", 0):
             facts["skipped"] = f"its weight holds NaN or Inf ({count} of its values; zeros stood in for them)"
         return facts

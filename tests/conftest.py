@@ -60,14 +60,36 @@ def onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "prefers_onednn", lambda: True)
 
 
-@pytest.fixture(params=[True, False], ids=["oneDNN", "plain"])
+@pytest.fixture
+def by_columns(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Products of any weight are cut into a few columns each on this machine, too; counts the products."""
+    seen: list[int] = []
+    cut = products._by_columns
+
+    def counted(*operands: Any) -> None:
+        seen.append(1)
+        cut(*operands)
+
+    monkeypatch.setattr(products, "_by_columns", counted)
+    monkeypatch.setattr(products, "prefers_onednn", lambda: False)
+    monkeypatch.setattr(products, "is_foreign_to_mkl", lambda: True)
+    monkeypatch.setattr(products, "MKL_COLUMNS", 13)
+    monkeypatch.setattr(products, "MKL_LEAST_TERMS", 1)
+    monkeypatch.setattr(products, "MKL_LEAST_NUMBERS", 1)
+    return seen
+
+
+@pytest.fixture(params=["oneDNN", "columns", "plain"])
 def by_onednn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Both ways on every machine: oneDNN has kernels for each of them."""
-    if request.param:
+    """Every way on every machine: oneDNN has kernels for each of them."""
+    if request.param == "oneDNN":
         request.getfixturevalue("onednn")
+    elif request.param == "columns":
+        request.getfixturevalue("by_columns")
     else:
         monkeypatch.setattr(products, "prefers_onednn", lambda: False)
-    return bool(request.param)
+        monkeypatch.setattr(products, "is_foreign_to_mkl", lambda: False)
+    return bool(request.param == "oneDNN")
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Products by pieces through oneDNN are the plain ones, wherever they are taken."""
+"""Products by pieces, through oneDNN or of columns, are the plain ones, wherever they are taken."""
 
 from __future__ import annotations
 
@@ -16,7 +16,15 @@ from torch.profiler import ProfilerActivity, profile
 
 import streamda
 from streamda import processor, products
-from streamda.products import add_product_, add_triangle_, in_model, linear, prefers_onednn, product_library
+from streamda.products import (
+    add_product_,
+    add_triangle_,
+    in_model,
+    is_foreign_to_mkl,
+    linear,
+    prefers_onednn,
+    product_library,
+)
 from streamda.stored_weights import StoredWeight
 from tests.conftest import GOLDEN
 from tests.golden_options import products as update_of
@@ -277,56 +285,96 @@ def test_a_weight_in_its_stored_dtype_takes_it_too(by_onednn: bool, shapes: list
     assert len(shapes) == (4 if by_onednn else 0)  # two pieces, forward and backward
 
 
+def test_columns_are_for_few_rows_long_sums_and_large_weights(
+    by_columns: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "MKL_LEAST_TERMS", 40)
+    monkeypatch.setattr(products, "MKL_LEAST_NUMBERS", 30 * 40)
+    monkeypatch.setattr(products, "MKL_MOST_ROWS", 80)
+    weight, few = draw(30, 40), draw(80, 40)
+    assert_is(linear(few, weight), few.double() @ weight.double().T)
+    assert len(by_columns) == 1
+    plain = [(draw(81, 40), weight), (few[:63], weight), (few, weight[:29]), (few.double(), weight.double())]
+    for x, other in [*plain, (draw(80, 39), draw(90, 39)), (few[:0], weight)]:
+        assert torch.equal(linear(x, other), F.linear(x, other))
+    assert len(by_columns) == 1
+
+
+def test_a_gradient_is_cut_as_its_product_is(by_columns: list[int]) -> None:
+    with in_model(CPU):
+        output = nn.Linear(40, 30).requires_grad_(False)(draw(70, 40).requires_grad_(True))
+    assert len(by_columns) == 1
+    output.sum().backward()
+    assert len(by_columns) == 2
+
+
 CPU_INFO = "processor\t: 0\nvendor_id\t: {}\nmodel name\t: some processor\n"
 
 
 @pytest.mark.parametrize(
     ("facts", "capability", "expected"),
     [
-        (CPU_INFO.format("AuthenticAMD"), "AVX512", True),
-        (CPU_INFO.format("HygonGenuine"), "AVX512", True),
-        (CPU_INFO.format("GenuineIntel"), "AVX512", False),
-        (CPU_INFO.format("AuthenticAMD"), "AVX2", False),
-        ("processor\t: 0\n", "AVX512", False),
-        (None, "AVX512", False),
+        (CPU_INFO.format("AuthenticAMD"), "AVX512", "oneDNN"),
+        (CPU_INFO.format("HygonGenuine"), "AVX512", "oneDNN"),
+        (CPU_INFO.format("GenuineIntel"), "AVX512", "default"),
+        (CPU_INFO.format("GenuineIntel"), "AVX2", "default"),
+        (CPU_INFO.format("AuthenticAMD"), "AVX2", "MKL by columns"),
+        ("processor\t: 0\n", "AVX512", "default"),
+        (None, "AVX512", "default"),
     ],
 )
-def test_it_is_for_wide_vectors_that_the_other_library_leaves_unused(
-    facts: str | None, capability: str, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_multiplies_depends_on_vectors_and_on_whose_they_are(
+    facts: str | None, capability: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """OneDNN takes wide vectors that MKL leaves unused; MKL is cut where it does not know the processor."""
+    if expected == "oneDNN" and not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        pytest.skip("this PyTorch has no oneDNN")
     if facts is not None:
         (tmp_path / "cpuinfo").write_text(facts)
     monkeypatch.setattr(processor, "FACTS", tmp_path / "cpuinfo")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     prefers_onednn.cache_clear()
+    is_foreign_to_mkl.cache_clear()
     try:
-        assert prefers_onednn() is (expected and hasattr(torch.ops.mkldnn, "_linear_pointwise"))
-        assert product_library(CPU) == ("oneDNN" if prefers_onednn() else "default")
+        assert product_library(CPU) == expected
+        assert prefers_onednn() is (expected == "oneDNN")
         assert product_library(torch.device("cuda")) == "default"
+        monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+        is_foreign_to_mkl.cache_clear()
+        assert product_library(CPU) == ("oneDNN" if expected == "oneDNN" else "default")
     finally:
         prefers_onednn.cache_clear()
+        is_foreign_to_mkl.cache_clear()
 
 
-def test_a_whole_run_gives_the_same_adapter_both_ways(
-    tmp_path: Path, shapes: list[object], monkeypatch: pytest.MonkeyPatch
+def test_a_whole_run_gives_the_same_adapter_every_way(
+    tmp_path: Path, by_onednn: bool, shapes: list[object], request: pytest.FixtureRequest
 ) -> None:
-    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        pytest.skip("this PyTorch has no oneDNN")
+    """As the plain way, which is one of them."""
+    way = request.node.callspec.params["by_onednn"]
     found = {}
-    for onednn in (True, False):
-        monkeypatch.setattr(products, "prefers_onednn", lambda onednn=onednn: onednn)
-        output = tmp_path / str(onednn)
-        streamda.initialize(
-            model=str(GOLDEN / "model"),
-            dataset=str(GOLDEN / "calibration.jsonl"),
-            output_dir=str(output),
-            max_gpu_mem="400MB",
-            device="cpu",
-            dtype="float32",
-            rank=4,
-        )
-        found[onednn] = update_of(read_adapter(output))
-        assert bool(shapes) == onednn
+    for plain in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+            if plain:
+                patch.setattr(products, "prefers_onednn", lambda: False)
+                patch.setattr(products, "is_foreign_to_mkl", lambda: False)
+            output = tmp_path / str(plain)
+            streamda.initialize(
+                model=str(GOLDEN / "model"),
+                dataset=str(GOLDEN / "calibration.jsonl"),
+                output_dir=str(output),
+                max_gpu_mem="400MB",
+                device="cpu",
+                dtype="float32",
+                rank=4,
+            )
+        found[plain] = update_of(read_adapter(output))
+        assert bool(shapes) == (by_onednn and not plain)
         shapes.clear()
-    assert worst_error(found[True], found[False]) < 1e-3
+        if way == "columns":
+            cut = request.getfixturevalue("by_columns")
+            assert bool(cut) != plain
+            cut.clear()
+    assert worst_error(found[False], found[True]) < 1e-3

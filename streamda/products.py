@@ -1,4 +1,4 @@
-"""Float32 matrix products on CPUs whose widest vectors PyTorch's BLAS leaves unused.
+"""Float32 matrix products on CPUs that PyTorch's BLAS was not made for.
 
 PyTorch multiplies float32 matrices with MKL, and MKL takes AVX-512 kernels on Intel's processors only: elsewhere it
 reaches half the rate or less of what the processor does. oneDNN, which PyTorch carries too, asks what the processor can
@@ -77,9 +77,9 @@ def is_foreign_to_mkl() -> bool:
 
 def product_library(device: torch.device) -> str:
     """What multiplies float32 matrices on a device, as a run's record names it; it decides last bits."""
-    if device.type != "cpu":
-        return PLAIN
-    return ONEDNN if prefers_onednn() else MKL_BY_COLUMNS if is_foreign_to_mkl() else PLAIN
+    if device.type == "cpu" and prefers_onednn():
+        return ONEDNN
+    return MKL_BY_COLUMNS if device.type == "cpu" and is_foreign_to_mkl() else PLAIN
 
 
 def linear(
@@ -108,7 +108,7 @@ def work_bytes(device: torch.device, terms: int, width: int) -> int:
         terms: of the longest sum.
         width: of the widest operand or result.
     """
-    if product_library(device) != ONEDNN:
+    if product_library(device) != ONEDNN:  # only linear layers are cut otherwise, and these by few megabytes
         return 0
     # narrower operands are cut into longer pieces, so the widest is not always the largest; copies have no odd columns
     filled = width + -width % COLUMN_STEP
@@ -191,7 +191,7 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (weight,) = ctx.saved_tensors
-        return _times(gradients[0], weight.T, None), None, None
+        return linear(gradients[0], weight.T), None, None
 
 
 class _LinearMode(TorchFunctionMode):
@@ -208,8 +208,9 @@ class _LinearMode(TorchFunctionMode):
 
 
 def _is_fast_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    """Whether a linear layer is one that oneDNN multiplies well; what is wrong with one is PyTorch's to say."""
+    """Whether a linear layer is one that `_times` multiplies well; what is wrong with one is PyTorch's to say."""
     parameters = (weight,) if bias is None else (weight, bias)
+    count = x.numel() // max(1, x.shape[-1]) if x.ndim else 0
     return (
         weight.ndim == 2
         # oneDNN has no kernels for weights with gaps
@@ -217,10 +218,7 @@ def _is_fast_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
         and x.ndim > 0
         and x.shape[-1] == weight.shape[1]
         and (bias is None or (bias.shape == weight.shape[:1] and bias.is_contiguous()))
-        and (
-            _is_fast(x.numel() // max(1, x.shape[-1]), x, *parameters)
-            or _is_thin(x.numel() // max(1, x.shape[-1]), x, *parameters)
-        )
+        and (_is_fast(count, x, *parameters) or _is_thin(count, x, *parameters))
         and not (torch.is_grad_enabled() and any(each.requires_grad for each in parameters))
     )
 
@@ -275,6 +273,7 @@ def _by_columns(result: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor, 
         columns = slice(start, start + MKL_COLUMNS)
         product = weight[columns] @ rows.T
         result[:, columns] = product.T if bias is None else product.add_(bias[columns, None]).T
+        del product  # before the next one is made
 
 
 def _onednn(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -231,7 +231,7 @@ class Sweep:
                     with self._timeline.span("write statistics"):
                         sink.write_panel(panel, values)
                 del values
-        # only now, when the next block's weights are there: while they are read, such a look takes five times as long
+        # only now, when the next block's weights are usually read: beside that reading a norm takes five times as long
         for name in facts:
             facts[name]["weight_norm"] = frobenius_norm(self._stack.model.get_parameter(f"{name}.weight"))
         self._checkpoint.release([spec.prefix], spare=push)

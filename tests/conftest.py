@@ -79,17 +79,24 @@ def by_columns(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
-@pytest.fixture(params=["oneDNN", "columns", "plain"])
-def by_onednn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Every way on every machine: oneDNN has kernels for each of them."""
-    if request.param == "oneDNN":
-        request.getfixturevalue("onednn")
-    elif request.param == "columns":
-        request.getfixturevalue("by_columns")
-    else:
-        monkeypatch.setattr(products, "prefers_onednn", lambda: False)
-        monkeypatch.setattr(products, "is_foreign_to_mkl", lambda: False)
-    return bool(request.param == "oneDNN")
+@pytest.fixture
+def plainly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products are PyTorch's own."""
+    monkeypatch.setattr(products, "prefers_onednn", lambda: False)
+    monkeypatch.setattr(products, "is_foreign_to_mkl", lambda: False)
+
+
+@pytest.fixture(params=["onednn", "by_columns", "plainly"])
+def way(request: pytest.FixtureRequest) -> str:
+    """Every way to multiply, on every machine, by the name of its fixture."""
+    request.getfixturevalue(request.param)
+    return str(request.param)
+
+
+@pytest.fixture
+def by_onednn(way: str) -> bool:
+    """Every way; whether it is oneDNN's."""
+    return way == "onednn"
 
 
 @pytest.fixture

@@ -60,7 +60,9 @@ def assert_is(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_a_linear_layer_and_its_gradient(length: int, with_bias: bool, by_onednn: bool, shapes: list[object]) -> None:
+def test_a_linear_layer_and_its_gradient(
+    length: int, with_bias: bool, way: str, shapes: list[object], request: pytest.FixtureRequest
+) -> None:
     weight, bias = draw(70, 33), draw(70) if with_bias else None
     x = draw(length, 33).requires_grad_(True)
     exact = x.detach().double().requires_grad_(True)
@@ -73,7 +75,9 @@ def test_a_linear_layer_and_its_gradient(length: int, with_bias: bool, by_onednn
     assert x.grad is not None
     assert exact.grad is not None
     assert_is(x.grad, exact.grad)
-    assert bool(shapes) == (by_onednn and length >= 64)
+    assert bool(shapes) == (way == "onednn" and length >= 64)
+    if way == "by_columns":
+        assert len(request.getfixturevalue(way)) == (2 if length >= 64 else 0)
 
 
 @pytest.mark.parametrize("shape", [(2, 150, 40), (300, 40), (3, 2, 50, 40)])
@@ -273,7 +277,9 @@ def test_a_models_linear_layers_take_it_inside_the_context_only(by_onednn: bool,
     assert not shapes
 
 
-def test_a_weight_in_its_stored_dtype_takes_it_too(by_onednn: bool, shapes: list[object]) -> None:
+def test_a_weight_in_its_stored_dtype_takes_it_too(
+    way: str, shapes: list[object], request: pytest.FixtureRequest
+) -> None:
     stored = draw(24, 40).bfloat16()
     weight, x = StoredWeight.keep(stored, torch.float32), draw(90, 40).requires_grad_(True)
     with in_model(CPU):
@@ -282,7 +288,9 @@ def test_a_weight_in_its_stored_dtype_takes_it_too(by_onednn: bool, shapes: list
     assert_is(output.detach(), F.linear(x.detach().double(), stored.double()))
     assert x.grad is not None
     assert_is(x.grad, stored.double().sum(0).expand(90, 40))
-    assert len(shapes) == (4 if by_onednn else 0)  # two pieces, forward and backward
+    assert len(shapes) == (4 if way == "onednn" else 0)  # two pieces, forward and backward
+    if way == "by_columns":
+        assert len(request.getfixturevalue(way)) == 2
 
 
 def test_columns_are_for_few_rows_long_sums_and_large_weights(
@@ -300,12 +308,17 @@ def test_columns_are_for_few_rows_long_sums_and_large_weights(
     assert len(by_columns) == 1
 
 
-def test_a_gradient_is_cut_as_its_product_is(by_columns: list[int]) -> None:
+@pytest.mark.parametrize("least_terms", [30, 35])
+def test_a_gradient_is_a_product_of_its_own(
+    least_terms: int, by_columns: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of which the sums may be too short to be worth a copy."""
+    monkeypatch.setattr(products, "MKL_LEAST_TERMS", least_terms)
     with in_model(CPU):
         output = nn.Linear(40, 30).requires_grad_(False)(draw(70, 40).requires_grad_(True))
     assert len(by_columns) == 1
     output.sum().backward()
-    assert len(by_columns) == 2
+    assert len(by_columns) == (2 if least_terms <= 30 else 1)
 
 
 CPU_INFO = "processor\t: 0\nvendor_id\t: {}\nmodel name\t: some processor\n"
@@ -349,32 +362,23 @@ def test_what_multiplies_depends_on_vectors_and_on_whose_they_are(
         is_foreign_to_mkl.cache_clear()
 
 
+@pytest.mark.parametrize("other", ["onednn", "by_columns"])
 def test_a_whole_run_gives_the_same_adapter_every_way(
-    tmp_path: Path, by_onednn: bool, shapes: list[object], request: pytest.FixtureRequest
+    other: str, tmp_path: Path, shapes: list[object], request: pytest.FixtureRequest
 ) -> None:
-    """As the plain way, which is one of them."""
-    way = request.node.callspec.params["by_onednn"]
     found = {}
-    for plain in (False, True):
-        with pytest.MonkeyPatch.context() as patch:
-            if plain:
-                patch.setattr(products, "prefers_onednn", lambda: False)
-                patch.setattr(products, "is_foreign_to_mkl", lambda: False)
-            output = tmp_path / str(plain)
-            streamda.initialize(
-                model=str(GOLDEN / "model"),
-                dataset=str(GOLDEN / "calibration.jsonl"),
-                output_dir=str(output),
-                max_gpu_mem="400MB",
-                device="cpu",
-                dtype="float32",
-                rank=4,
-            )
-        found[plain] = update_of(read_adapter(output))
-        assert bool(shapes) == (by_onednn and not plain)
-        shapes.clear()
-        if way == "columns":
-            cut = request.getfixturevalue("by_columns")
-            assert bool(cut) != plain
-            cut.clear()
-    assert worst_error(found[False], found[True]) < 1e-3
+    for way in ("plainly", other):
+        cut = request.getfixturevalue(way)
+        streamda.initialize(
+            model=str(GOLDEN / "model"),
+            dataset=str(GOLDEN / "calibration.jsonl"),
+            output_dir=str(tmp_path / way),
+            max_gpu_mem="400MB",
+            device="cpu",
+            dtype="float32",
+            rank=4,
+        )
+        found[way] = update_of(read_adapter(tmp_path / way))
+        assert bool(shapes) == (way == "onednn")
+        assert bool(cut) == (way == "by_columns")
+    assert worst_error(found["plainly"], found[other]) < 1e-3

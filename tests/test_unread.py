@@ -154,9 +154,7 @@ class Products(TorchFunctionMode):
 
 
 @pytest.mark.parametrize("stored", [False, True], ids=["plain", "stored"])
-def test_without_the_product_gradients_are_the_same(
-    stored: bool, by_onednn: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_the_product_gradients_are_the_same(stored: bool, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     widths: list[int] = []
     times = products._times
 
@@ -177,8 +175,8 @@ def test_without_the_product_gradients_are_the_same(
         widths.clear()
         with Replayed(block, "b", names) as replayed, Products() as plainly:
             output = replayed.run(CALL, entering)
-        assert bool(widths) == by_onednn
-        # what does not go to oneDNN is seen as PyTorch's own function
+        assert bool(widths) == (way != "plainly")
+        # what is not multiplied by pieces is seen as PyTorch's own function
         assert (widths or plainly.widths) == ([12] if names else [12, 8])
         torch.autograd.backward(output, above)
         assert entering.grad is not None

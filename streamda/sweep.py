@@ -220,8 +220,7 @@ class Sweep:
             if number == 0:
                 for name, count in collector.num_tokens.items():
                     facts[name]["num_tokens"] = count
-            bad = self._left_out(spec, collector)
-            for name, reason in bad.items():
+            for name, reason in (bad := self._left_out(spec, collector)).items():
                 facts[name]["skipped"] = reason
             release_unused(self._device)
             while collector.totals:
@@ -232,8 +231,8 @@ class Sweep:
                         sink.write_panel(panel, values)
                 del values
         # only now, when the next block's weights are usually read: beside that reading a norm takes five times as long
-        for name in facts:
-            facts[name]["weight_norm"] = frobenius_norm(self._stack.model.get_parameter(f"{name}.weight"))
+        for name, known in facts.items():
+            known["weight_norm"] = frobenius_norm(self._stack.model.get_parameter(f"{name}.weight"))
         self._checkpoint.release([spec.prefix], spare=push)
         release_unused(self._device)
         return facts

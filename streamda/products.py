@@ -210,7 +210,7 @@ class _LinearMode(TorchFunctionMode):
 def _is_fast_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
     """Whether a linear layer is one that `_times` multiplies well; what is wrong with one is PyTorch's to say."""
     parameters = (weight,) if bias is None else (weight, bias)
-    count = x.numel() // max(1, x.shape[-1]) if x.ndim else 0
+    count = x.shape[:-1].numel()
     return (
         weight.ndim == 2
         # oneDNN has no kernels for weights with gaps

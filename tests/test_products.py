@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,6 +50,20 @@ def shapes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
     return seen
 
 
+@pytest.fixture
+def cuts(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """Of the results of all products that are cut into columns."""
+    seen: list[torch.Size] = []
+    plain = products._by_columns
+
+    def watched(result: torch.Tensor, *operands: Any) -> None:
+        seen.append(result.shape)
+        plain(result, *operands)
+
+    monkeypatch.setattr(products, "_by_columns", watched)
+    return seen
+
+
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
 
@@ -61,7 +76,7 @@ def assert_is(actual: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_a_linear_layer_and_its_gradient(
-    length: int, with_bias: bool, way: str, shapes: list[object], request: pytest.FixtureRequest
+    length: int, with_bias: bool, way: str, shapes: list[object], cuts: list[object]
 ) -> None:
     weight, bias = draw(70, 33), draw(70) if with_bias else None
     x = draw(length, 33).requires_grad_(True)
@@ -76,8 +91,7 @@ def test_a_linear_layer_and_its_gradient(
     assert exact.grad is not None
     assert_is(x.grad, exact.grad)
     assert bool(shapes) == (way == "onednn" and length >= 64)
-    if way == "by_columns":
-        assert len(request.getfixturevalue(way)) == (2 if length >= 64 else 0)
+    assert len(cuts) == (2 if way == "by_columns" and length >= 64 else 0)
 
 
 @pytest.mark.parametrize("shape", [(2, 150, 40), (300, 40), (3, 2, 50, 40)])
@@ -277,9 +291,7 @@ def test_a_models_linear_layers_take_it_inside_the_context_only(by_onednn: bool,
     assert not shapes
 
 
-def test_a_weight_in_its_stored_dtype_takes_it_too(
-    way: str, shapes: list[object], request: pytest.FixtureRequest
-) -> None:
+def test_a_weight_in_its_stored_dtype_takes_it_too(way: str, shapes: list[object], cuts: list[object]) -> None:
     stored = draw(24, 40).bfloat16()
     weight, x = StoredWeight.keep(stored, torch.float32), draw(90, 40).requires_grad_(True)
     with in_model(CPU):
@@ -289,36 +301,35 @@ def test_a_weight_in_its_stored_dtype_takes_it_too(
     assert x.grad is not None
     assert_is(x.grad, stored.double().sum(0).expand(90, 40))
     assert len(shapes) == (4 if way == "onednn" else 0)  # two pieces, forward and backward
-    if way == "by_columns":
-        assert len(request.getfixturevalue(way)) == 2
+    assert len(cuts) == (2 if way == "by_columns" else 0)
 
 
 def test_columns_are_for_few_rows_long_sums_and_large_weights(
-    by_columns: list[int], monkeypatch: pytest.MonkeyPatch
+    by_columns: None, cuts: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(products, "MKL_LEAST_TERMS", 40)
     monkeypatch.setattr(products, "MKL_LEAST_NUMBERS", 30 * 40)
     monkeypatch.setattr(products, "MKL_MOST_ROWS", 80)
     weight, few = draw(30, 40), draw(80, 40)
     assert_is(linear(few, weight), few.double() @ weight.double().T)
-    assert len(by_columns) == 1
+    assert len(cuts) == 1
     plain = [(draw(81, 40), weight), (few[:63], weight), (few, weight[:29]), (few.double(), weight.double())]
     for x, other in [*plain, (draw(80, 39), draw(90, 39)), (few[:0], weight)]:
         assert torch.equal(linear(x, other), F.linear(x, other))
-    assert len(by_columns) == 1
+    assert len(cuts) == 1
 
 
 @pytest.mark.parametrize("least_terms", [30, 35])
 def test_a_gradient_is_a_product_of_its_own(
-    least_terms: int, by_columns: list[int], monkeypatch: pytest.MonkeyPatch
+    least_terms: int, by_columns: None, cuts: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of which the sums may be too short to be worth a copy."""
     monkeypatch.setattr(products, "MKL_LEAST_TERMS", least_terms)
     with in_model(CPU):
         output = nn.Linear(40, 30).requires_grad_(False)(draw(70, 40).requires_grad_(True))
-    assert len(by_columns) == 1
+    assert len(cuts) == 1
     output.sum().backward()
-    assert len(by_columns) == (2 if least_terms <= 30 else 1)
+    assert len(cuts) == (2 if least_terms <= 30 else 1)
 
 
 CPU_INFO = "processor\t: 0\nvendor_id\t: {}\nmodel name\t: some processor\n"
@@ -364,11 +375,11 @@ def test_what_multiplies_depends_on_vectors_and_on_whose_they_are(
 
 @pytest.mark.parametrize("other", ["onednn", "by_columns"])
 def test_a_whole_run_gives_the_same_adapter_every_way(
-    other: str, tmp_path: Path, shapes: list[object], request: pytest.FixtureRequest
+    other: str, tmp_path: Path, shapes: list[object], cuts: list[object], request: pytest.FixtureRequest
 ) -> None:
     found = {}
     for way in ("plainly", other):
-        cut = request.getfixturevalue(way)
+        request.getfixturevalue(way)
         streamda.initialize(
             model=str(GOLDEN / "model"),
             dataset=str(GOLDEN / "calibration.jsonl"),
@@ -380,5 +391,5 @@ def test_a_whole_run_gives_the_same_adapter_every_way(
         )
         found[way] = update_of(read_adapter(tmp_path / way))
         assert bool(shapes) == (way == "onednn")
-        assert bool(cut) == (way == "by_columns")
+        assert bool(cuts) == (way == "by_columns")
     assert worst_error(found["plainly"], found[other]) < 1e-3

@@ -130,7 +130,9 @@ class BoundaryStore:
                     )
                 offset += size
                 self.bytes_read += size
-                yield buffer.view(self._dtype).reshape(shape).to(device)
+                read = [buffer.view(self._dtype).reshape(shape).to(device)]
+                del buffer
+                yield read.pop()  # so that whoever has taken them holds them alone
 
     def announce(self, name: str) -> None:
         """Asks the system to read the beginning of a boundary into its page cache; nothing where it is not on disk."""

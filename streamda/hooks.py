@@ -77,6 +77,10 @@ class PanelCollector:
     def begin(self, batch: Batch) -> None:
         """Announces the micro-batch that will pass next."""
         self._batch = batch
+        self.end()
+
+    def end(self) -> None:
+        """Lets go of the micro-batch that has passed."""
         self._group_inputs = {}
 
     def bad_layers(self) -> dict[str, str]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from streamda import stopping
 from streamda.batches import Batch
 from streamda.block_statistics import StatisticsSink, zero_panel
 from streamda.blocks import DecoderStack
-from streamda.boundary import BoundaryStore, BoundaryWriter
+from streamda.boundary import BoundaryStore
 from streamda.checkpoint import Checkpoint
 from streamda.factors import frobenius_norm, is_finite
 from streamda.hooks import PanelCollector
@@ -28,6 +27,7 @@ from streamda.loss import loss_gradient
 from streamda.memory import release_unused
 from streamda.nonfinite import BadSamplesError, Examiner, bad_samples, noting_bad_samples
 from streamda.panels import Replay
+from streamda.passes import Passes
 from streamda.prefetch import Prefetcher
 from streamda.progress import PassBar
 from streamda.timeline import Timeline
@@ -42,18 +42,6 @@ def acts(index: int) -> str:
 def grads(index: int) -> str:
     """Name of the gradient of `acts(index)`."""
     return f"grads-{index:04d}"
-
-
-class _TimedWriter:
-    """A `BoundaryWriter` whose time does not count for the block that it writes for."""
-
-    def __init__(self, writer: BoundaryWriter, timeline: Timeline) -> None:
-        self._writer, self._timeline = writer, timeline
-
-    def append(self, states: torch.Tensor) -> None:
-        """As `BoundaryWriter.append`."""
-        with self._timeline.span("write boundary"):
-            self._writer.append(states)
 
 
 class Sweep:
@@ -90,6 +78,7 @@ class Sweep:
         self._checkpoint = checkpoint
         self._batches = batches
         self._boundaries = boundaries
+        self._passes = Passes(batches, boundaries, timeline, stack.device)
         self._timeline = timeline
         self._device = stack.device
         self._keep_stored = keep_stored
@@ -127,7 +116,7 @@ class Sweep:
         """Makes the first boundary from the token ids."""
         names = list(self._stack.embeddings)
         self._load(names)
-        with self._writing(acts(0)) as writer:
+        with self._passes.writing(acts(0)) as writer:
             for batch in self._batches:
                 stopping.check()
                 writer.append(self._stack.embed(batch.input_ids()))
@@ -169,8 +158,8 @@ class Sweep:
             self._load([self._stack.head_name])
             facts: dict[str, Any] = {}
             total = torch.zeros((), dtype=torch.float64)
-            with self._writing(name, durable=True, facts=facts) as writer, noting_bad_samples() as faults:
-                for batch, hidden in self._over(acts(self.num_blocks)):
+            with self._passes.writing(name, durable=True, facts=facts) as writer, noting_bad_samples() as faults:
+                for batch, hidden in self._passes.over(acts(self.num_blocks)):
                     bar.working_on("head and loss")
                     losses, gradient = loss_gradient(self._stack, batch, hidden, logit_rows)
                     for what, rows in (("loss", bad_samples(losses)), ("gradient of the loss", bad_samples(gradient))):
@@ -178,6 +167,7 @@ class Sweep:
                     total += losses.sum().cpu()
                     writer.append(gradient)
                     bar.advance()
+                    del hidden, gradient
                 facts["loss"] = float(total) / self._num_samples
             self._checkpoint.release([self._stack.head_name])
             release_unused(self._device)
@@ -220,7 +210,8 @@ class Sweep:
             if number == 0:
                 for name, count in collector.num_tokens.items():
                     facts[name]["num_tokens"] = count
-            for name, reason in (bad := self._left_out(spec, collector)).items():
+            bad = self._left_out(spec, collector)
+            for name, reason in bad.items():
                 facts[name]["skipped"] = reason
             release_unused(self._device)
             while collector.totals:
@@ -255,8 +246,7 @@ class Sweep:
         if not bad:
             return {}
         if self._skip_bad_samples or not self._skip_bad_layers:
-            above = self._read(grads(spec.index + 1))
-            passes = ((batch, hidden, next(above)) for batch, hidden in self._over(acts(spec.index)))
+            passes = self._passes.over(acts(spec.index), grads(spec.index + 1))
             reasons = self._examiner.culprits(spec.index, bad, passes)
             if reasons and (len(reasons) < self._num_samples or not self._skip_bad_layers):
                 raise BadSamplesError(reasons)
@@ -283,68 +273,53 @@ class Sweep:
             first = functools.partial(self._boundaries.announce, acts(after))
             self._blocks_ahead.start(names, keep_stored=keep_stored, before=first)
 
-    def _over(self, name: str) -> Any:
-        """Micro-batches together with their states at a boundary."""
-        return zip(self._batches, self._read(name), strict=True)
-
-    def _read(self, name: str) -> Iterator[torch.Tensor]:
-        """The micro-batches of a boundary, on the device."""
-        states = self._boundaries.read(name, self._device)
-        while True:
-            stopping.check()  # every pass over the micro-batches comes by here
-            with self._timeline.span("read boundary"):
-                batch = next(states, None)
-            if batch is None:
-                return
-            yield batch
-
-    @contextmanager
-    def _writing(self, name: str, **options: Any) -> Iterator[_TimedWriter]:
-        """Opens a boundary for writing; options as for `BoundaryStore.write`."""
-        with self._timeline.at_exit("commit", self._boundaries.write(name, **options)) as writer:
-            yield _TimedWriter(writer, self._timeline)
-
     def _forward_block(self, index: int, after: int) -> None:
         """Makes the boundary above a block; `after` is the block that is next (-1: none)."""
         block, prefix = self._stack.blocks[index], self._stack.prefixes[index]
         self._load_block(index, after)
-        with self._writing(acts(index + 1)) as writer, noting_bad_samples() as faults, torch.no_grad():
-            for batch, hidden in self._over(acts(index)):
+        with self._passes.writing(acts(index + 1)) as writer, noting_bad_samples() as faults, torch.no_grad():
+            for batch, hidden in self._passes.over(acts(index)):
                 output = self._stack.calls(*batch.shape)[index].run(block, hidden)
                 faults |= self._examiner.reasons(index, batch, bad_samples(output), hidden)
                 writer.append(output)
+                del hidden, output
         self._checkpoint.release([prefix], spare=after >= 0)
 
     def _replay_forward(self, index: int, block: Replayed, collector: PanelCollector) -> None:
         with torch.no_grad():
-            for batch, hidden in self._over(acts(index)):
+            for batch, hidden in self._passes.over(acts(index)):
                 collector.begin(batch)
                 block.run(self._stack.calls(*batch.shape)[index], hidden)
+                collector.end()
+                del hidden
 
     def _replay_backward(self, index: int, block: Replayed, collector: PanelCollector, *, push: bool) -> None:
         if not push:
             for _ in self._gradients_below(index, block, collector):
                 pass
             return
-        with self._writing(grads(index), durable=True) as writer, noting_bad_samples() as faults:
-            for batch, hidden, above, gradient in self._gradients_below(index, block, collector):
-                faults |= self._examiner.reasons(index, batch, bad_samples(gradient), hidden, above)
-                writer.append(gradient)
+        with self._passes.writing(grads(index), durable=True) as writer, noting_bad_samples() as faults:
+            for batch, hidden, above in self._gradients_below(index, block, collector):
+                assert hidden.grad is not None
+                faults |= self._examiner.reasons(index, batch, bad_samples(hidden.grad), hidden, above)
+                writer.append(hidden.grad)
+                del hidden, above
 
-    def _gradients_below(self, index: int, block: Replayed, collector: PanelCollector) -> Any:
+    def _gradients_below(self, index: int, block: Replayed, collector: PanelCollector) -> Iterator[tuple[Any, ...]]:
         """Runs all micro-batches forward and backward through a block.
 
         Yields:
-            Each with its states, their gradient above the block, and that below it.
+            Each with its states, which have their gradient, and the gradient above the block.
         """
-        above = self._read(grads(index + 1))
-        for (batch, hidden), gradient in zip(self._over(acts(index)), above, strict=True):
+        for batch, hidden, above in self._passes.over(acts(index), grads(index + 1)):
             collector.begin(batch)
             # weights require no gradient, so the graph hangs on the hidden states alone; detached, because a boundary
             # in memory is the same tensor in every replay and would gather their gradients
             hidden = hidden.detach().requires_grad_(True)
             with torch.enable_grad():
                 output = block.run(self._stack.calls(*batch.shape)[index], hidden)
-            torch.autograd.backward(output, gradient)
-            assert hidden.grad is not None
-            yield batch, hidden, gradient, hidden.grad
+            torch.autograd.backward(output, above)
+            collector.end()
+            del output
+            yield batch, hidden, above
+            del hidden, above

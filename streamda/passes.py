@@ -58,13 +58,15 @@ class Passes:
             StoppedError: a signal has asked for it.
         """
         readers = [self._boundaries.read(name, self._device) for name in names]
-        # a zip would keep what it gave last until it has the next
         for batch in self._batches:
             stopping.check()
             release_between_micro_batches(self._device)
-            with self._timeline.span("read boundary"):
-                states = [next(reader) for reader in readers]
-            yield batch, *states
+            # without a name here, or a zip, which would keep what they gave last until they have the next
+            yield batch, *self._next_of(readers)
+
+    def _next_of(self, readers: Sequence[Iterator[torch.Tensor]]) -> list[torch.Tensor]:
+        with self._timeline.span("read boundary"):
+            return [next(reader) for reader in readers]
 
     @contextmanager
     def writing(self, name: str, **options: Any) -> Iterator[TimedWriter]:

@@ -9,7 +9,8 @@ what is already committed.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -294,32 +295,20 @@ class Sweep:
                 del hidden
 
     def _replay_backward(self, index: int, block: Replayed, collector: PanelCollector, *, push: bool) -> None:
-        if not push:
-            for _ in self._gradients_below(index, block, collector):
-                pass
-            return
-        with self._passes.writing(grads(index), durable=True) as writer, noting_bad_samples() as faults:
-            for batch, hidden, above in self._gradients_below(index, block, collector):
-                assert hidden.grad is not None
-                faults |= self._examiner.reasons(index, batch, bad_samples(hidden.grad), hidden, above)
-                writer.append(hidden.grad)
-                del hidden, above
-
-    def _gradients_below(self, index: int, block: Replayed, collector: PanelCollector) -> Iterator[tuple[Any, ...]]:
-        """Runs all micro-batches forward and backward through a block.
-
-        Yields:
-            Each with its states, which have their gradient, and the gradient above the block.
-        """
-        for batch, hidden, above in self._passes.over(acts(index), grads(index + 1)):
-            collector.begin(batch)
-            # weights require no gradient, so the graph hangs on the hidden states alone; detached, because a boundary
-            # in memory is the same tensor in every replay and would gather their gradients
-            hidden = hidden.detach().requires_grad_(True)
-            with torch.enable_grad():
-                output = block.run(self._stack.calls(*batch.shape)[index], hidden)
-            torch.autograd.backward(output, above)
-            collector.end()
-            del output
-            yield batch, hidden, above
-            del hidden, above
+        """Runs all micro-batches forward and backward through a block; with `push`, makes the boundary below it."""
+        pushing = self._passes.writing(grads(index), durable=True) if push else nullcontext()
+        with pushing as writer, noting_bad_samples() as faults:
+            for batch, hidden, above in self._passes.over(acts(index), grads(index + 1)):
+                collector.begin(batch)
+                # weights require no gradient, so the graph hangs on the hidden states alone; detached, because a
+                # boundary in memory is the same tensor in every replay and would gather their gradients
+                hidden = hidden.detach().requires_grad_(True)
+                with torch.enable_grad():
+                    output = block.run(self._stack.calls(*batch.shape)[index], hidden)
+                torch.autograd.backward(output, above)
+                collector.end()
+                if writer is not None:
+                    assert hidden.grad is not None
+                    faults |= self._examiner.reasons(index, batch, bad_samples(hidden.grad), hidden, above)
+                    writer.append(hidden.grad)
+                del hidden, above, output

@@ -115,6 +115,20 @@ def test_freed_memory_stays_where_a_phase_may_keep_as_much(allowed: int, stays: 
     assert left < 15  # and none of it once it may not
 
 
+@pytest.mark.parametrize(("allowed", "times"), [(0, 12), (1, 3)])
+def test_between_micro_batches_pages_are_counted_seldom_where_some_may_stay(
+    monkeypatch: pytest.MonkeyPatch, allowed: int, times: int
+) -> None:
+    made = heap._Heap()
+    released: list[int] = []
+    monkeypatch.setattr(made, "release", lambda: released.append(1))
+    monkeypatch.setattr(heap, "_heap", made)
+    made.allow(allowed)
+    for _ in range(3 * heap.COUNTED_EVERY):
+        heap.release_between_micro_batches()
+    assert len(released) == times
+
+
 COUNTING = """
 import torch
 from streamda import heap

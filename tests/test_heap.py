@@ -129,6 +129,38 @@ def test_between_micro_batches_pages_are_counted_seldom_where_some_may_stay(
     assert len(released) == times
 
 
+BUFFERS = """
+import torch
+from streamda import heap
+from streamda.rates import ProductRates
+
+def in_use():
+    info = heap._heap._info()
+    return int(info.uordblks + info.hblkhd)
+
+rates = ProductRates(torch.device("cpu"), torch.float32)
+rates.sample()
+before = in_use()
+wide = torch.ones(1024, 1024, dtype=torch.float64)
+result = torch.empty_like(wide)
+held = in_use()
+torch.mm(wide, wide, out=result)
+kept = in_use() - held
+del wide, result
+rates.sample()
+print(kept, in_use() - before)
+"""
+
+
+@pytest.mark.skipif(not COUNTS, reason="the C library is not glibc 2.33 or later")
+@pytest.mark.skipif(heap._mkl_free_buffers() is None, reason="torch has no MKL")
+def test_measuring_rates_along_a_run_leaves_no_memory_behind() -> None:
+    shown = subprocess.run([sys.executable, "-c", BUFFERS], check=True, capture_output=True, text=True).stdout.split()
+    kept, left = map(int, shown)
+    assert kept > MIB  # or MKL would keep nothing
+    assert left < MIB // 2
+
+
 COUNTING = """
 import torch
 from streamda import heap

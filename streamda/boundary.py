@@ -110,12 +110,15 @@ class BoundaryStore:
             DamagedError: the file does not hold what was committed.
         """
         if name in self._held:
+            assert len(self._held[name]) == len(self._shapes)
             for states in self._held[name]:
                 yield states.to(device)
             return
         path = self._units.path(name) / STATES_FILE
         checksums = self._units.metadata(name)["checksums"]
         self._units.check(name)
+        if len(checksums) != len(self._shapes):
+            raise DamagedError(f"{files.shown(path)} holds another number of micro-batches; {self._units.repair(name)}")
         with files.damage_errors(path):
             opened = files.open_descriptor(path, os.O_RDONLY)
         with files.closing(opened) as descriptor:

@@ -78,6 +78,9 @@ class Workload:
     """With weights in their stored dtype: looked up there; None where that is no smaller."""
     stored_head_bytes: int | None = None
     """With weights in their stored dtype, and what is cast of them at a time; None where that is no smaller."""
+    hole_bytes: int = 48 << 20
+    """Most that holes take in the device's allocator: activations of many shapes leave some as large as themselves, up
+    to about this much. Larger blocks are mapped one by one."""
 
     @property
     def shrinks(self) -> bool:

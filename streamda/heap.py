@@ -33,7 +33,8 @@ HEAP_STRETCH_BYTES = 320 << 20
 bug below, and the thresholds above, 512 and 1024 tokens of a 13B model leave 230 and 290 MB behind in a block; its
 backward pass takes a sixth less time for it, as its activations need no fresh pages."""
 COUNTED_EVERY = 4
-"""Micro-batches. Counting the free pages of a 135M model's heap takes 1.5 ms: for each, a hundredth of the run."""
+"""Micro-batches. Counting the free pages of a 135M model's heap takes 1.5 ms: for each, 1 % of the run. Holes of so
+many may gather above what may stay."""
 SMALL_BLOCK_BYTES = 256 << 10
 """Threshold while a skeleton is built: each weight is allocated, never touched, and dropped, and would stretch the heap
 by the size of the model."""
@@ -82,7 +83,7 @@ def reuse_heap(device: torch.device, reused_bytes: int, slack_bytes: int, *, lar
     # what the next block takes again is in its peak already; that would be all of it, but for glibc bug 14581
     left = max(reused_bytes, min(FOUND_AGAIN * reused_bytes, HEAP_ROOM_BYTES))
     # what gathers within a block comes on top of what is kept between them
-    _heap.allow(min(left, max(0, reused_bytes + slack_bytes - kept)))
+    _heap.allow(min(left, max(0, reused_bytes + slack_bytes - kept)), 0 if kept == LARGE_BLOCK_BYTES else kept)
 
 
 def release() -> None:
@@ -152,7 +153,7 @@ class _Heap:
             self._end.restype, self._end.argtypes = ctypes.c_void_p, [ctypes.c_ssize_t]
         if self._resident is not None:
             self._resident.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
-        self._allowed = 0
+        self._allowed = self._within = 0
         self._calls = 0
 
     def set_thresholds(self, large_block_bytes: int, kept_bytes: int) -> None:
@@ -162,23 +163,27 @@ class _Heap:
             self._mallopt(_M_MMAP_THRESHOLD, large_block_bytes)
             self._mallopt(_M_TRIM_THRESHOLD, kept_bytes)
 
-    def allow(self, num_bytes: int) -> None:
-        """Sets how much free memory may stay; more of it is given back now."""
-        before, self._allowed = self._allowed, num_bytes
+    def allow(self, num_bytes: int, within: int = 0) -> None:
+        """Sets how much free memory may stay, and how much more within a block; what is above the first goes now."""
+        before, self._allowed, self._within = self._allowed, num_bytes, within
         if num_bytes < before:
             self.release()
 
     def release(self) -> None:
         """Gives back what is free, unless all of it may stay."""
-        if self._trim is None or (self._allowed and self._stays_below(self._allowed)):
-            return
-        self._trim(0)
+        if not self._allowed or not self._stays_below(self._allowed):
+            self._trim_all()
+
+    def _trim_all(self) -> None:
+        if self._trim is not None:
+            self._trim(0)
 
     def release_now_and_then(self) -> None:
-        """As `release`; where something may stay, only every `COUNTED_EVERY` calls."""
+        """As `release` within a block; where something may stay, only every `COUNTED_EVERY` calls."""
         self._calls += 1
-        if not self._allowed or self._calls % COUNTED_EVERY == 0:
-            self.release()
+        may_stay = self._allowed + self._within
+        if not may_stay or (self._calls % COUNTED_EVERY == 0 and not self._stays_below(may_stay)):
+            self._trim_all()
 
     def _stays_below(self, num_bytes: int) -> bool:
         """Whether no more than that is free."""

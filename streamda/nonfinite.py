@@ -107,11 +107,11 @@ class Examiner:
         for batch, hidden, above in passes:
             call = self._stack.calls(*batch.shape)[index]
             prefix, block = self._stack.prefixes[index], self._stack.blocks[index]
-            if examine(block, prefix, call, hidden, above, moments_of=modules) is None:
-                continue
-            for row, sample in enumerate(batch.samples):
-                if note := self._examine(index, hidden, above, row, modules):
-                    found[sample] = note
+            if examine(block, prefix, call, hidden, above, moments_of=modules) is not None:
+                for row, sample in enumerate(batch.samples):
+                    if note := self._examine(index, hidden, above, row, modules):
+                        found[sample] = note
+            del hidden, above
         return found
 
     def _examine(

@@ -35,9 +35,6 @@ MAX_LOGIT_ROWS = 1024
 """Label positions pass the epilogue as one sequence, and some models make a mask of its length squared."""
 MAX_LOGIT_BYTES = 64 << 20
 """Float32 bytes of one copy of a chunk of logits. More saves products with thin operands, less saves memory."""
-FRAGMENTATION_BYTES = 48 << 20
-"""Activations of many shapes leave holes in an allocator that are as large as themselves, up to about this much: larger
-blocks are mapped one by one, and holes are given back between micro-batches. Measured on CPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,7 +307,7 @@ def _fixed_peaks(
             max(
                 cost.loading_bytes(keep_stored),
                 cost.used_bytes(keep_stored)
-                + _fragmented(2 * hidden + min(cost.saved_bytes, 3 * cost.largest_bytes))
+                + _fragmented(workload, 2 * hidden + min(cost.saved_bytes, 3 * cost.largest_bytes))
                 + ahead,
             )
             for cost in workload.blocks
@@ -326,9 +323,9 @@ def _fixed_peaks(
 def _backward_fixed(workload: Workload, cost: BlockCost, keep_stored: bool, ahead: int = 0) -> int:
     """A block without its panels, as it is loaded, before the next one is read, or in replay.
 
-    That takes its weights, what autograd keeps (its input, too), its output, the gradients of both, others in passing.
+    That takes its weights, what autograd keeps, with its input and output, the gradients of both, others in passing.
     """
-    activations = _fragmented(cost.saved_bytes + 3 * cost.largest_bytes + 3 * _hidden_bytes(workload))
+    activations = _fragmented(workload, cost.saved_bytes + 3 * cost.largest_bytes + 3 * _hidden_bytes(workload))
     replayed = cost.used_bytes(keep_stored) + cost.product_bytes + activations + ahead
     return workload.small_bytes + WORKSPACE_BYTES + max(cost.loading_bytes(keep_stored), replayed)
 
@@ -338,8 +335,8 @@ def _ahead_bytes(workload: Workload, keep_stored: bool) -> int:
     return workload.block_bytes(keep_stored) + READ_CHUNK_BYTES
 
 
-def _fragmented(activation_bytes: int) -> int:
-    return activation_bytes + min(activation_bytes, FRAGMENTATION_BYTES)
+def _fragmented(workload: Workload, activation_bytes: int) -> int:
+    return activation_bytes + min(activation_bytes, workload.hole_bytes)
 
 
 def _weight_bytes_read(workload: Workload, lowest: int, disk: DiskUse) -> int:

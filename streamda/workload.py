@@ -21,6 +21,10 @@ from streamda.stored_weights import BAND_BYTES, LARGE_BYTES
 from streamda.weight_map import fused_parameters
 
 CAST_CHUNK_BYTES = READ_CHUNK_BYTES
+CPU_HOLE_BYTES = 48 << 20
+"""On a CPU, where holes are given back between micro-batches; measured."""
+HOLE_BYTES = 96 << 20
+"""Where they are not; unmeasured."""
 
 
 class WorkloadModel:
@@ -98,6 +102,7 @@ class WorkloadModel:
             stored_dtype_bytes=self._stored_dtype_bytes,
             outer_count=small + embedding + head,
             num_micro_batches=len(batches),
+            hole_bytes=CPU_HOLE_BYTES if stack.device.type == "cpu" else HOLE_BYTES,
             stored_embedding_bytes=narrow * embedding + CAST_CHUNK_BYTES if narrow < itemsize else None,
             stored_head_bytes=narrow * head + CAST_CHUNK_BYTES + _cast_bytes(head * itemsize)
             if narrow < itemsize

@@ -77,11 +77,11 @@ def test_a_phase_keeps_blocks_as_its_room_allows(
     monkeypatch: pytest.MonkeyPatch, reused: int, slack: int, large: bool, block: int, kept: int, stays: int
 ) -> None:
     asked: list[tuple[int, int]] = []
-    allowed: list[int] = []
+    allowed: list[tuple[int, int]] = []
     monkeypatch.setattr(heap._heap, "set_thresholds", lambda *sizes: asked.append(sizes))
-    monkeypatch.setattr(heap._heap, "allow", allowed.append)
+    monkeypatch.setattr(heap._heap, "allow", lambda *given: allowed.append(given))
     heap.reuse_heap(CPU, reused, slack, large=large)
-    assert (asked, allowed) == ([(block, kept)], [stays])
+    assert (asked, allowed) == ([(block, kept)], [(stays, kept if kept > MIB else 0)])
 
 
 KEEPING = """
@@ -115,18 +115,21 @@ def test_freed_memory_stays_where_a_phase_may_keep_as_much(allowed: int, stays: 
     assert left < 15  # and none of it once it may not
 
 
-@pytest.mark.parametrize(("allowed", "times"), [(0, 12), (1, 3)])
+@pytest.mark.parametrize(
+    ("allowed", "within", "free", "times"), [(0, 0, 0, 12), (1, 0, 0, 0), (1, 0, 2, 3), (1, 5, 2, 0), (0, 5, 6, 3)]
+)
 def test_between_micro_batches_pages_are_counted_seldom_where_some_may_stay(
-    monkeypatch: pytest.MonkeyPatch, allowed: int, times: int
+    monkeypatch: pytest.MonkeyPatch, allowed: int, within: int, free: int, times: int
 ) -> None:
     made = heap._Heap()
-    released: list[int] = []
-    monkeypatch.setattr(made, "release", lambda: released.append(1))
+    trimmed: list[int] = []
+    monkeypatch.setattr(made, "_trim", trimmed.append)
+    monkeypatch.setattr(made, "_stays_below", lambda num_bytes: free <= num_bytes)
     monkeypatch.setattr(heap, "_heap", made)
-    made.allow(allowed)
+    made.allow(allowed, within)
     for _ in range(3 * heap.COUNTED_EVERY):
         heap.release_between_micro_batches()
-    assert len(released) == times
+    assert len(trimmed) == times
 
 
 BUFFERS = """

@@ -60,8 +60,10 @@ def test_a_pass_stops_before_a_micro_batch_and_reads_no_more(tmp_path: Path, mon
     monkeypatch.setattr(stopping, "check", check)
     stream = made.over("acts-0001")
     assert next(stream)[0] is batches[0]
+    before = made._boundaries.bytes_read
     with pytest.raises(StoppedError):
         next(stream)
+    assert made._boundaries.bytes_read == before > 0
 
 
 def test_nothing_of_a_micro_batch_is_in_memory_when_the_next_is_asked_for(

@@ -49,6 +49,12 @@ class BlockCost:
         return self.resident_bytes(keep_stored) + (self.largest_module_bytes if keep_stored else 0)
 
 
+CPU_HOLE_BYTES = 48 << 20
+"""`Workload.hole_bytes` of a CPU, where holes are given back between micro-batches; measured."""
+HOLE_BYTES = 96 << 20
+"""The same of a device where they are not; unmeasured."""
+
+
 @dataclass(frozen=True, slots=True)
 class Workload:
     """The model and the samples at one choice of micro-batch size."""
@@ -78,7 +84,7 @@ class Workload:
     """With weights in their stored dtype: looked up there; None where that is no smaller."""
     stored_head_bytes: int | None = None
     """With weights in their stored dtype, and what is cast of them at a time; None where that is no smaller."""
-    hole_bytes: int = 48 << 20
+    hole_bytes: int = CPU_HOLE_BYTES
     """Most that holes take in the device's allocator: activations of many shapes leave some as large as themselves, up
     to about this much. Larger blocks are mapped one by one."""
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from streamda.batches import MicroBatch, make_micro_batches
 from streamda.blocks import BlockCall, DecoderStack
-from streamda.costs import BlockCost, Workload
+from streamda.costs import CPU_HOLE_BYTES, HOLE_BYTES, BlockCost, Workload
 from streamda.layers import BlockSpec, InputGroup, LinearSpec, Targets
 from streamda.memory import READ_CHUNK_BYTES
 from streamda.panels import FLOAT32_BYTES, PANEL_ROWS
@@ -21,10 +21,6 @@ from streamda.stored_weights import BAND_BYTES, LARGE_BYTES
 from streamda.weight_map import fused_parameters
 
 CAST_CHUNK_BYTES = READ_CHUNK_BYTES
-CPU_HOLE_BYTES = 48 << 20
-"""On a CPU, where holes are given back between micro-batches; measured."""
-HOLE_BYTES = 96 << 20
-"""Where they are not; unmeasured."""
 
 
 class WorkloadModel:

@@ -232,3 +232,11 @@ def test_what_lies_on_disk_is_announced_from_its_beginning_and_only_that(
     monkeypatch.setattr("streamda.boundary.ANNOUNCED_BYTES", 150)
     store.announce("acts-0001")
     assert asked == [(0, 100), (100, 50)]
+
+
+@pytest.mark.parametrize("count", [2, 4], ids=["fewer", "more"])
+def test_a_boundary_of_another_number_of_micro_batches_is_damaged(units: UnitStore, count: int) -> None:
+    write(BoundaryStore(units, SHAPES, torch.float32, slots=0), "acts-0001", states(torch.float32))
+    store = BoundaryStore(units, [*SHAPES, SHAPES[0]][:count], torch.float32, slots=0)
+    with pytest.raises(DamagedError, match=r"another number of micro-batches.*streamda repair .* --drop acts-0001"):
+        next(store.read("acts-0001", CPU))

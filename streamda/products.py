@@ -4,8 +4,8 @@ PyTorch multiplies float32 matrices with MKL, and MKL takes AVX-512 kernels on I
 reaches half the rate or less of what the processor does. oneDNN, which PyTorch carries too, asks what the processor can
 do and not who made it. Where that differs, what is called here goes to oneDNN, through the operator that
 `torch.compile` uses for linear layers. Elsewhere MKL is as fast, but on processors that it was not made for it cuts
-products of few rows with large weights badly, so it gets them by columns. All else (GPUs, other dtypes, processors of
-Intel's) is a plain product.
+products with large weights badly: oneDNN gets these where it has AVX-512, and MKL gets them by columns where it has
+not. All else (GPUs, other dtypes, processors of Intel's) is a plain product.
 
 oneDNN makes a kernel of half a megabyte or more for every shape that it meets, and keeps it. Micro-batches come in many
 lengths, so products are cut into pieces of a few sizes, at which it is as fast as on the whole.
@@ -23,12 +23,15 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
-from streamda.processor import vendor
+from streamda.processor import family, vendor
 
-ONEDNN, MKL_BY_COLUMNS, PLAIN = "oneDNN", "MKL by columns", "default"
+ONEDNN, ONEDNN_LARGE, MKL_BY_COLUMNS, PLAIN = "oneDNN", "oneDNN for large weights", "MKL by columns", "default"
 """What multiplies, and how."""
 MKL_VENDOR = "GenuineIntel"
 """Whose processors MKL is made for."""
+HALVED = ("AuthenticAMD", 25)
+"""Maker and family of processors that compute AVX-512 in two halves (Zen 4), in which MKL leaves nothing unused: with
+copies into pieces and out of them oneDNN took a tenth longer for a 135M model."""
 PIECES = (256, 128, 64)
 """Rows of a product at a time. Fewer sizes are fewer kernels to keep; larger ones are no faster, smaller ones lose a
 third of the rate. What is left over is part of a last piece that overlaps the one before it; products with fewer rows
@@ -45,10 +48,13 @@ WIDE_TERMS = (256, 64)
 PIECE_BYTES = 32 << 20
 """Of an operand that is copied for a piece of the sums, or of a piece of the result, unless the smallest piece is more.
 Half of it would cut a 13B model's widest layer into smaller pieces, and read and write its sums more often."""
-MKL_COLUMNS, MKL_MOST_ROWS, MKL_LEAST_TERMS, MKL_LEAST_NUMBERS = 1024, 1024, 2048, 4 << 20
-"""Columns of a product at a time, where its rows are no more than the second number, its sums no shorter than the third
-and its weight no smaller than the fourth: on Zen 3 a block of a 13B model takes a quarter less time forward at 512
-rows. With more rows, or a smaller weight, MKL's own cut is as good; what short sums give takes too long to copy."""
+LARGE_WEIGHT = 4 << 20
+"""Numbers of a weight from which on MKL cuts products with it badly: on Zen 4 oneDNN is 5 to 50 % faster, most where
+rows are few."""
+MKL_COLUMNS, MKL_MOST_ROWS, MKL_LEAST_TERMS = 1024, 1024, 2048
+"""Columns of a product with a large weight at a time, where its rows are no more than the second number and its sums no
+shorter than the third: on Zen 3 a block of a 13B model takes a quarter less time forward at 512 rows. With more rows
+MKL's own cut is as good; what short sums give takes too long to copy."""
 TRIANGLE_ROWS = 256
 """Rows per product inside a triangle. Smaller skips more of what is above the diagonal (of 576 columns 256 skips a
 third), larger keeps the matrix products big enough to run at full rate."""
@@ -58,28 +64,24 @@ many rows are faster."""
 
 
 @functools.cache
-def prefers_onednn() -> bool:
-    """Whether oneDNN multiplies float32 matrices on this machine's CPU; it depends on nothing but the machine."""
-    return (
+def cpu_products() -> str:
+    """How this machine's CPU multiplies float32 matrices; it depends on nothing but the machine."""
+    made_by = vendor()
+    if made_by in (None, MKL_VENDOR):
+        return PLAIN
+    if (
         torch.backends.cpu.get_cpu_capability() == "AVX512"
         and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]  # torch has no types for it
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-        and vendor() not in (None, MKL_VENDOR)
-    )
-
-
-@functools.cache
-def is_foreign_to_mkl() -> bool:
-    """Whether this machine's CPU is none that MKL, which PyTorch multiplies with, is made for."""
-    available = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]  # torch has no types for it
-    return available and vendor() not in (None, MKL_VENDOR)
+    ):
+        return ONEDNN_LARGE if (made_by, family()) == HALVED else ONEDNN
+    has_mkl = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]  # torch has no types for it
+    return MKL_BY_COLUMNS if has_mkl else PLAIN
 
 
 def product_library(device: torch.device) -> str:
     """What multiplies float32 matrices on a device, as a run's record names it; it decides last bits."""
-    if device.type == "cpu" and prefers_onednn():
-        return ONEDNN
-    return MKL_BY_COLUMNS if device.type == "cpu" and is_foreign_to_mkl() else PLAIN
+    return cpu_products() if device.type == "cpu" else PLAIN
 
 
 def linear(
@@ -108,7 +110,10 @@ def work_bytes(device: torch.device, terms: int, width: int) -> int:
         terms: of the longest sum.
         width: of the widest operand or result.
     """
-    if product_library(device) != ONEDNN:  # only linear layers are cut otherwise, and these by few megabytes
+    library = product_library(device)
+    if library == ONEDNN_LARGE:
+        return 4 * PIECES[0] * (width + 2 * TERMS[0])  # what a linear layer's piece gives, and what oneDNN copies
+    if library != ONEDNN:  # only linear layers are cut otherwise, and these by few megabytes
         return 0
     # narrower operands are cut into longer pieces, so the widest is not always the largest; copies have no odd columns
     filled = width + -width % COLUMN_STEP
@@ -218,24 +223,24 @@ def _is_fast_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
         and x.ndim > 0
         and x.shape[-1] == weight.shape[1]
         and (bias is None or (bias.shape == weight.shape[:1] and bias.is_contiguous()))
-        and (_is_fast(count, x, *parameters) or _is_thin(count, x, *parameters))
+        and (_is_fast(count, x, *parameters) or _is_large(count, x, *parameters))
         and not (torch.is_grad_enabled() and any(each.requires_grad for each in parameters))
     )
 
 
 def _is_fast(count: int, *operands: torch.Tensor) -> bool:
-    """Whether a product with so many rows, or terms to a sum, is cut into pieces for oneDNN."""
-    return prefers_onednn() and count >= PIECES[-1] and all(map(_is_plain, operands))
+    """Whether any product with so many rows, or terms to a sum, is cut into pieces for oneDNN."""
+    return cpu_products() == ONEDNN and count >= PIECES[-1] and all(map(_is_plain, operands))
 
 
-def _is_thin(count: int, x: torch.Tensor, weight: torch.Tensor, *bias: torch.Tensor) -> bool:
-    """Whether a product with so many rows is cut into columns for MKL."""
+def _is_large(count: int, x: torch.Tensor, weight: torch.Tensor, *bias: torch.Tensor) -> bool:
+    """Whether a product with so many rows is cut since its weight is large."""
+    way = cpu_products()
     return (
-        not prefers_onednn()
-        and is_foreign_to_mkl()
-        and PIECES[-1] <= count <= MKL_MOST_ROWS
-        and weight.shape[1] >= MKL_LEAST_TERMS
-        and weight.numel() >= MKL_LEAST_NUMBERS
+        way in (ONEDNN_LARGE, MKL_BY_COLUMNS)
+        and weight.numel() >= LARGE_WEIGHT
+        and count >= PIECES[-1]
+        and (way == ONEDNN_LARGE or (count <= MKL_MOST_ROWS and weight.shape[1] >= MKL_LEAST_TERMS))
         and all(map(_is_plain, (x, weight, *bias)))
     )
 
@@ -255,7 +260,7 @@ def _times(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     rows = x.reshape(-1, x.shape[-1])
     result = x.new_empty(*x.shape[:-1], weight.shape[0])  # no view: a model may change it in place
     flat = result.view(-1, weight.shape[0])
-    if not prefers_onednn():
+    if cpu_products() == MKL_BY_COLUMNS:
         _by_columns(flat, rows, weight, bias)
         return result
     step = weight.shape[1] if weight.is_contiguous() or weight.shape[1] <= MAX_STEP else TERMS[0]

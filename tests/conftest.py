@@ -57,27 +57,34 @@ def onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Products go to oneDNN, which has kernels for every processor, on this machine, too."""
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         pytest.skip("this PyTorch has no oneDNN")
-    monkeypatch.setattr(products, "prefers_onednn", lambda: True)
+    monkeypatch.setattr(products, "cpu_products", lambda: products.ONEDNN)
+
+
+@pytest.fixture
+def onednn_for_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linear layers of any weight go to oneDNN, and sums do not, on this machine, too."""
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        pytest.skip("this PyTorch has no oneDNN")
+    monkeypatch.setattr(products, "cpu_products", lambda: products.ONEDNN_LARGE)
+    monkeypatch.setattr(products, "LARGE_WEIGHT", 1)
 
 
 @pytest.fixture
 def by_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     """Products of any weight are cut into a few columns each, on this machine, too."""
-    monkeypatch.setattr(products, "prefers_onednn", lambda: False)
-    monkeypatch.setattr(products, "is_foreign_to_mkl", lambda: True)
+    monkeypatch.setattr(products, "cpu_products", lambda: products.MKL_BY_COLUMNS)
     monkeypatch.setattr(products, "MKL_COLUMNS", 13)
     monkeypatch.setattr(products, "MKL_LEAST_TERMS", 1)
-    monkeypatch.setattr(products, "MKL_LEAST_NUMBERS", 1)
+    monkeypatch.setattr(products, "LARGE_WEIGHT", 1)
 
 
 @pytest.fixture
 def plainly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Products are PyTorch's own."""
-    monkeypatch.setattr(products, "prefers_onednn", lambda: False)
-    monkeypatch.setattr(products, "is_foreign_to_mkl", lambda: False)
+    monkeypatch.setattr(products, "cpu_products", lambda: products.PLAIN)
 
 
-@pytest.fixture(params=["onednn", "by_columns", "plainly"])
+@pytest.fixture(params=["onednn", "onednn_for_large", "by_columns", "plainly"])
 def way(request: pytest.FixtureRequest) -> str:
     """Every way to multiply, on every machine, by the name of its fixture."""
     request.getfixturevalue(request.param)
@@ -87,7 +94,7 @@ def way(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def by_onednn(way: str) -> bool:
     """Every way; whether it is oneDNN's."""
-    return way == "onednn"
+    return way.startswith("onednn")
 
 
 @pytest.fixture

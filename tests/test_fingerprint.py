@@ -111,8 +111,8 @@ def test_the_environment_is_refused_unless_its_change_is_accepted(
         streamda.initialize(**interrupted())
     assert "peft" not in str(caught.value)  # it decides no number
     with monkeypatch.context() as patch:
-        other = not products.prefers_onednn()
-        patch.setattr(products, "prefers_onednn", lambda: other)
+        other = products.PLAIN if products.cpu_products() != products.PLAIN else products.MKL_BY_COLUMNS
+        patch.setattr(products, "cpu_products", lambda: other)
         with pytest.raises(MismatchError, match=r"numerics\.products was "):
             streamda.initialize(**interrupted())
     with pytest.raises(MismatchError, match=r"method\.token_mask") as caught:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,10 +21,9 @@ from streamda import processor, products
 from streamda.products import (
     add_product_,
     add_triangle_,
+    cpu_products,
     in_model,
-    is_foreign_to_mkl,
     linear,
-    prefers_onednn,
     product_library,
 )
 from streamda.stored_weights import StoredWeight
@@ -90,7 +90,7 @@ def test_a_linear_layer_and_its_gradient(
     assert x.grad is not None
     assert exact.grad is not None
     assert_is(x.grad, exact.grad)
-    assert bool(shapes) == (way == "onednn" and length >= 64)
+    assert bool(shapes) == (way.startswith("onednn") and length >= 64)
     assert len(cuts) == (2 if way == "by_columns" and length >= 64 else 0)
 
 
@@ -162,7 +162,8 @@ def test_a_product_is_added_to_what_is_there(
     total = draw(rows, columns, seed=1).to(torch.float64 if wide else torch.float32)
     expected = total.double() + left.double().T @ right.double()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(products, "prefers_onednn", lambda: onednn and hasattr(torch.ops.mkldnn, "_linear_pointwise"))
+        has_it = hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        patch.setattr(products, "cpu_products", lambda: products.ONEDNN if onednn and has_it else products.PLAIN)
         add_product_(total, left, right)
     torch.testing.assert_close(total.double(), expected, rtol=1e-5, atol=1e-3 if terms > 300 else 2e-4)
 
@@ -183,12 +184,12 @@ def test_a_triangle_is_that_of_the_dense_product(
 
 
 @pytest.mark.parametrize("columns", [64, 70])
-def test_operands_with_gaps_are_copied_first(columns: int, by_onednn: bool, shapes: list[object]) -> None:
+def test_operands_with_gaps_are_copied_first(columns: int, way: str, shapes: list[object]) -> None:
     left, right = draw(300, 50), draw(300, columns + 9)[:, 9:]
     total = torch.zeros(50, columns)
     add_product_(total, left, right)
     assert_is(total, left.double().T @ right.double())
-    assert bool(shapes) == by_onednn
+    assert bool(shapes) == (way == "onednn")
 
 
 def test_long_sums_lose_less_in_a_wider_total(onednn: None) -> None:
@@ -220,7 +221,7 @@ def test_many_lengths_and_spans_are_few_shapes(shapes: list[tuple[int, ...]], on
     assert len(set(shapes)) == 2
 
 
-def most_bytes(work: Callable[[], None]) -> int:
+def most_bytes(work: Callable[[], object]) -> int:
     """Of tensors that are made meanwhile, at a time."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         work()
@@ -300,7 +301,7 @@ def test_a_weight_in_its_stored_dtype_takes_it_too(way: str, shapes: list[object
     assert_is(output.detach(), F.linear(x.detach().double(), stored.double()))
     assert x.grad is not None
     assert_is(x.grad, stored.double().sum(0).expand(90, 40))
-    assert len(shapes) == (4 if way == "onednn" else 0)  # two pieces, forward and backward
+    assert len(shapes) == (4 if way.startswith("onednn") else 0)  # two pieces, forward and backward
     assert len(cuts) == (2 if way == "by_columns" else 0)
 
 
@@ -308,7 +309,7 @@ def test_columns_are_for_few_rows_long_sums_and_large_weights(
     by_columns: None, cuts: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(products, "MKL_LEAST_TERMS", 40)
-    monkeypatch.setattr(products, "MKL_LEAST_NUMBERS", 30 * 40)
+    monkeypatch.setattr(products, "LARGE_WEIGHT", 30 * 40)
     monkeypatch.setattr(products, "MKL_MOST_ROWS", 80)
     weight, few = draw(30, 40), draw(80, 40)
     assert_is(linear(few, weight), few.double() @ weight.double().T)
@@ -332,17 +333,48 @@ def test_a_gradient_is_a_product_of_its_own(
     assert len(cuts) == (2 if least_terms <= 30 else 1)
 
 
-CPU_INFO = "processor\t: 0\nvendor_id\t: {}\nmodel name\t: some processor\n"
+def test_only_linear_layers_of_large_weights_go_to_onednn_where_its_vectors_are_halved(
+    onednn_for_large: None, shapes: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "LARGE_WEIGHT", 30 * 40)
+    weight, x = draw(30, 40), draw(300, 40)
+    assert_is(linear(x, weight), x.double() @ weight.double().T)
+    assert len(shapes) == 2
+    plain = [(x[:63], weight), (x, weight[:29]), (x.double(), weight.double())]
+    for rows, other in plain:
+        assert torch.equal(linear(rows, other), F.linear(rows, other))
+    total = torch.zeros(40, 40)
+    add_product_(total, x, x)
+    assert torch.equal(total, torch.zeros(40, 40).addmm_(x.T, x))
+    add_triangle_(total.zero_(), x, 0)
+    assert_is(total.tril(), (x.double().T @ x.double()).tril())
+    assert len(shapes) == 2
+
+
+@pytest.mark.parametrize("library", [products.ONEDNN, products.ONEDNN_LARGE])
+def test_a_linear_layer_takes_no_more_memory_than_it_says(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside its result, of which a piece is made at a time."""
+    monkeypatch.setattr(products, "cpu_products", lambda: library)
+    monkeypatch.setattr(products, "LARGE_WEIGHT", 1)
+    for d_in, d_out in ((2048, 4096), (4096, 2048)):
+        x, result = torch.ones(700, d_in), 4 * 700 * d_out
+        for weight in (torch.ones(d_out, d_in), torch.ones(d_in, d_out).T):
+            assert most_bytes(functools.partial(linear, x, weight)) <= result + products.work_bytes(CPU, 700, 4096)
+
+
+CPU_INFO = "processor\t: 0\nvendor_id\t: {}\ncpu family\t: {}\nmodel name\t: some processor\n"
 
 
 @pytest.mark.parametrize(
     ("facts", "capability", "expected"),
     [
-        (CPU_INFO.format("AuthenticAMD"), "AVX512", "oneDNN"),
-        (CPU_INFO.format("HygonGenuine"), "AVX512", "oneDNN"),
-        (CPU_INFO.format("GenuineIntel"), "AVX512", "default"),
-        (CPU_INFO.format("GenuineIntel"), "AVX2", "default"),
-        (CPU_INFO.format("AuthenticAMD"), "AVX2", "MKL by columns"),
+        (CPU_INFO.format("AuthenticAMD", 26), "AVX512", "oneDNN"),
+        (CPU_INFO.format("AuthenticAMD", 25), "AVX512", "oneDNN for large weights"),
+        (CPU_INFO.format("AuthenticAMD", "?"), "AVX512", "oneDNN"),
+        (CPU_INFO.format("HygonGenuine", 25), "AVX512", "oneDNN"),
+        (CPU_INFO.format("GenuineIntel", 6), "AVX512", "default"),
+        (CPU_INFO.format("GenuineIntel", 6), "AVX2", "default"),
+        (CPU_INFO.format("AuthenticAMD", 25), "AVX2", "MKL by columns"),
         ("processor\t: 0\n", "AVX512", "default"),
         (None, "AVX512", "default"),
     ],
@@ -351,7 +383,7 @@ def test_what_multiplies_depends_on_vectors_and_on_whose_they_are(
     facts: str | None, capability: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """OneDNN takes wide vectors that MKL leaves unused; MKL is cut where it does not know the processor."""
-    if expected == "oneDNN" and not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if expected.startswith("oneDNN") and not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         pytest.skip("this PyTorch has no oneDNN")
     if facts is not None:
         (tmp_path / "cpuinfo").write_text(facts)
@@ -359,21 +391,18 @@ def test_what_multiplies_depends_on_vectors_and_on_whose_they_are(
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    prefers_onednn.cache_clear()
-    is_foreign_to_mkl.cache_clear()
+    cpu_products.cache_clear()
     try:
         assert product_library(CPU) == expected
-        assert prefers_onednn() is (expected == "oneDNN")
         assert product_library(torch.device("cuda")) == "default"
         monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
-        is_foreign_to_mkl.cache_clear()
-        assert product_library(CPU) == ("oneDNN" if expected == "oneDNN" else "default")
+        cpu_products.cache_clear()
+        assert product_library(CPU) == (expected if expected.startswith("oneDNN") else "default")
     finally:
-        prefers_onednn.cache_clear()
-        is_foreign_to_mkl.cache_clear()
+        cpu_products.cache_clear()
 
 
-@pytest.mark.parametrize("other", ["onednn", "by_columns"])
+@pytest.mark.parametrize("other", ["onednn", "onednn_for_large", "by_columns"])
 def test_a_whole_run_gives_the_same_adapter_every_way(
     other: str, tmp_path: Path, shapes: list[object], cuts: list[object], request: pytest.FixtureRequest
 ) -> None:
@@ -390,6 +419,6 @@ def test_a_whole_run_gives_the_same_adapter_every_way(
             rank=4,
         )
         found[way] = update_of(read_adapter(tmp_path / way))
-        assert bool(shapes) == (way == "onednn")
+        assert bool(shapes) == way.startswith("onednn")
         assert bool(cuts) == (way == "by_columns")
     assert worst_error(found["plainly"], found[other]) < 1e-3

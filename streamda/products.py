@@ -4,8 +4,8 @@ PyTorch multiplies float32 matrices with MKL, and MKL takes AVX-512 kernels on I
 reaches half the rate or less of what the processor does. oneDNN, which PyTorch carries too, asks what the processor can
 do and not who made it. Where that differs, what is called here goes to oneDNN, through the operator that
 `torch.compile` uses for linear layers. Elsewhere MKL is as fast, but on processors that it was not made for it cuts
-products with large weights badly: oneDNN gets these where it has AVX-512, and MKL gets them by columns where it has
-not. All else (GPUs, other dtypes, processors of Intel's) is a plain product.
+products with large weights badly: where the processor has AVX-512 in halves only these go to oneDNN, and where it has
+none MKL gets them by columns. All else (GPUs, other dtypes, processors of Intel's) is a plain product.
 
 oneDNN makes a kernel of half a megabyte or more for every shape that it meets, and keeps it. Micro-batches come in many
 lengths, so products are cut into pieces of a few sizes, at which it is as fast as on the whole.
@@ -31,7 +31,7 @@ MKL_VENDOR = "GenuineIntel"
 """Whose processors MKL is made for."""
 HALVED = ("AuthenticAMD", 25)
 """Maker and family of processors that compute AVX-512 in two halves (Zen 4), in which MKL leaves nothing unused: with
-copies into pieces and out of them oneDNN took a tenth longer for a 135M model."""
+copies into pieces and out of them a 135M model took 8 % longer when all went to oneDNN."""
 PIECES = (256, 128, 64)
 """Rows of a product at a time. Fewer sizes are fewer kernels to keep; larger ones are no faster, smaller ones lose a
 third of the rate. What is left over is part of a last piece that overlaps the one before it; products with fewer rows
@@ -49,8 +49,8 @@ PIECE_BYTES = 32 << 20
 """Of an operand that is copied for a piece of the sums, or of a piece of the result, unless the smallest piece is more.
 Half of it would cut a 13B model's widest layer into smaller pieces, and read and write its sums more often."""
 LARGE_WEIGHT = 4 << 20
-"""Numbers of a weight from which on MKL cuts products with it badly: on Zen 4 oneDNN is 5 to 50 % faster, most where
-rows are few."""
+"""Numbers of a weight from which on MKL cuts products with it badly: on Zen 4 oneDNN takes 5 to 45 % less time,
+the least of it where rows are few."""
 MKL_COLUMNS, MKL_MOST_ROWS, MKL_LEAST_TERMS = 1024, 1024, 2048
 """Columns of a product with a large weight at a time, where its rows are no more than the second number and its sums no
 shorter than the third: on Zen 3 a block of a 13B model takes a quarter less time forward at 512 rows. With more rows
@@ -110,10 +110,7 @@ def work_bytes(device: torch.device, terms: int, width: int) -> int:
         terms: of the longest sum.
         width: of the widest operand or result.
     """
-    library = product_library(device)
-    if library == ONEDNN_LARGE:
-        return 4 * PIECES[0] * (width + 2 * TERMS[0])  # what a linear layer's piece gives, and what oneDNN copies
-    if library != ONEDNN:  # only linear layers are cut otherwise, and these by few megabytes
+    if product_library(device) != ONEDNN:  # sums are plain, and linear layers cut into pieces of few megabytes
         return 0
     # narrower operands are cut into longer pieces, so the widest is not always the largest; copies have no odd columns
     filled = width + -width % COLUMN_STEP
@@ -257,12 +254,24 @@ def _is_plain(operand: torch.Tensor) -> bool:
 
 def _times(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """``x weight^T + bias`` by pieces of rows, or of columns."""
+    if cpu_products() != MKL_BY_COLUMNS:
+        return by_onednn(x, weight, bias)
+    result = x.new_empty(*x.shape[:-1], weight.shape[0])
+    _by_columns(result.view(-1, weight.shape[0]), x.reshape(-1, x.shape[-1]), weight, bias)
+    return result
+
+
+def by_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """``x weight^T + bias`` by pieces of rows, whether oneDNN is the faster one or not.
+
+    Args:
+        x: [..., d_in], of `PIECES`' last rows or more, as all that follow float32 in a CPU's memory.
+        weight: [d_out, d_in], without gaps, or transposed so.
+        bias: [d_out] or None.
+    """
     rows = x.reshape(-1, x.shape[-1])
     result = x.new_empty(*x.shape[:-1], weight.shape[0])  # no view: a model may change it in place
     flat = result.view(-1, weight.shape[0])
-    if cpu_products() == MKL_BY_COLUMNS:
-        _by_columns(flat, rows, weight, bias)
-        return result
     step = weight.shape[1] if weight.is_contiguous() or weight.shape[1] <= MAX_STEP else TERMS[0]
     for piece, _ in _cut(rows.shape[0], _narrowed(PIECES, weight.shape[0])):
         flat[piece] = _onednn(rows[piece, :step], weight[:, :step], bias)

@@ -21,7 +21,7 @@ from streamda.bounds import Rates
 from streamda.errors import StorageError
 from streamda.file_reader import FileReader
 from streamda.heap import free_product_buffers
-from streamda.products import ONEDNN, linear, product_library
+from streamda.products import ONEDNN, ONEDNN_LARGE, by_onednn, linear, product_library
 
 GEMM_SECONDS = 0.15
 """Spent per precision at least. The first products start threads and pick kernels; much less would
@@ -86,12 +86,13 @@ def measure_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _product(device: torch.device, dtype: torch.dtype, size: int) -> Callable[[], torch.Tensor]:
-    """A product of a square matrix with itself, as a run multiplies, that holds no third one."""
+    """A product of a square matrix with itself, as a run multiplies large ones, that holds no third one."""
     own = torch.Generator(device).manual_seed(0)  # a run's random numbers are not to depend on when this is asked
     left = torch.randn(size, size, device=device, generator=own).to(dtype)
-    by_onednn = dtype == torch.float32 and product_library(device) == ONEDNN
+    if dtype == torch.float32 and product_library(device) in (ONEDNN, ONEDNN_LARGE):
+        return functools.partial(by_onednn, left, left)
     # a plain product in bfloat16 takes a CPU ten times as long as a model's layers do
-    if by_onednn or (device.type == "cpu" and dtype.itemsize < 4):
+    if device.type == "cpu" and dtype.itemsize < 4:
         return functools.partial(linear, left, left)
     return functools.partial(torch.mm, left, left, out=torch.empty_like(left))
 

@@ -228,8 +228,8 @@ def _detected_format(columns: Sequence[str], encoder: SampleEncoder) -> Callable
     if has({"text"}):
         return _text_format("text", encoder)
     raise DataError(
-        f"no known form of rows; {_listed(columns)}. Name them by prompt_column and completion_column, text_column, "
-        "or template"
+        f"no known form of rows; {_listed(columns)}. Name them by --prompt-column and --completion-column, "
+        "by --text-column, or by --template"
     )
 
 

@@ -370,7 +370,7 @@ def test_text_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
             {"a": "x", "b": "y"},
             {},
             DataError,
-            "no known form of rows; the columns are 'a', 'b'. Name them by prompt_column",
+            "no known form of rows; the columns are 'a', 'b'. Name them by --prompt-column",
         ),
         ({"a\x1b[2J": "x"}, {}, DataError, r"the columns are 'a\\x1b\[2J'"),
         ({"a": "x"}, {"text_column": "b"}, DataError, "no column 'b'; the columns are 'a'"),

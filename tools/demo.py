@@ -74,7 +74,7 @@ def main(model_dir: Path, output: Path) -> None:
     )
     run(
         *("streamda", "solve", "--statistics", f"{published}.work", "--output-dir", str(unit_rows), "--a-norm", "1"),
-        *("--overwrite", "--quiet"),
+        "--overwrite",
     )
 
     warnings.filterwarnings("ignore", category=FutureWarning)  # PEFT calls a name that transformers is renaming

@@ -171,19 +171,19 @@ class _Heap:
 
     def release(self) -> None:
         """Gives back what is free, unless all of it may stay."""
-        if not self._allowed or not self._stays_below(self._allowed):
-            self._trim_all()
-
-    def _trim_all(self) -> None:
-        if self._trim is not None:
-            self._trim(0)
+        self._trim_above(self._allowed)
 
     def release_now_and_then(self) -> None:
         """As `release` within a block; where something may stay, only every `COUNTED_EVERY` calls."""
         self._calls += 1
         may_stay = self._allowed + self._within
-        if not may_stay or (self._calls % COUNTED_EVERY == 0 and not self._stays_below(may_stay)):
-            self._trim_all()
+        if not may_stay or self._calls % COUNTED_EVERY == 0:
+            self._trim_above(may_stay)
+
+    def _trim_above(self, num_bytes: int) -> None:
+        """Gives back what is free, unless it is no more than that; of nothing that may stay nothing is counted."""
+        if self._trim is not None and not (num_bytes and self._stays_below(num_bytes)):
+            self._trim(0)
 
     def _stays_below(self, num_bytes: int) -> bool:
         """Whether no more than that is free."""

@@ -254,30 +254,32 @@ def _is_plain(operand: torch.Tensor) -> bool:
 
 def _times(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """``x weight^T + bias`` by pieces of rows, or of columns."""
-    if cpu_products() != MKL_BY_COLUMNS:
-        return by_onednn(x, weight, bias)
-    result = x.new_empty(*x.shape[:-1], weight.shape[0])
-    _by_columns(result.view(-1, weight.shape[0]), x.reshape(-1, x.shape[-1]), weight, bias)
+    result = x.new_empty(*x.shape[:-1], weight.shape[0])  # no view: a model may change it in place
+    multiply = _by_columns if cpu_products() == MKL_BY_COLUMNS else by_onednn
+    multiply(result.view(-1, weight.shape[0]), x.reshape(-1, x.shape[-1]), weight, bias)
     return result
 
 
-def by_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """``x weight^T + bias`` by pieces of rows, whether oneDNN is the faster one or not.
+def by_onednn(
+    result: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``rows weight^T + bias`` into `result` by pieces of rows, whether oneDNN is the faster one or not.
 
     Args:
-        x: [..., d_in], of `PIECES`' last rows or more, as all that follow float32 in a CPU's memory.
+        result: [count, d_out], as all that follow float32 in a CPU's memory.
+        rows: [count, d_in], of `PIECES`' last rows or more.
         weight: [d_out, d_in], without gaps, or transposed so.
         bias: [d_out] or None.
+
+    Returns:
+        The result, as what takes an `out` of PyTorch's does.
     """
-    rows = x.reshape(-1, x.shape[-1])
-    result = x.new_empty(*x.shape[:-1], weight.shape[0])  # no view: a model may change it in place
-    flat = result.view(-1, weight.shape[0])
     step = weight.shape[1] if weight.is_contiguous() or weight.shape[1] <= MAX_STEP else TERMS[0]
     for piece, _ in _cut(rows.shape[0], _narrowed(PIECES, weight.shape[0])):
-        flat[piece] = _onednn(rows[piece, :step], weight[:, :step], bias)
+        result[piece] = _onednn(rows[piece, :step], weight[:, :step], bias)
         for start in range(step, weight.shape[1], step):
             terms = slice(start, start + step)
-            flat[piece].add_(_onednn(rows[piece, terms], weight[:, terms]))
+            result[piece].add_(_onednn(rows[piece, terms], weight[:, terms]))
     return result
 
 

@@ -90,7 +90,7 @@ def _product(device: torch.device, dtype: torch.dtype, size: int) -> Callable[[]
     own = torch.Generator(device).manual_seed(0)  # a run's random numbers are not to depend on when this is asked
     left = torch.randn(size, size, device=device, generator=own).to(dtype)
     if dtype == torch.float32 and product_library(device) in (ONEDNN, ONEDNN_LARGE):
-        return functools.partial(by_onednn, left, left)
+        return functools.partial(by_onednn, torch.empty_like(left), left, left)
     # a plain product in bfloat16 takes a CPU ten times as long as a model's layers do
     if device.type == "cpu" and dtype.itemsize < 4:
         return functools.partial(linear, left, left)

@@ -61,10 +61,8 @@ def onednn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def onednn_for_large(monkeypatch: pytest.MonkeyPatch) -> None:
+def onednn_for_large(onednn: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Linear layers of any weight go to oneDNN, and sums do not, on this machine, too."""
-    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        pytest.skip("this PyTorch has no oneDNN")
     monkeypatch.setattr(products, "cpu_products", lambda: products.ONEDNN_LARGE)
     monkeypatch.setattr(products, "LARGE_WEIGHT", 1)
 
@@ -95,6 +93,21 @@ def way(request: pytest.FixtureRequest) -> str:
 def by_onednn(way: str) -> bool:
     """Every way; whether it is oneDNN's."""
     return way.startswith("onednn")
+
+
+@pytest.fixture
+def shapes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Of all products that oneDNN is asked for; each weight must be of a form that it has fast kernels for."""
+    seen: list[tuple[int, ...]] = []
+    plain = products._onednn
+
+    def watched(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        seen.append((*rows.shape, *weight.shape))
+        assert weight.is_contiguous() or weight.T.is_contiguous()
+        return plain(rows, weight, bias)
+
+    monkeypatch.setattr(products, "_onednn", watched)
+    return seen
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,21 +33,6 @@ from tests.golden_options import read_adapter, worst_error
 
 CPU = torch.device("cpu")
 LENGTHS = [1, 63, 64, 65, 200, 256, 300, 321, 575]
-
-
-@pytest.fixture
-def shapes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
-    """Of all products that oneDNN is asked for; each weight must be of a form that it has fast kernels for."""
-    seen: list[tuple[int, ...]] = []
-    plain = products._onednn
-
-    def watched(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        seen.append((*rows.shape, *weight.shape))
-        assert weight.is_contiguous() or weight.T.is_contiguous()
-        return plain(rows, weight, bias)
-
-    monkeypatch.setattr(products, "_onednn", watched)
-    return seen
 
 
 @pytest.fixture

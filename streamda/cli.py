@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, get_args, get_type_hints
 
 import typer
+from typer.core import TyperCommand
 
 from streamda import __version__, pipeline, stopping
 from streamda.config import (
@@ -44,10 +45,11 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # its tables cut long names in a narrow terminal, and take [default: 8] for markup
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-_PANELS = {"": "Run", "data": "Data", "collect": "Statistics", "solve": "Method"}
+_SECTIONS = {"": "Run", "data": "Data", "collect": "Statistics", "solve": "Method"}
 _SWITCHES = (
     "trust_remote_code",
     "keep_statistics",
@@ -60,7 +62,22 @@ _SWITCHES = (
     "unsafe_filesystem",
 )
 """Options that are only ever turned on."""
-_FLAGS = {"quiet": "No progress and no notices.", "verbose": "Show one sample with its mask; tracebacks with errors."}
+_TRACEBACKS = "Tracebacks with errors."
+
+
+class _SectionedCommand(TyperCommand):
+    """A command whose help lists its options in sections."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Writes them; overrides Typer's, which knows of sections in tables only."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                sections.setdefault(getattr(parameter, "rich_help_panel", None) or "Other", []).append(record)
+        for title, records in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
 
 
 def _options(skip: Collection[str] = (), only: Collection[str] | None = None) -> list[inspect.Parameter]:
@@ -77,18 +94,17 @@ def _options(skip: Collection[str] = (), only: Collection[str] | None = None) ->
         name = "--" + (entry.metadata["flag"] or entry.name).replace("_", "-")
         shown = entry.default if stage and entry.default is not None and kind is not bool else None
         text = entry.metadata["help"]
-        if kind is bool:
-            flag = name if entry.name in _SWITCHES else None
-            names = [flag] if flag else [f"{name}/--no-{name[2:]}"]
+        names = [name]
+        if kind is bool and entry.name not in _SWITCHES:
+            names = [f"{name}/--no-{name[2:]}"]
             text += f"  [default: {'on' if entry.default else 'off'}]"
-        else:
-            names = [name]
-            text += f"  [default: {shown}]" if shown is not None else ""
+        elif shown is not None:
+            text += f"  [default: {f'{shown:g}' if kind is float else shown}]"
         option = typer.Option(
             *names,
             help=text,
             show_default=False,
-            rich_help_panel=_PANELS[stage],
+            rich_help_panel=_SECTIONS[stage],
         )
         parameters.append(_parameter(entry.name, kind, option))
     presets = typer.Option(
@@ -100,7 +116,8 @@ def _options(skip: Collection[str] = (), only: Collection[str] | None = None) ->
     parameters.append(_parameter("preset", Literal.__getitem__(tuple(PRESETS)), presets))
     config = typer.Option("--config", help="YAML file with options; the command line wins.", show_default=False)
     parameters.append(_parameter("config", Path, config))
-    for name, text in _FLAGS.items():
+    verbose = _TRACEBACKS if only is not None else "Show one sample with its mask; tracebacks with errors."
+    for name, text in {"quiet": "No progress and no notices.", "verbose": verbose}.items():
         parameters.append(_parameter(name, bool, typer.Option(f"--{name}", help=text, show_default=False)))
     machine = typer.Option("--json", help="One JSON object on stdout instead of a table.", show_default=False)
     parameters.append(_parameter("as_json", bool, machine))
@@ -145,18 +162,18 @@ def _print_report(report: InitReport, as_json: bool) -> None:
         _show(f"\ntrain from it: PeftModel.from_pretrained(base, {report.output_dir!r}, is_trainable=True)")
 
 
-@app.command("init")
+@app.command("init", cls=_SectionedCommand)
 @_with_options(_options(skip=("statistics",)))
 def init_command(**options: Any) -> None:
-    """Compute the starting point of a LoRA adapter: plan, collect, solve, write."""
+    """Compute the starting point of a LoRA adapter. Plans, collects, solves and writes."""
     quiet, verbose, as_json = _take_flags(options)
     _print_report(pipeline.initialize(_run_config(options), quiet=quiet, verbose=verbose), as_json)
 
 
-@app.command("plan")
+@app.command("plan", cls=_SectionedCommand)
 @_with_options(_options(skip=("statistics", "profile")))
 def plan_command(**options: Any) -> None:
-    """Show what `init` would do and need, from the model's configuration alone."""
+    """Show what `init` would do and need. Reads the model's configuration alone."""
     _, _, as_json = _take_flags(options)
     plan, facts = pipeline.plan(_run_config(options))
     if as_json:
@@ -165,15 +182,15 @@ def plan_command(**options: Any) -> None:
         _show(plan_table(plan.to_dict(), facts))
 
 
-@app.command("collect")
+@app.command("collect", cls=_SectionedCommand)
 @_with_options(_options(skip=("output_dir", "work_dir", "keep_statistics", "spill_statistics", "rates", "profile")))
 def collect_command(**options: Any) -> None:
-    """Collect the statistics of all layers and keep them, for `solve`."""
+    """Collect statistics of all layers, for `solve`."""
     quiet, verbose, as_json = _take_flags(options)
     _print_report(pipeline.collect(_run_config(options), quiet=quiet, verbose=verbose), as_json)
 
 
-@app.command("solve")
+@app.command("solve", cls=_SectionedCommand)
 @_with_options(
     _options(
         only=(
@@ -200,7 +217,7 @@ def solve_command(**options: Any) -> None:
 def inspect_command(
     folder: Annotated[Path, typer.Argument(help="Statistics, a work directory, or an adapter.")],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help=_FLAGS["verbose"])] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help=_TRACEBACKS)] = False,
 ) -> None:
     """Show what is in a folder that streamda wrote."""
     facts, text = inspect_folder(folder)
@@ -211,9 +228,9 @@ def inspect_command(
 def verify_command(
     folder: Annotated[Path, typer.Argument(help="Statistics, a work directory, or an adapter.")],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help=_FLAGS["verbose"])] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help=_TRACEBACKS)] = False,
 ) -> None:
-    """Check every byte of what streamda wrote; exit code 10 where anything is damaged. Changes nothing."""
+    """Check every byte of what streamda wrote. Changes nothing; exit code 10 where anything is damaged."""
     found = verify_folder(folder)
     _show(json.dumps(found.to_dict(), indent=2, sort_keys=True) if as_json else found.to_table())
     found.require_sound()
@@ -227,9 +244,9 @@ def repair_command(
         bool, typer.Option("--unsafe-filesystem", help="Go on with a file system that cannot lock or sync.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help=_FLAGS["verbose"])] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help=_TRACEBACKS)] = False,
 ) -> None:
-    """Drop damaged units, so that the same command as before makes them again."""
+    """Drop damaged parts of a run. The same command as before then makes them again."""
     done = repair_folder(folder, drop, unsafe_filesystem)
     _show(json.dumps(done.to_dict(), indent=2, sort_keys=True) if as_json else done.to_text())
 

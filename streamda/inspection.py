@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from streamda import files
-from streamda.errors import ConfigError
+from streamda.errors import ConfigError, LockedError
 from streamda.files import shown
 from streamda.memory import format_size
 from streamda.report import REPORT_FILE, read_report, table
-from streamda.rundir import RunDirectory
+from streamda.rundir import RunDirectory, find_record, unit_names
 from streamda.solutions import solve_unit
 from streamda.store import stats_unit
+from streamda.units import UnitStore
 
 UNIT_KINDS = {
     "acts": "boundary states",
@@ -26,7 +27,7 @@ UNIT_KINDS = {
 
 
 def inspect_folder(folder: Path) -> tuple[dict[str, Any], str]:
-    """Describes a folder.
+    """Describes a folder; of a run that is under way, how far it is.
 
     Returns:
         The same twice: as plain JSON, and as text for people.
@@ -34,15 +35,24 @@ def inspect_folder(folder: Path) -> tuple[dict[str, Any], str]:
     Raises:
         ConfigError: streamda did not write it.
         StorageError: it may not be read.
-        LockedError: a run is writing it.
+        LockedError: a run is about to be made or removed there.
         DamagedError: it does not hold what was committed.
     """
     require_readable(folder)
     if (folder / REPORT_FILE).is_file():
         report = read_report(folder)
         return report.to_dict(), report.to_table()
-    with RunDirectory.open_existing(folder, exclusive=False) as run:
-        return _inspect_run(run)
+    try:
+        with RunDirectory.open_existing(folder, exclusive=False) as run:
+            return _describe(run.path, run.settings, run.parts, _checked_sizes(run.units), at_work=False)
+    except LockedError:
+        path = Path(os.path.realpath(folder))
+        record = find_record(path)
+        if record is None:
+            raise
+        # units come and go meanwhile: their names tell how far it is, and none is looked into
+        sizes = dict.fromkeys(unit_names(path))
+        return _describe(path, record["settings"], record["parts"], sizes, at_work=True)
 
 
 def require_readable(folder: Path) -> None:
@@ -55,44 +65,57 @@ def require_readable(folder: Path) -> None:
             raise ConfigError(f"{shown(folder)} is not a folder") from error
 
 
-def unit_rows(sizes: Mapping[str, int]) -> list[list[str]]:
-    """Rows of a table from the bytes of each unit: what those of a kind hold, their number, their size together."""
+def unit_rows(sizes: Mapping[str, int | None]) -> list[list[str]]:
+    """Rows of a table from the bytes of each unit: what those of a kind hold, their number, their size if known."""
     rows = []
     for kind, what in UNIT_KINDS.items():
         chosen = [size for name, size in sizes.items() if name.startswith(kind + "-")]
+        known = [size for size in chosen if size is not None]
         if chosen:
-            rows.append([what, str(len(chosen)), format_size(sum(chosen))])
+            rows.append([what, str(len(chosen)), *([format_size(sum(known))] if known else [])])
     return rows
 
 
-def _inspect_run(run: RunDirectory) -> tuple[dict[str, Any], str]:
-    sizes = {}
-    for name in run.units.names():
-        run.units.check(name)
-        sizes[name] = sum(record.size for record in run.units.metadata(name).files.values())
-    settings = run.settings
+def _checked_sizes(units: UnitStore) -> dict[str, int | None]:
+    sizes: dict[str, int | None] = {}
+    for name in units.names():
+        units.check(name)
+        sizes[name] = sum(record.size for record in units.metadata(name).files.values())
+    return sizes
+
+
+def _describe(
+    path: Path,
+    settings: Mapping[str, Any],
+    parts: Mapping[str, Mapping[str, Any]],
+    sizes: Mapping[str, int | None],
+    *,
+    at_work: bool,
+) -> tuple[dict[str, Any], str]:
+    """Of a run, as `inspect_folder`; sizes of units are None where nothing is known of them but their names."""
     collected = [index for index in settings["adapted_blocks"] if stats_unit(index) in sizes]
     # where statistics stay in memory, what is solved is all that is seen of them
     solved = [index for index in settings["adapted_blocks"] if solve_unit(index) in sizes]
     facts: dict[str, Any] = {
+        "at_work": at_work,
         "model": settings["model"],
         "data": settings["data"],
-        "method": dict(run.parts["method"]),
+        "method": dict(parts["method"]),
         "loss": settings.get("loss"),
         "adapted_blocks": settings["adapted_blocks"],
         "collected_blocks": collected,
         "solved_blocks": solved,
-        "units": sizes,
+        "units": dict(sizes),
     }
     data = settings["data"]
     lines = [
-        f"streamda run  {run.path}",
+        f"streamda run  {path}" + (", at work" if at_work else ""),
         f"  model        {settings['model']['name']}  ({settings['model']['num_blocks']} blocks)",
         f"  data         {data['source']}  ({data['num_samples']} samples, {data['num_tokens']} tokens)",
-        f"  layers       {len(run.parts['method']['modules'])}",
+        f"  layers       {len(parts['method']['modules'])}",
         f"  collected    {len(collected)} of {len(settings['adapted_blocks'])} blocks",
         f"  solved       {len(solved)} of {len(settings['adapted_blocks'])} blocks",
         "",
-        *table(["units", "number", "size"], unit_rows(sizes)),
+        *table(["units", "number", *([] if at_work else ["size"])], unit_rows(sizes)),
     ]
     return facts, "\n".join(lines)

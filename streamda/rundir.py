@@ -243,6 +243,11 @@ def find_record(path: Path) -> dict[str, Any] | None:
     return record
 
 
+def unit_names(path: Path) -> list[str]:
+    """Units that are committed at this moment, sorted, whoever is at work here."""
+    return UnitStore(path / _UNITS, "").names()
+
+
 def _require_no_lost_record(path: Path) -> None:
     """Raise a `DamagedError` if the folder holds units without the record that says whose they are."""
     if os.path.lexists(path / _LOCK) and any((path / _UNITS).glob("*/COMMIT.json")):

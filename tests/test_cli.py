@@ -10,6 +10,7 @@ import pytest
 
 from streamda import cli
 from streamda.config import PRESETS, option_fields
+from streamda.rundir import RunDirectory
 from tests.command_line import flags, run
 from tests.conftest import GOLDEN
 from tests.golden_options import golden_options
@@ -35,6 +36,31 @@ def test_init_inspect_solve_and_back(
     assert run(monkeypatch, "solve", "--statistics", str(work), "--output-dir", str(tmp_path / "again")) == 0
     name = "adapter_model.safetensors"
     assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "adapter" / name).read_bytes()
+
+
+def test_inspect_tells_how_far_a_run_at_work_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "init", *flags(golden_options(tmp_path)), "--keep-statistics", "--quiet") == 0
+    work = tmp_path / "adapter.work"
+    with RunDirectory.open_existing(work, exclusive=True) as at_work:
+        at_work.units.drop("solve-0000")
+        (work / "units" / "stats-0007.0123abcd.part").mkdir()  # being written
+        capsys.readouterr()
+        assert run(monkeypatch, "inspect", str(work), "--json") == 0
+        facts = json.loads(capsys.readouterr().out)
+        assert run(monkeypatch, "inspect", str(work)) == 0
+        text = capsys.readouterr().out
+        assert "at work" in text
+        assert re.search(r"solved +2 of 3 blocks", text)
+    assert facts["at_work"]
+    assert facts["solved_blocks"] == [1, 2]
+    assert set(facts["units"].values()) == {None}
+    assert run(monkeypatch, "inspect", str(work), "--json") == 0
+    after = json.loads(capsys.readouterr().out)
+    assert not after["at_work"]
+    assert after["units"].keys() == facts["units"].keys()
+    assert min(after["units"].values()) > 0
 
 
 def test_plan_needs_no_weights(
@@ -204,12 +230,16 @@ def test_verbose_shows_one_sample_with_its_mask(
 def test_help_names_every_option_and_its_default(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "80")
     assert run(monkeypatch, "init", "--help") == 0
     text = capsys.readouterr().out
-    for _, entry in option_fields():
+    for stage, entry in option_fields():
         if entry.name != "statistics":
-            assert f"--{(entry.metadata['flag'] or entry.name).replace('_', '-')}" in text, entry.name
+            name = f"--{(entry.metadata['flag'] or entry.name).replace('_', '-')}"
+            assert f"\n  {name} " in text, entry.name
+            described = text.partition(f"\n  {name} ")[2].partition("\n  --")[0]
+            if stage and type(entry.default) in (int, str):
+                assert f"[default: {entry.default}]" in " ".join(described.split()), entry.name
     assert all(preset in text for preset in PRESETS)
 
 

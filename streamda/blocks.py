@@ -13,65 +13,21 @@ but its own rows.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from streamda.block_calls import BlockCall, KeptCalls
 from streamda.errors import ModelError
 from streamda.layers import is_linear
 from streamda.products import in_model
-
-CACHED_SHAPES = 8
-"""Batch shapes whose block arguments are kept. Micro-batches are ordered by length, so a few are enough; remaking
-them costs a stand-in forward pass of a millisecond or two."""
-
-
-@dataclass(frozen=True, slots=True)
-class BlockCall:
-    """How the model calls one block: everything but the hidden states, detached."""
-
-    args: tuple[Any, ...]
-    """Positional arguments after the hidden states."""
-    kwargs: dict[str, Any]
-    hidden_is_positional: bool
-
-    def run(
-        self, block: nn.Module, hidden: torch.Tensor, watch: AbstractContextManager[object] | None = None
-    ) -> torch.Tensor:
-        """Hidden states [batch, tokens, hidden] in and out, in tensors or tuples; `watch` is entered around it."""
-        with in_model(hidden.device), watch or nullcontext():
-            if self.hidden_is_positional:
-                output = block(hidden, *self.args, **self.kwargs)
-            else:
-                output = block(*self.args, hidden_states=hidden, **self.kwargs)
-        result = output[0] if isinstance(output, (tuple, list)) else output
-        if not isinstance(result, torch.Tensor) or result.shape != hidden.shape:
-            raise ModelError(f"a {type(block).__name__} does not map hidden states to hidden states of the same shape")
-        return result
-
-    def tensors(self) -> list[torch.Tensor]:
-        """All tensors among the arguments."""
-        return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, torch.Tensor)]
-
-    def to(self, device: torch.device | str, dtype: torch.dtype) -> BlockCall:
-        """The same call with its tensors elsewhere, those of floating point in another dtype."""
-
-        def move(leaf: Any) -> Any:
-            if not isinstance(leaf, torch.Tensor):
-                return leaf
-            return leaf.to(device, dtype if leaf.is_floating_point() else leaf.dtype)
-
-        return BlockCall(tree_map(move, self.args), tree_map(move, self.kwargs), self.hidden_is_positional)
-
 
 _EXTRA = object()
 """Stands for what a block returns behind the hidden states; it must not reach another block."""
@@ -120,7 +76,7 @@ class DecoderStack:
         )
         """Parameters outside blocks, embeddings and head (norms, projections): resident for the whole run."""
         self.head_name = next(name for name, module in outside if module is self.head)
-        self._calls: OrderedDict[tuple[int, int], tuple[BlockCall, ...]] = OrderedDict()
+        self._calls = KeptCalls()
         self._num_extras: int | None = None
 
     @property
@@ -154,7 +110,7 @@ class DecoderStack:
         reasons: dict[int | None, str] = {}
         for self._num_extras in (None, *range(MAX_EXTRAS + 1)):
             try:
-                self._calls.clear()
+                self.forget_calls()
                 calls = self.calls(1, 3)
             except _FAILURES as error:
                 reasons[self._num_extras] = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -169,7 +125,7 @@ class DecoderStack:
                 f"({'; '.join(dict.fromkeys(reasons.values()))})"
             )
         self._num_extras = works[0]
-        self._calls.clear()
+        self.forget_calls()
 
     def calls(self, batch: int, tokens: int) -> tuple[BlockCall, ...]:
         """How each block is called for a batch of that shape, without any weight of the prologue.
@@ -178,17 +134,18 @@ class DecoderStack:
             ModelError: a block receives, beside hidden states, a tensor computed from embeddings, or a cache to fill.
         """
         key = (batch, tokens)
-        if key in self._calls:
-            self._calls.move_to_end(key)
-            return self._calls[key]
+        if (kept := self._calls.of(key)) is not None:
+            return kept
         ids = torch.zeros(batch, tokens, dtype=torch.long, device=self.device)
         with self._zero_embeddings(), torch.enable_grad():
             recorded, _ = self._record(ids)
         calls = tuple(_checked(call, self.model) for call in recorded)
-        while len(self._calls) >= CACHED_SHAPES:
-            self._calls.popitem(last=False)
-        self._calls[key] = calls
+        self._calls.keep(key, calls)
         return calls
+
+    def forget_calls(self) -> None:
+        """Lets go of the arguments that are kept."""
+        self._calls = KeptCalls()
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """The prologue: hidden states [batch, tokens, hidden] that enter block 0. Embeddings must be loaded.

@@ -41,8 +41,8 @@ class BoundaryWriter:
             # a view would keep the whole graph's storage alive, and be changed in place by what follows
             self._target.append(host.clone() if host.data_ptr() == states.data_ptr() else host)
             return
-        data = host.view(torch.uint8).reshape(-1).numpy()
-        self.checksums.append(google_crc32c.value(data.tobytes()))
+        data: Any = host.view(torch.uint8).reshape(-1).numpy()  # an array, of which no copy is made below
+        self.checksums.append(google_crc32c.value(data))
         self._target.write(data.data)
 
 
@@ -125,16 +125,17 @@ class BoundaryStore:
             offset = 0
             for shape, size, checksum in zip(self._shapes, self._sizes, checksums, strict=True):
                 buffer = torch.empty(size, dtype=torch.uint8)
+                stored: Any = buffer.numpy()
                 with files.damage_errors(path):
-                    count = files.system_calls.preadv(descriptor, [buffer.numpy().data], offset)
-                if count != size or google_crc32c.value(buffer.numpy().tobytes()) != checksum:
+                    count = files.system_calls.preadv(descriptor, [stored.data], offset)
+                if count != size or google_crc32c.value(stored) != checksum:
                     raise DamagedError(
                         f"{path} does not have the bytes that were committed; {self._units.repair(name)}"
                     )
                 offset += size
                 self.bytes_read += size
                 read = [buffer.view(self._dtype).reshape(shape).to(device)]
-                del buffer
+                del buffer, stored
                 yield read.pop()  # so that whoever has taken them holds them alone
 
     def announce(self, name: str) -> None:

@@ -16,7 +16,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from streamda.batches import Batch
-from streamda.blocks import BlockCall, DecoderStack
+from streamda.block_calls import BlockCall
+from streamda.blocks import DecoderStack
 from streamda.errors import NumericalError
 from streamda.quoting import NUM_NAMED, named
 

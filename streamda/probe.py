@@ -20,7 +20,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 
-from streamda.blocks import BlockCall
+from streamda.block_calls import BlockCall
 from streamda.layers import InputGroup, LinearSpec, is_linear
 from streamda.unread import ResultWatch, plain_linears
 

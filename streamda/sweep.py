@@ -76,6 +76,7 @@ class Sweep:
             skip_bad_layers: a layer whose weight or statistics hold NaN or Inf is left out and not an error.
         """
         self._stack = stack
+        stack.forget_calls()  # of shapes that were only planned with
         self._checkpoint = checkpoint
         self._batches = batches
         self._boundaries = boundaries

@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from streamda.blocks import BlockCall
+from streamda.block_calls import BlockCall
 from streamda.errors import ModelError
 from streamda.products import linear
 

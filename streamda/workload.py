@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from streamda.batches import MicroBatch, make_micro_batches
-from streamda.blocks import BlockCall, DecoderStack
+from streamda.block_calls import BlockCall
+from streamda.blocks import DecoderStack
 from streamda.costs import CPU_HOLE_BYTES, HOLE_BYTES, BlockCost, Workload
 from streamda.layers import BlockSpec, InputGroup, LinearSpec, Targets
 from streamda.memory import READ_CHUNK_BYTES

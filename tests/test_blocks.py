@@ -15,7 +15,9 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, LlamaConfig, PreTrainedModel
 
-from streamda.blocks import CACHED_SHAPES, BlockCall, DecoderStack, find_block_list
+from streamda import block_calls
+from streamda.block_calls import BlockCall
+from streamda.blocks import DecoderStack, find_block_list
 from streamda.errors import ModelError
 from streamda.skeleton import build_skeleton
 from tests.models import VOCAB_SIZE, make_config, make_model
@@ -139,13 +141,22 @@ def test_the_model_is_left_as_it_was() -> None:
     assert torch.equal(stack.model(input_ids=ids).logits, before)
 
 
-def test_calls_of_a_few_shapes_are_kept() -> None:
+def test_calls_of_as_many_shapes_are_kept_as_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
     stack = make_stack("llama")
-    first = stack.calls(1, 4)
-    assert stack.calls(1, 4) is first
-    for tokens in range(5, 5 + CACHED_SHAPES):
-        stack.calls(1, tokens)
-    assert stack.calls(1, 4) is not first
+    shapes = [(1, tokens) for tokens in range(4, 34)]
+    calls = [stack.calls(*shape) for shape in shapes]
+    assert all(stack.calls(*shape) is call for shape, call in zip(shapes, calls, strict=True))
+
+    stack.forget_calls()
+    assert stack.calls(*shapes[0]) is not calls[0]
+    storages = {each.untyped_storage().data_ptr(): each.untyped_storage() for each in stack.calls(1, 33)[0].tensors()}
+    monkeypatch.setattr(block_calls, "CACHED_BYTES", 10 * sum(storage.nbytes() for storage in storages.values()))
+    stack.forget_calls()
+    rounds = [[stack.calls(*shape) for shape in shapes] for _ in range(3)]
+    kept = sum(before is after for before, after in zip(*rounds[1:], strict=True))
+    assert 10 <= kept < len(shapes) - 1  # there is room for ten of the largest one; one place is taken in turns
+    large = stack.calls(1, 400)  # larger than all the room there is
+    assert stack.calls(1, 400) is large
 
 
 def test_a_call_moves_to_another_dtype_without_its_indices() -> None:

@@ -23,7 +23,8 @@ import pytest
 
 import streamda
 from streamda import cli, pipeline, rows, setup, skeleton, stopping
-from streamda.blocks import BlockCall, DecoderStack
+from streamda.block_calls import BlockCall
+from streamda.blocks import DecoderStack
 from streamda.errors import ModelError, StoppedError, StreamdaError
 from tests.killed import LEFTOVER, Action, finish, run_command, weights, whole_units
 

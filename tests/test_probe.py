@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from streamda.blocks import BlockCall, DecoderStack
+from streamda.block_calls import BlockCall
+from streamda.blocks import DecoderStack
 from streamda.layers import InputGroup, LinearSpec, is_linear
 from streamda.probe import BlockProbe, input_groups, probe_block
 from tests.models import EXPERTS, FAMILIES, make_config, make_model

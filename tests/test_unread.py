@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 import streamda
 from streamda import products, unread
-from streamda.blocks import BlockCall
+from streamda.block_calls import BlockCall
 from streamda.errors import ModelError
 from streamda.probe import probe_block
 from streamda.stored_weights import StoredWeight

@@ -184,7 +184,7 @@ def _look(basis: _Rows, images: _Rows, ritz: torch.Tensor, width: int, rank: int
         width: vectors of a block.
         rank: of them that are wanted.
     """
-    theta, rotation = torch.linalg.eigh((ritz + ritz.T) / 2)  # ascending
+    theta, rotation = small_eigh((ritz + ritz.T) / 2)  # ascending
     theta, rotation = theta.flip(0), rotation.flip(1).T
     vectors = rotation[:width] @ basis.all
     residuals = rotation[:width] @ images.all - vectors * theta[:width, None]
@@ -237,6 +237,12 @@ class _Rows:
             self._rows[: self.count, columns] = rotation @ self._rows[:count, columns]
 
 
+def small_eigh(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `torch.linalg.eigh`, on the host: of matrices of up to some hundred rows a GPU takes milliseconds each."""
+    values, vectors = torch.linalg.eigh(matrix.cpu())
+    return values.to(matrix.device), vectors.to(matrix.device)
+
+
 def canonical_signs(vectors: torch.Tensor) -> torch.Tensor:
     """Flips columns [n, k] so that the entry of largest magnitude of each is positive."""
     peaks = vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True))
@@ -267,7 +273,7 @@ def _orthonormal(block: torch.Tensor, against: torch.Tensor | None) -> torch.Ten
     for _ in range(2):
         if against is not None:
             block = block - (block @ against.T) @ against
-        weights, rotation = torch.linalg.eigh(block @ block.T)  # ascending
+        weights, rotation = small_eigh(block @ block.T)  # ascending
         keep = weights > DEPENDENT * weights[-1:].clamp_min(DEPENDENT)
         block = ((rotation[:, keep] / weights[keep].sqrt()).T @ block).flip(0)[: max(0, room)]
         if block.shape[0] == 0:

@@ -16,12 +16,13 @@ from pathlib import Path
 import torch
 
 from streamda.errors import BudgetError, StoppedError, StorageError, StreamdaError
-from streamda.memory import MemoryBudget, anonymous_bytes, format_size, total_device_bytes
+from streamda.memory import MemoryBudget, anonymous_bytes, format_size, free_device_bytes, total_device_bytes
 
 _NO_LIMIT_BYTES = 1 << 60  # cgroup v1 writes "no limit" as a number near 2^63; nobody has an exabyte
 _MEMORY_TEXT = (
     *("can't allocate memory", "cannot allocate memory", "cuda error: out of memory", "not enough memory"),
-    *("status_alloc_failed", "std::bad_alloc"),  # of cuBLAS, cuSOLVER and their like; of C++
+    # of cuBLAS, cuSOLVER and their like, which also call a handle so that they had no memory for; of C++
+    *("status_alloc_failed", "status_not_initialized", "std::bad_alloc"),
 )
 
 
@@ -65,11 +66,9 @@ def bounded_budget(
         return limit
 
     if device.type == "cuda":
-        total = total_device_bytes(device)
-        budget = replace(
-            budget,
-            device_bytes=bounded("--max-gpu-mem", budget.device_bytes, total, "the device has less memory"),
-        )
+        free = free_device_bytes(device)
+        what = f"of the device's {format_size(total_device_bytes(device))} no more are free"
+        budget = replace(budget, device_bytes=bounded("--max-gpu-mem", budget.device_bytes, free, what))
         if limit_bytes is not None:
             host = bounded("--max-host-mem", budget.host_bytes, limit_bytes, "this machine or its cgroup allows less")
             budget = replace(budget, host_bytes=host)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -112,7 +112,7 @@ def release_between_micro_batches(device: torch.device) -> None:
 class PeakMeter:
     """Measures the peak of a phase against the budget's own yardstick.
 
-    On CUDA that is the allocator's reserved peak. On CPU it is anonymous memory above the baseline at construction,
+    Both above a baseline at construction. On CUDA it is the allocator's reserved peak, on CPU anonymous memory,
     sampled by a thread: a spike shorter than the interval can be missed, which is why the tests prove the bound with a
     kernel limit and not with this meter.
     """
@@ -120,7 +120,10 @@ class PeakMeter:
     def __init__(self, device: torch.device, interval_seconds: float = 0.01) -> None:
         self._device = device
         self._interval = interval_seconds
-        self._baseline = 0 if device.type == "cuda" else anonymous_bytes()
+        self._baseline = 0
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # or what it gives back later would count as ours
+        self._baseline = self.current()
         self._peak = 0
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -149,9 +152,9 @@ class PeakMeter:
     def take_peak(self) -> int:
         """Peak in bytes since the last call (or since entering), and starts a new period."""
         if self._device.type == "cuda":
-            peak = int(torch.cuda.max_memory_reserved(self._device))
+            peak = int(torch.cuda.max_memory_reserved(self._device)) - self._baseline
             torch.cuda.reset_peak_memory_stats(self._device)
-            return peak
+            return max(0, peak)
         with self._lock:
             peak = max(self._peak, anonymous_bytes() - self._baseline)
             self._peak = 0
@@ -160,7 +163,7 @@ class PeakMeter:
     def current(self) -> int:
         """Bytes in use now, by the same yardstick."""
         if self._device.type == "cuda":
-            return int(torch.cuda.memory_reserved(self._device))
+            return int(torch.cuda.memory_reserved(self._device)) - self._baseline
         return anonymous_bytes() - self._baseline
 
 
@@ -169,11 +172,29 @@ def total_device_bytes(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).total_memory)
 
 
-def enforce_device_limit(device: torch.device, limit_bytes: int) -> None:
-    """On CUDA, makes the budget a hard cap of the caching allocator; the plan is all there is on CPU."""
-    if device.type == "cuda":
-        fraction = min(1.0, limit_bytes / total_device_bytes(device))
-        torch.cuda.set_per_process_memory_fraction(fraction, device)
+def free_device_bytes(device: torch.device) -> int:
+    """Memory of a CUDA device that nobody uses; what this process's allocator keeps unused is given back for it."""
+    torch.cuda.empty_cache()
+    return int(torch.cuda.mem_get_info(device)[0])
+
+
+@contextmanager
+def device_limit(device: torch.device, limit_bytes: int) -> Iterator[None]:
+    """On CUDA, makes the budget a hard cap of the caching allocator within the block; on CPU the plan is all there is.
+
+    What the process holds on the device before, such as another model, is not in the budget.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    torch.cuda.empty_cache()
+    before = torch.cuda.get_per_process_memory_fraction(device)
+    limit_bytes += int(torch.cuda.memory_reserved(device))
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit_bytes / total_device_bytes(device)), device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(before, device)
 
 
 CopyMark = torch.cuda.Event | None

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -29,11 +30,12 @@ from streamda.filesystem import tolerated
 from streamda.heap import bound_allocator
 from streamda.layers import require_rank
 from streamda.limits import limit_errors
-from streamda.memory import enforce_device_limit, parse_budget
+from streamda.memory import device_limit, parse_budget
 from streamda.model_copy import check_configuration
 from streamda.nonfinite import skip_notice
 from streamda.places import output_dir, require_output, require_places, work_dir
 from streamda.plan import Plan
+from streamda.precision import full_precision
 from streamda.progress import Progress
 from streamda.rates import ProductRates, measure_rates
 from streamda.report import InitReport
@@ -66,7 +68,7 @@ def _on_this_machine(
     @functools.wraps(stage)
     def run(config: RunConfig, /, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
         settle_threads()
-        with tolerated(config.unsafe_filesystem), limit_errors():
+        with tolerated(config.unsafe_filesystem), full_precision(), limit_errors():
             return stage(config, *args, **kwargs)
 
     return run
@@ -182,6 +184,7 @@ def solve(config: RunConfig, *, quiet: bool = False) -> InitReport:
         stopping.deferred(),
         RunDirectory.open_existing(Path(config.statistics), exclusive=True) as run,
         RunMeter(device, timeline) as meter,
+        ExitStack() as stack,
     ):
         facts = run.settings
         check_configuration(run.path, facts.get("model_files", {}))
@@ -198,7 +201,7 @@ def solve(config: RunConfig, *, quiet: bool = False) -> InitReport:
         solver = _solver(config, config.solve.population_size or facts["population_size"], device, timeline)
         if config.max_gpu_mem is not None:
             budget = parse_budget(config.max_gpu_mem, "--max-gpu-mem")
-            enforce_device_limit(device, budget)
+            stack.enter_context(device_limit(device, budget))
             solver = dataclasses.replace(solver, capacity_bytes=solve_capacity(budget, specs, config.solve.rank))
         report = InitReport(config=config.to_dict(), versions=versions(), model=dict(facts["model"]))
         report.data = dict(facts["data"])
@@ -288,10 +291,15 @@ def _solver(config: RunConfig, population_size: int, device: torch.device, timel
     return Solver(config.solve, population_size, config.data.seed, device, timeline=timeline, skip_bad_layers=skip)
 
 
-def _meter(prepared: Prepared, timeline: Timeline) -> RunMeter:
-    """Starts measuring. Imports, tokenizer and samples are behind us; the checkpoint has not given a weight yet."""
-    enforce_device_limit(prepared.device, prepared.budget.device_bytes)
-    return RunMeter(prepared.device, timeline, ProductRates(prepared.device, prepared.dtype))
+@contextmanager
+def _meter(prepared: Prepared, timeline: Timeline) -> Iterator[RunMeter]:
+    """Measures. Imports, tokenizer and samples are behind us; the checkpoint has not given a weight yet."""
+    device = prepared.device
+    with (
+        device_limit(device, prepared.budget.device_bytes),
+        RunMeter(device, timeline, ProductRates(device, prepared.dtype)) as meter,
+    ):
+        yield meter
 
 
 def _announce(progress: Progress, prepared: Prepared, verbose: bool) -> None:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import streamda
 from streamda import cholesky
 from streamda.factors import add_gradient_, add_input_moment_, add_output_moment_
-from streamda.memory import DeviceCopier, enforce_device_limit, hand_over, parse_size
+from streamda.memory import DeviceCopier, device_limit, hand_over, parse_size
 from streamda.timeline import Span, innermost
 from tests.conftest import GOLDEN
 from tests.golden_options import products, read_adapter, worst_error
@@ -63,8 +63,8 @@ def test_solutions_are_those_of_the_cpu(tmp_path: Path) -> None:
     assert worst_error(found, expected) < 1e-4
 
 
-def test_statistics_that_stay_on_the_device_give_the_bits_of_those_on_disk(tmp_path: Path) -> None:
-    """With counts that are no powers of two, so that a mean is rounded."""
+def test_statistics_that_stay_on_the_device_give_what_those_on_disk_give(tmp_path: Path) -> None:
+    """Not to the bit: attention's backward pass adds up in no fixed order on a GPU."""
     adapters = []
     for spill in (True, False):
         output = tmp_path / f"spilled-{spill}"
@@ -72,8 +72,8 @@ def test_statistics_that_stay_on_the_device_give_the_bits_of_those_on_disk(tmp_p
             **RUN, device="cuda", max_gpu_mem="600MB", num_samples=13, spill_statistics=spill, output_dir=str(output)
         )
         assert report.plan["spill_statistics"] == spill
-        adapters.append((output / "adapter_model.safetensors").read_bytes())
-    assert adapters[0] == adapters[1]
+        adapters.append(products(read_adapter(output)))
+    assert worst_error(*adapters) < 1e-2
 
 
 def test_a_whole_run_gives_the_dense_float64_solution(tmp_path: Path) -> None:
@@ -146,17 +146,15 @@ def test_chunks_that_pass_through_the_pinned_buffer_arrive_whole_and_in_order() 
 
 
 def test_the_cap_is_the_allocator_s() -> None:
+    """Beside what the program held before, and for as long as the run takes."""
     device = torch.device("cuda", torch.cuda.current_device())
-    total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.empty_cache()
-    try:
-        enforce_device_limit(device, torch.cuda.memory_reserved(device) + 256 * MIB)
+    own = torch.empty(512 * MIB, dtype=torch.uint8, device=device)
+    with device_limit(device, 256 * MIB):
         held = torch.empty(128 * MIB, dtype=torch.uint8, device=device)
         with pytest.raises(torch.OutOfMemoryError):
             torch.empty(256 * MIB, dtype=torch.uint8, device=device)
         del held
-    finally:
-        enforce_device_limit(device, total)
+    assert torch.empty(256 * MIB, dtype=torch.uint8, device=device).numel() < own.numel()
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +173,8 @@ def larger(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         num_key_value_heads=8,
         head_dim=128,
     )
-    data = write_samples(folder / "samples.jsonl", make_samples([256] * 16))
+    # of many lengths: what the allocator keeps of one micro-batch has to serve the next
+    data = write_samples(folder / "samples.jsonl", make_samples(range(256, 16, -7)))
     return {"model": str(folder / "model"), "dataset": str(data), "device": "cuda", "max_length": 256}
 
 

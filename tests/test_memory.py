@@ -14,7 +14,7 @@ from streamda.errors import ConfigError
 from streamda.memory import (
     PeakMeter,
     anonymous_bytes,
-    enforce_device_limit,
+    device_limit,
     format_size,
     parse_budget,
     parse_size,
@@ -197,8 +197,8 @@ def test_the_meter_s_thread_ends_with_it() -> None:
 
 def test_without_an_accelerator_there_is_no_cap_to_set() -> None:
     before = torch.ones(8)
-    enforce_device_limit(CPU, 1)  # a cap of one byte would show at once
-    assert bool((before + touched(MIB)[:8] == 2).all())
+    with device_limit(CPU, 1):  # a cap of one byte would show at once
+        assert bool((before + touched(MIB)[:8] == 2).all())
 
 
 @pytest.mark.gpu

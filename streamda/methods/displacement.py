@@ -146,7 +146,7 @@ def largest_square(
         outside: the largest eigenvalue that was left out.
         penalty: the largest eigenvalue that P may have.
     """
-    squares, rotation = torch.linalg.eigh(gram)  # ascending
+    squares, rotation = eigen.small_eigh(gram)  # ascending
     if squares.numel() < 2:
         return None
     second, largest = float(squares[-2]), float(squares[-1])

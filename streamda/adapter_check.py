@@ -149,4 +149,8 @@ def _copy_on_meta(skeleton: PreTrainedModel) -> PreTrainedModel:
         memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
     for buffer in skeleton.buffers():
         memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    for module in skeleton.modules():  # some recurrent blocks keep their last state, with its graph
+        for value in vars(module).values():
+            if isinstance(value, torch.Tensor) and id(value) not in memo:
+                memo[id(value)] = torch.empty_like(value, device="meta", requires_grad=False)
     return copy.deepcopy(skeleton, memo)

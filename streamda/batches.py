@@ -2,7 +2,8 @@
 
 Samples are ordered by length, longest first, and a micro-batch takes neighbours. Few micro-batches keep the products
 large and waste rows on padding; the best cut between the two is found exactly. Samples are padded on the right; see
-`streamda.blocks` for why no mask is needed then.
+`streamda.blocks` for why no mask is needed then. Of a model whose tokens also see what lies to their right only samples
+of one length share a micro-batch.
 """
 
 from __future__ import annotations
@@ -37,16 +38,17 @@ class MicroBatch:
         return len(self.samples) * self.length
 
 
-def make_micro_batches(lengths: Sequence[int], max_tokens: int) -> tuple[MicroBatch, ...]:
+def make_micro_batches(lengths: Sequence[int], max_tokens: int, *, padded: bool = True) -> tuple[MicroBatch, ...]:
     """Groups samples of similar length; a function of its arguments only, so a resumed run gets the same batches.
 
     Args:
         lengths: tokens of each sample.
         max_tokens: rows per micro-batch; a sample longer than that is a micro-batch of its own.
+        padded: whether samples of several lengths may share one.
     """
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     ordered, real = [lengths[index] for index in order], sum(lengths)
-    cost = BATCH_COST_ROWS
+    cost = BATCH_COST_ROWS if padded else 0
     while True:
         cuts = _best_cuts(ordered, max_tokens, cost)
         batches = tuple(

@@ -8,7 +8,7 @@ What makes a model streamable, checked here: every block receives one differenti
 [batch, tokens, hidden], just as the block before it returned them; everything else it receives was made before the
 first block, from shapes and not from token ids; nothing is led past the blocks to the head. Samples are padded on the
 right and no mask is passed: in a causal decoder no real token sees what lies to its right, so padding changes nothing
-but its own rows.
+but its own rows. (Of another one samples are not padded.)
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from streamda.block_calls import BlockCall, KeptCalls
@@ -90,6 +90,18 @@ class DecoderStack:
         weight = self.model.get_input_embeddings().weight
         assert isinstance(weight, torch.Tensor)
         return int(weight.shape[0])
+
+    @property
+    def max_positions(self) -> int | None:
+        """As the function of that name."""
+        return max_positions(self.model.config)
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether no token sees what lies to its right, so that padding there changes none."""
+        if getattr(self.model.config, "is_causal", None) is False:  # transformers' masks go by it
+            return False
+        return not any(getattr(module, "is_causal", None) is False for module in self.blocks.modules())
 
     def fill_small_parameters(self) -> None:
         """Puts zeros in the place of the small parameters, for a model that is planned and not run."""
@@ -254,6 +266,15 @@ class DecoderStack:
         finally:
             for module in self.embeddings.values():
                 del module.forward
+
+
+def max_positions(config: PretrainedConfig) -> int | None:
+    """Positions that a model knows; rotary models silently accept more, learned positions do not."""
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
 
 
 def find_block_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:

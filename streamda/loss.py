@@ -28,8 +28,9 @@ def loss_gradient(
     sums = torch.zeros(hidden.shape[0], 1, dtype=torch.float64)
     parts = []
     targets = batch.targets()
-    for start in range(0, targets.rows.numel(), logit_rows):
-        chunk = slice(start, start + logit_rows)
+    step = min(logit_rows, stack.max_positions or logit_rows)  # they pass as one sequence
+    for start in range(0, targets.rows.numel(), step):
+        chunk = slice(start, start + step)
         rows = targets.rows[chunk]
         states = flat[rows].requires_grad_(True)
         with torch.enable_grad():

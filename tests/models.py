@@ -95,10 +95,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma4_text-dense": {
         "hidden_size_per_layer_input": 0,
         "vocab_size_per_layer_input": VOCAB_SIZE,
-        "global_head_dim": 8,
+        "global_head_dim": 16,  # its configuration has no one head_dim then
         "num_kv_shared_layers": 0,
         "layer_types": ["sliding_attention", "full_attention"],
     },
+    # tokens see what lies to their right, so samples cannot be padded
+    "gemma3_text-bidirectional": {"query_pre_attn_scalar": 8, "use_bidirectional_attention": True},
+    "llama-bidirectional": {"is_causal": False},
     "phi": {"num_key_value_heads": 4},
     "phi3": {},  # fused q, k, v and gate, up
     # learned positions, alibi, blocks that return tuples or lists, other names for everything

@@ -143,3 +143,10 @@ def test_padding_is_token_zero_and_no_row_of_any_kind() -> None:
     assert targets.rows.tolist() == [0, 1]
     assert targets.ids.tolist() == [6, 7]
     assert targets.weights.tolist() == [0.5, 0.5]
+
+
+def test_without_padding_only_samples_of_one_length_share_a_micro_batch() -> None:
+    lengths = [7, 9, 7, 8, 9, 7]
+    batches = make_micro_batches(lengths, 64, padded=False)
+    assert [[lengths[sample] for sample in batch.samples] for batch in batches] == [[9, 9], [8], [7, 7, 7]]
+    assert len(make_micro_batches(lengths, 64)) < 3

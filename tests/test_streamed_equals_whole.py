@@ -193,7 +193,9 @@ def test_layers_that_peft_does_not_adapt_are_refused_before_any_work(family: str
     assert {file.name for file in tmp_path.iterdir()} == {"model", "samples.jsonl"}
 
 
-@pytest.mark.parametrize("family", ["gpt2", "opt-projected", "phimoe", "deepseek_v3", "qwen2_moe", "mamba"])
+@pytest.mark.parametrize(
+    "family", ["gpt2", "opt-projected", "phimoe", "deepseek_v3", "qwen2_moe", "mamba", "recurrent_gemma"]
+)
 def test_an_adapter_has_the_layers_whose_statistics_were_collected(family: str, tmp_path: Path) -> None:
     """`initialize` loads the adapter with PEFT before it lets it stand; unusual names are where that could fail."""
     case = make_case(tmp_path, family)
@@ -202,6 +204,15 @@ def test_an_adapter_has_the_layers_whose_statistics_were_collected(family: str, 
     adapter = case.initialize("adapter", target_modules=targets)
     assert set(adapter) == {f"base_model.model.{name}" for name in statistics}
     assert all(product.any() for product in adapter.values())
+
+
+@pytest.mark.parametrize("family", ["openai-gpt", "ctrl", "llama"])
+def test_samples_have_more_labels_together_than_the_model_has_positions(family: str, tmp_path: Path) -> None:
+    case = make_case(tmp_path, family, make_samples((40, 40, 40, 64)))
+    statistics, report = case.collect("statistics")
+    oracle, loss = case.oracle()
+    require_equal(statistics, oracle)
+    assert report.loss == pytest.approx(loss, rel=1e-5)
 
 
 def test_a_layer_that_is_never_called_has_no_tokens_and_no_gradient(tmp_path: Path) -> None:

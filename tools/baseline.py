@@ -33,10 +33,11 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from streamda.blocks import max_positions
 from streamda.calibration import Sample, load_calibration
 from streamda.config import DataConfig
 from streamda.memory import PeakMeter, format_size
-from streamda.setup import load_tokenizer, max_positions
+from streamda.setup import load_tokenizer
 
 RANK, BETA, GAMMA, DAMPING = 8, 0.03, 1024.0, 1e-6
 """The published defaults."""

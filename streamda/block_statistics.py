@@ -14,21 +14,29 @@ from typing import Any, Protocol, overload
 
 import torch
 
-from streamda.factors import mirror_lower_
+from streamda.factors import mirror_lower_, round_to_pairs_
 from streamda.layers import BlockSpec, InputGroup
-from streamda.panels import PANEL_ROWS, Panel, block_panels
+from streamda.panels import FLOAT32_BYTES, PANEL_ROWS, Panel, block_panels
 
 TILE = PANEL_ROWS
 TILES_AT_A_TIME = 2
-"""Tiles that are read at a time where a band is not wanted in the float32 it is stored in."""
+"""Tiles that are read at a time where a band is not wanted in the dtype it is stored in."""
 
 PanelMaker = Callable[[Panel, torch.device], torch.Tensor]
-"""Makes the sums of a panel, zero, float32."""
+"""Makes the sums of a panel, zero, float32 or as wide as the panel says."""
+
+
+_Kind = tuple[tuple[int, ...], torch.dtype]
+"""Shape and dtype."""
+
+
+def _dtype_of(panel: Panel) -> torch.dtype:
+    return torch.float32 if panel.item_bytes == FLOAT32_BYTES else torch.float64
 
 
 def zero_panel(panel: Panel, device: torch.device) -> torch.Tensor:
     """The sums of a panel before anything is added, in memory of their own."""
-    return torch.zeros(panel.shape, device=device)
+    return torch.zeros(panel.shape, device=device, dtype=_dtype_of(panel))
 
 
 class StatisticsSink(Protocol):
@@ -42,7 +50,7 @@ class StatisticsSink(Protocol):
 
         Args:
             panel: whole tile rows of one statistic.
-            values: its sums, [rows, columns] float32 ([rows] for an output moment).
+            values: its sums, [rows, columns] ([rows] for an output moment), of `new_panel`'s dtype.
         """
 
     def write_facts(self, module: str, facts: Mapping[str, Any]) -> None:
@@ -60,7 +68,9 @@ class BlockStatistics(ABC):
 
     @abstractmethod
     def sums(self, module: str, statistic: str, *where: slice) -> torch.Tensor:
-        """A copy of a region of the sums of a statistic, float32; of an input moment only its lower tiles are there.
+        """A copy of a region of the sums of a statistic, of an input moment only of its lower tiles.
+
+        Float32, but for an input moment that was summed in float64.
 
         Raises:
             DamagedError: on disk, it is not what was committed, or not finite.
@@ -94,14 +104,13 @@ class BlockStatistics(ABC):
         return moment
 
     def moment_tiles(self, group: InputGroup, row: int, columns: slice) -> torch.Tensor:
-        """Tiles side by side in the lower triangle of a mean input moment, float32, where the sums lie."""
+        """Tiles side by side in the lower triangle of a mean input moment, where the sums lie, and as wide as they."""
         rows = slice(row, row + TILE)
         if group.token_rows:
             left, right = (self.token_rows(group.name, "input_rows", columns=each) for each in (rows, columns))
             block = left.T @ right
         else:
             block = self.sums(group.name, "input_moment", rows, columns)
-        # divided in float32, so that what is solved and what `open_statistics` shows are the same numbers
         return _mean_(block, self.facts(group.name)["num_tokens"])
 
     def gradient(self, module: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -137,6 +146,11 @@ def _mean_(sums: torch.Tensor, count: int) -> torch.Tensor:
     return sums.div_(torch.tensor(max(1, count), dtype=sums.dtype, device=sums.device))
 
 
+def sums_dtype(group: InputGroup) -> torch.dtype:
+    """In which an input moment was summed."""
+    return torch.float32 if group.moment_bytes == FLOAT32_BYTES else torch.float64
+
+
 class HeldStatistics(BlockStatistics):
     """Statistics that stay in memory, on the device that made them, until their block is solved."""
 
@@ -151,25 +165,28 @@ class HeldStatistics(BlockStatistics):
         self.spec = spec
         self._facts: dict[str, dict[str, Any]] = {}
         self._panels: dict[tuple[str, str, int], torch.Tensor] = {}
-        self._spare: defaultdict[tuple[int, ...], list[torch.Tensor]] = defaultdict(list)
+        self._spare: defaultdict[_Kind, list[torch.Tensor]] = defaultdict(list)
         if solved is not None:
-            left: defaultdict[tuple[int, ...], list[torch.Tensor]] = defaultdict(list)
+            left: defaultdict[_Kind, list[torch.Tensor]] = defaultdict(list)
             for values in solved._panels.values():
-                left[tuple(values.shape)].append(values)
+                left[tuple(values.shape), values.dtype].append(values)
             solved._panels.clear()
             for panel in block_panels(spec):
-                if left[panel.shape]:
-                    self._spare[panel.shape].append(left[panel.shape].pop())
+                kind = panel.shape, _dtype_of(panel)
+                if left[kind]:
+                    self._spare[kind].append(left[kind].pop())
 
     def new_panel(self, panel: Panel, device: torch.device) -> torch.Tensor:
         """As `StatisticsSink` says."""
-        spare = self._spare[panel.shape]
+        spare = self._spare[panel.shape, _dtype_of(panel)]
         return spare.pop().zero_() if spare else zero_panel(panel, device)
 
     def write_panel(self, panel: Panel, values: torch.Tensor) -> None:
         """As `StatisticsSink` says."""
         if panel.statistic == "input_moment":
             mirror_lower_(values[:, panel.start : panel.stop])
+        if values.dtype == torch.float64:
+            round_to_pairs_(values)
         self._panels[panel.module, panel.statistic, panel.start] = values
 
     def write_facts(self, module: str, facts: Mapping[str, Any]) -> None:
@@ -217,7 +234,7 @@ class MeanMoment:
         parts: list[torch.Tensor] = []
         for start in range(0, self._group.d_in, TILE):
             tile = self._statistics.moment_tiles(self._group, start, slice(start, start + TILE))
-            parts.append(tile.diagonal().double())
+            parts.append(tile.diagonal().to(torch.float64, copy=True))  # a view would hold all tiles
         self._only_tile = tile if len(parts) == 1 else None
         return torch.cat(parts).to(self._device)
 
@@ -228,7 +245,7 @@ class MeanMoment:
         tile, self._only_tile = self._only_tile, None
         if tile is not None:
             return tile.to(self._device, dtype)
-        if dtype == torch.float32:
+        if dtype == torch.float32 and self._group.moment_bytes == FLOAT32_BYTES:
             return self._statistics.moment_tiles(self._group, start, slice(stop)).to(self._device)
         band = torch.empty(stop - start, stop, dtype=dtype, device=self._device)
         for column in range(0, stop, TILE * TILES_AT_A_TIME):

@@ -13,7 +13,7 @@ from typing import Any
 
 from streamda.errors import ConfigError
 
-PHASE_PRECISION = {"solve": "float64", "solve_float32": "float32"}
+PHASE_PRECISION = {"statistics_float64": "float64", "solve": "float64", "solve_float32": "float32"}
 """Of the phases of a plan's FLOPs that are not computed in the compute dtype."""
 _UNITS = {"flops": "FLOP/s", "flops64": "FLOP/s", "read": "bytes/s", "write": "bytes/s"}
 

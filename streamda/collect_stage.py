@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from streamda.batches import MicroBatch, collate, make_micro_batches
+from streamda.batches import MicroBatch, collate
 from streamda.block_statistics import BlockStatistics, HeldStatistics, StatisticsSink
 from streamda.boundary import BoundaryStore
 from streamda.checkpoint import Checkpoint
@@ -115,10 +115,10 @@ class Collection:
 
     def _micro_batches(self, chosen: Sequence[int]) -> tuple[MicroBatch, ...]:
         """Of some of the samples; no batch is larger than the plan's largest."""
-        limit, lengths = self._plan.micro_batch_tokens, self._prepared.lengths
+        cut, limit, lengths = self._prepared.micro_batches, self._plan.micro_batch_tokens, self._prepared.lengths
         if len(chosen) < len(lengths):
-            limit = min(limit, max(batch.num_rows for batch in make_micro_batches(lengths, limit)))
-        return make_micro_batches([lengths[index] for index in chosen], limit)
+            limit = min(limit, max(batch.num_rows for batch in cut(lengths, limit)))
+        return cut([lengths[index] for index in chosen], limit)
 
     def _leave_out(self, reasons: Mapping[int, str]) -> None:
         """Records samples as left out, once nothing is there any more that was made with them.

@@ -8,6 +8,7 @@ from types import TracebackType
 
 import torch
 
+from streamda.block_statistics import sums_dtype
 from streamda.factors import LayerStatistics, mirror_lower_
 from streamda.rundir import RunDirectory
 from streamda.store import BlockStatisticsReader, stats_unit
@@ -34,7 +35,8 @@ class Statistics(Mapping[str, LayerStatistics]):
         reader = BlockStatisticsReader(self._run.units, self._modules[name])
         cpu = torch.device("cpu")
         facts = reader.facts(name)
-        moment = reader.input_moment(reader.spec.group_of(name), torch.float32, cpu)
+        group = reader.spec.group_of(name)
+        moment = reader.input_moment(group, sums_dtype(group), cpu)
         return LayerStatistics(
             name=name,
             gradient=reader.gradient(name, torch.float32, cpu),

@@ -96,7 +96,7 @@ class CollectConfig:
     token_mask: TokenMask = option(
         "attention", "Tokens that enter the second moments: every real token, or those that predict a label."
     )
-    dtype: ComputeDtype = option("auto", "Compute dtype. auto: bfloat16 on CUDA, float32 on CPU.")
+    dtype: ComputeDtype = option("auto", "Compute dtype. auto: bfloat16 on a GPU that multiplies it, else float32.")
     micro_batch_tokens: str = option(
         "auto", "Tokens per micro-batch, or auto. Changes speed and rounding, not meaning."
     )

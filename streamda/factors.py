@@ -16,8 +16,11 @@ Conventions, stated here once (PyTorch orientation; arXiv 2510.24561, section 4)
   output moment  ``g * g`` over chosen tokens  [d_out]        number of chosen tokens
   ============== ============================================ ==========================
 
-* Sums are float32 whatever the dtype of the operands. On CUDA, bfloat16 operands are multiplied with float32
+* Sums are float32, or wider, whatever the dtype of the operands. On CUDA, bfloat16 operands are multiplied with float32
   accumulation and float32 output, which loses nothing: the product of two bfloat16 numbers is exact in float32.
+* Where a CPU computes in float32, products of inputs are summed in float64. The damping is a millionth and less of a
+  moment's larger eigenvalues, and the rounding of float32 sums as large as its smaller ones, which the inverse makes
+  large: that alone put layers of small models, and one in two hundred of a real one, a percent off.
 * Only the lower triangle of an input moment is accumulated, by panels of rows ``[start, stop)`` and columns
   ``[0, stop)``. Above the diagonal a panel holds whatever the last partial block left there.
 """
@@ -35,6 +38,10 @@ NORM_ROWS = 1024
 """Rows of a weight whose norm is taken at a time: a float64 copy of the whole would be larger than the block."""
 SMALLEST_NORM = 1e-12
 """A float32 norm below it may have lost squares to underflow."""
+WIDE_BYTES = 32 << 20
+"""Of inputs that are cast to float64 at a time."""
+DEVICE_TRIANGLE_ROWS = 1024
+"""As `TRIANGLE_ROWS` of a GPU, which larger products fill better. Unmeasured."""
 SQUARE_COLUMNS = 2048
 """Output features squared at a time, so that no copy of all gradients is made."""
 
@@ -47,7 +54,7 @@ class LayerStatistics:
     gradient: torch.Tensor
     """[d_out, d_in] float32: mean over samples of dloss/dW."""
     input_moment: torch.Tensor
-    """[d_in, d_in] float32, symmetric: mean over tokens of x x^T."""
+    """[d_in, d_in], symmetric: mean over tokens of x x^T; float64 where it was summed so, else float32."""
     output_moment: torch.Tensor
     """[d_out] float32: mean over tokens of g * g."""
     num_tokens: int
@@ -79,16 +86,44 @@ def add_input_moment_(total: torch.Tensor, x: torch.Tensor, start: int) -> None:
     """Adds the lower triangle of ``x^T x`` to a panel of rows ``[start, stop)`` and columns ``[0, stop)``.
 
     Args:
-        total: [stop - start, stop] float32, changed in place.
+        total: [stop - start, stop] float32 or, on a CPU, float64; changed in place.
         x: [tokens, d_in].
         start: first row of the panel.
     """
+    stop = start + total.shape[0]
+    if total.dtype == torch.float64:
+        step = wide_tokens(stop)
+        for token in range(0, x.shape[0], step):
+            add_triangle_(total, x[token : token + step, :stop].double(), start)
+        return
     if not _is_mixed(total, x):
         add_triangle_(total, x.to(total.dtype), start)
         return
-    for row, end in triangle_rows(start, start + total.shape[0]):
+    for row, end in triangle_rows(start, stop, DEVICE_TRIANGLE_ROWS):
         block = total[row - start : end - start, :end]
         block.add_(torch.mm(x[:, row:end].T, x[:, :end], out_dtype=total.dtype))
+
+
+def wide_tokens(columns: int) -> int:
+    """Tokens that are cast to float64 at a time."""
+    return max(1, WIDE_BYTES // (8 * columns))
+
+
+def round_to_pairs_(sums: torch.Tensor) -> torch.Tensor:
+    """Rounds float64 sums [rows, columns] to what two float32 numbers hold, as they are stored; in place, returned."""
+    step = max(1, wide_tokens(sums.shape[1]) // 4)
+    for row in range(0, sums.shape[0], step):
+        rows = sums[row : row + step]
+        high = rows.float()
+        rows.copy_(rows.sub_(high).float()).add_(high)
+    return sums
+
+
+def fits_float32(sums: torch.Tensor) -> bool:
+    """Whether all sums are finite, and are so as float32 numbers."""
+    return is_finite(sums) and (
+        sums.dtype == torch.float32 or largest_magnitude(sums) <= torch.finfo(torch.float32).max
+    )
 
 
 def add_output_moment_(total: torch.Tensor, g: torch.Tensor) -> None:

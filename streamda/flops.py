@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 from streamda.costs import Workload
 from streamda.eigen import GUARD_VECTORS, guard_vectors
+from streamda.layers import InputGroup
 from streamda.low_rank import extra_vectors
-from streamda.panels import Replay
+from streamda.panels import FLOAT32_BYTES, Replay
 from streamda.products import TRIANGLE_ROWS
 from streamda.solve_bytes import INVERTED_SIZE, few_tokens, is_stepwise
 from streamda.solve_plan import needs_basis
@@ -25,7 +26,7 @@ SVD_FLOPS, EIGH_FLOPS = 22, 9
 def count_flops(
     workload: Workload, schedule: Sequence[tuple[Replay, ...]], rank: int, blocks_again: Sequence[int]
 ) -> dict[str, int]:
-    """Work by phase: forward, epilogue, replay, statistics, solve (what is done in float64), solve_float32.
+    """Work by phase: forward, epilogue, replay, statistics, statistics_float64, solve (in float64), solve_float32.
 
     Args:
         workload: the model and the samples.
@@ -36,16 +37,16 @@ def count_flops(
     rows = workload.num_rows
     again = [workload.blocks[index] for index in blocks_again]
     forward = sum(2 * cost.weight_count * rows for cost in (*workload.blocks, *again))
-    replay = statistics = solve = solve_float32 = 0
+    replay = statistics = wide_statistics = solve = solve_float32 = 0
     for cost, replays in zip(workload.blocks, schedule, strict=True):
         for item in replays or (Replay(()),):
             replay += ((4 if item.needs_backward else 2) * cost.weight_count - 2 * cost.unread_count) * rows
-        statistics += sum(
-            2 * (p.stop - p.start) * (p.columns + p.start) // 2 * rows
-            for r in replays
-            for p in r.panels
-            if p.statistic == "input_moment"
-        )
+        for panel in (p for r in replays for p in r.panels if p.statistic == "input_moment"):
+            operations = 2 * (panel.stop - panel.start) * (panel.columns + panel.start) // 2 * rows
+            if panel.item_bytes == FLOAT32_BYTES:
+                statistics += operations
+            else:
+                wide_statistics += operations
         statistics += sum(
             2 * (p.stop - p.start) * p.columns * rows for r in replays for p in r.panels if p.statistic == "gradient"
         )
@@ -57,7 +58,7 @@ def count_flops(
             elif tokens:
                 in_float64, in_float32 = _span_flops(group.d_in, widths, rank, tokens), 0
             else:
-                in_float64, in_float32 = _solve_flops(group.d_in, widths, rank, rows)
+                in_float64, in_float32 = _solve_flops(group, widths, rank, rows)
             solve += in_float64
             solve_float32 += in_float32
     head = 4 * workload.num_labels * workload.vocab_size * workload.hidden_size
@@ -66,6 +67,7 @@ def count_flops(
         "epilogue": head,
         "replay": replay,
         "statistics": statistics,
+        "statistics_float64": wide_statistics,
         "solve": solve,
         "solve_float32": solve_float32,
     }
@@ -107,14 +109,20 @@ def _symmetric(size: int) -> int:
     return size * min(2 * size, size + TRIANGLE_ROWS)
 
 
-def _solve_flops(d_in: int, widths: Sequence[int], rank: int, num_tokens: int) -> tuple[int, int]:
-    """Of an input group whose layers have `widths` outputs, in float64 and in float32."""
+def _solve_flops(group: InputGroup, widths: Sequence[int], rank: int, num_tokens: int) -> tuple[int, int]:
+    """Of an input group with sums, whose layers have `widths` outputs, in float64 and in float32."""
+    d_in = group.d_in
     if 0 < num_tokens <= few_tokens(d_in):
         wide = num_tokens + extra_vectors(d_in, num_tokens)
-        # a product with the moment, its orthogonal basis; the gradient on the span
-        single = 2 * d_in**2 * wide + 4 * d_in * wide**2 + sum(2 * d_in * d_out * num_tokens for d_out in widths)
+        # a product with the moment, as wide as that, and its orthogonal basis; the gradient on the span
+        ranging = 2 * d_in**2 * wide + 4 * d_in * wide**2
+        single = sum(2 * d_in * d_out * num_tokens for d_out in widths)
         # the second product, a basis again, an SVD; per layer what its gradient makes, eigenvalues and eigenvectors
-        shared = 2 * d_in**2 * wide + 4 * d_in * wide**2 + SVD_FLOPS * num_tokens**3
+        shared = ranging + SVD_FLOPS * num_tokens**3
+        if group.moment_bytes == FLOAT32_BYTES:
+            single += ranging
+        else:
+            shared += ranging
         return shared + sum(
             d_out * _symmetric(num_tokens) + _on_span_flops(num_tokens, rank) for d_out in widths
         ), single

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from streamda.batches import Batch
 from streamda.block_statistics import PanelMaker, zero_panel
 from streamda.errors import ModelError, NumericalError
-from streamda.factors import add_gradient_, add_input_moment_, add_output_moment_, is_finite
+from streamda.factors import add_gradient_, add_input_moment_, add_output_moment_, fits_float32
 from streamda.layers import BlockSpec, InputGroup
 from streamda.panels import OF_INPUTS, Panel
 
@@ -88,7 +88,7 @@ class PanelCollector:
         bad: dict[str, str] = {}
         for panel, total in self.totals.items():
             # above the diagonal an input moment's panel holds partial blocks, finite like the rest
-            if not is_finite(total):
+            if not fits_float32(total):
                 shared = panel.statistic in OF_INPUTS
                 names = self._spec.group_of(panel.module).modules if shared else (panel.module,)
                 what = {"input_rows": "input", "output_rows": "output gradient"}.get(panel.statistic, panel.statistic)

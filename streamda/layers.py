@@ -55,6 +55,8 @@ class InputGroup:
     """Tokens, at most, whose inputs and output gradients are kept as they are; 0 where their products are summed up."""
     min_tokens: int = 0
     """Tokens that its layers see in any case; 0 where nobody knows, as of routed ones and of statistics on disk."""
+    moment_bytes: int = 4
+    """Of each sum of its input moment: 8 where products are summed in float64."""
 
     @property
     def name(self) -> str:
@@ -222,13 +224,15 @@ def _require_quick(pattern: str, names: Sequence[str]) -> None:
 def _require_peft_adapts(model: nn.Module, names: Sequence[str]) -> None:
     """Asks PEFT for an adapter on one layer of each kind, for what it refuses it would refuse at the end of a run only.
 
+    A kind is a name without its numbers: a shared expert's ``gate_proj`` is another one than that of a dense block.
+
     Some of Mamba's layers it does not adapt. Of mixtures of experts that transformers fused, it takes names that once
     were an expert's (``gate_proj``) for the fused weights, wherever a layer of that name lies.
 
     Raises:
         ConfigError: with PEFT's reason, or the layers that it does not adapt.
     """
-    kinds = {name.rsplit(".", 1)[-1]: name for name in names}
+    kinds = {tuple(part for part in name.split(".") if not part.isdecimal()): name for name in names}
     conv1d = any(isinstance(model.get_submodule(name), Conv1D) for name in kinds.values())
     config = LoraConfig(r=1, target_modules="|".join(map(re.escape, kinds.values())), fan_in_fan_out=conv1d)
     try:
@@ -238,9 +242,9 @@ def _require_peft_adapts(model: nn.Module, names: Sequence[str]) -> None:
     except ValueError as error:
         raise ConfigError(f"PEFT refuses to adapt these layers: {error}") from error
     reached = {name for name, module in adapted.named_modules() if isinstance(module, LoraLayer)}
-    lost = [kind for kind, name in kinds.items() if name not in reached]
+    lost = dict.fromkeys(kind[-1] for kind, name in kinds.items() if name not in reached)
     if lost:
-        rest = ",".join(kind for kind in kinds if kind not in lost)
+        rest = ",".join(dict.fromkeys(kind[-1] for kind in kinds if kind[-1] not in lost))
         raise ConfigError(
             f"PEFT takes {', '.join(lost)} of this model for the weights of its experts and does not adapt the layers "
             f"of that name; use --target-modules {rest or 'with other names'}"

@@ -3,7 +3,8 @@
 The rank is a few hundred where a second moment was summed over a few hundred tokens. Then two products with a few
 hundred vectors (randomized range finder, arXiv 0909.4061, then the Nystrom approximation on the range found) replace
 the n^3/3 operations of a Cholesky factorization, and the matrix is read twice whatever its rank. The first product only
-has to find the range, to which the second applies the matrix: float32 does for it, and loses no digit of the result.
+has to find the range, to which the second applies the matrix: the dtype that the matrix was summed in does for it, and
+loses no digit of the result.
 
 The matrix is first scaled to a unit diagonal: a sum of products in float32 is off by its rounding relative to
 ``sqrt(M_ii M_jj)``, so that after scaling one tolerance serves channels of all sizes.
@@ -33,9 +34,13 @@ rank is higher, leaves far more."""
 
 
 def low_rank_factor(
-    read: Callable[[int, torch.dtype], torch.Tensor], diagonal: torch.Tensor, num_bands: int, max_rank: int
+    read: Callable[[int, torch.dtype], torch.Tensor],
+    diagonal: torch.Tensor,
+    num_bands: int,
+    max_rank: int,
+    dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor | None:
-    """Factorizes a symmetric positive semidefinite matrix of rank at most `max_rank`, up to the rounding of float32.
+    """Factorizes a symmetric positive semidefinite matrix of rank at most `max_rank`, up to its rounding.
 
     Args:
         read: gives band i of the lower triangle, [rows, stop] in the dtype asked for, as `streamda.cholesky` cuts
@@ -43,6 +48,7 @@ def low_rank_factor(
         diagonal: [n] float64, none negative.
         num_bands: bands of the matrix.
         max_rank: the rank is known to be no higher.
+        dtype: that the matrix was summed in. Sums in float64 are known to what a pair of float32 numbers holds.
 
     Returns:
         F [n, k] float64 with k the directions that stand out of the rounding, at most `max_rank`; None where the rank
@@ -62,7 +68,7 @@ def low_rank_factor(
         return torch.randn(size, count, generator=generator).double().to(diagonal.device)
 
     width = max_rank + extra_vectors(size, max_rank) - PROBES
-    found = times(draw(width), torch.float32)
+    found = times(draw(width), dtype)
     if not bool(torch.isfinite(found).all()):
         return None
     basis = torch.linalg.qr(found).Q.double()
@@ -78,7 +84,8 @@ def low_rank_factor(
     if bool((values[: width - max_rank].abs() > MAX_SURPLUS).any()):
         return None
     # rounding makes a symmetric matrix of entries of about eps, whose norm is twice eps times the root of the size
-    noise = 2 * torch.finfo(torch.float32).eps * math.sqrt(size)
+    eps = torch.finfo(torch.float32).eps
+    noise = 2 * (eps if dtype == torch.float32 else eps**2) * math.sqrt(size)
     kept = values > noise
     kept[: width - max_rank] = False
     factor: torch.Tensor = images @ (rotation[:, kept] / values[kept].sqrt())

@@ -35,6 +35,8 @@ class Panel:
     stop: int
     columns: int
     """1 for an output moment; `stop` for an input moment, whose upper triangle is not kept."""
+    item_bytes: int = FLOAT32_BYTES
+    """Of each sum."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -44,8 +46,8 @@ class Panel:
 
     @property
     def num_bytes(self) -> int:
-        """Float32 bytes."""
-        return (self.stop - self.start) * self.columns * FLOAT32_BYTES
+        """Bytes of its sums."""
+        return (self.stop - self.start) * self.columns * self.item_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,7 @@ def block_panels(spec: BlockSpec) -> tuple[Panel, ...]:
             continue
         for start in range(0, group.d_in, PANEL_ROWS):
             stop = min(start + PANEL_ROWS, group.d_in)
-            panels.append(Panel("input_moment", group.name, start, stop, stop))
+            panels.append(Panel("input_moment", group.name, start, stop, stop, group.moment_bytes))
     return tuple(panels)
 
 
@@ -101,7 +103,7 @@ def panel_tokens(d_in: int, widths: Sequence[int]) -> int:
 
 
 def statistics_bytes(spec: BlockSpec) -> int:
-    """Float32 bytes of a block's statistics."""
+    """Bytes of a block's statistics."""
     return sum(panel.num_bytes for panel in block_panels(spec))
 
 
@@ -116,8 +118,8 @@ def stored_bytes(spec: BlockSpec) -> int:
     total = 0
     for panel in block_panels(spec):
         height = heights.setdefault((panel.module, panel.statistic), padded(panel.stop - panel.start))
-        total += height * padded(panel.columns)
-    return FLOAT32_BYTES * total
+        total += height * padded(panel.columns) * panel.item_bytes
+    return total
 
 
 def pack_replays(panels: Sequence[Panel], capacity_bytes: int) -> tuple[Replay, ...] | None:

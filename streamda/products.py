@@ -55,7 +55,7 @@ MKL_COLUMNS, MKL_MOST_ROWS, MKL_LEAST_TERMS = 1024, 1024, 2048
 """Columns of a product with a large weight at a time, where its rows are no more than the second number and its sums no
 shorter than the third: on Zen 3 a block of a 13B model takes a quarter less time forward at 512 rows. With more rows
 MKL's own cut is as good; what short sums give takes too long to copy."""
-TRIANGLE_ROWS = 256
+TRIANGLE_ROWS = 192
 """Rows per product inside a triangle. Smaller skips more of what is above the diagonal (of 576 columns 256 skips a
 third), larger keeps the matrix products big enough to run at full rate."""
 TILE_ROWS, TILE_COLUMNS = 256, 2048
@@ -175,10 +175,11 @@ def add_triangle_(total: torch.Tensor, x: torch.Tensor, start: int) -> None:
         del operand  # before the next one is made
 
 
-def triangle_rows(start: int, stop: int) -> Iterator[tuple[int, int]]:
+def triangle_rows(start: int, stop: int, step: int = 0) -> Iterator[tuple[int, int]]:
     """Cuts rows ``[start, stop)`` of a triangle into those of one product each, by their first and last bound."""
-    for row in range(start, stop, TRIANGLE_ROWS):
-        yield row, min(row + TRIANGLE_ROWS, stop)
+    step = step or TRIANGLE_ROWS
+    for row in range(start, stop, step):
+        yield row, min(row + step, stop)
 
 
 class _Linear(torch.autograd.Function):

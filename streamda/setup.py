@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from streamda.batches import make_micro_batches
+from streamda.batches import MicroBatch, make_micro_batches
 from streamda.blocks import DecoderStack
 from streamda.calibration import CalibrationSet, load_calibration
 from streamda.checkpoint import Checkpoint
@@ -29,13 +29,15 @@ from streamda.model_source import ModelSource, find_model
 from streamda.plan import Plan, make_plan, minimum_bytes
 from streamda.products import product_library
 from streamda.skeleton import build_skeleton, load_config, third_party
-from streamda.token_counts import makes_sums, rank_deficient
+from streamda.token_counts import makes_sums, moment_bytes, rank_deficient
 from streamda.workload import WorkloadModel, micro_batch_candidates
 
-STATISTICS_VERSION = 5
+STATISTICS_VERSION = 6
 """Raised with every change that gives a block other statistics from the same model and samples."""
 NUMERIC_LIBRARIES = ("torch", "transformers", "numpy", "zarr", "numcodecs")
 """Libraries whose version may decide the last bits of the statistics."""
+NATIVE_BFLOAT16 = 8
+"""Compute capability from which on a GPU of NVIDIA's multiplies bfloat16; others emulate it, or refuse."""
 HOST_SHARE = 0.5
 """Share of free host memory for boundary states beside a GPU where --max-host-mem is not given."""
 
@@ -128,7 +130,15 @@ class Prepared:
 
     def num_rows(self, micro_batch_tokens: int) -> int:
         """Tokens computed, padding included."""
-        return sum(batch.num_rows for batch in make_micro_batches(self.lengths, micro_batch_tokens))
+        return sum(batch.num_rows for batch in self.micro_batches(self.lengths, micro_batch_tokens))
+
+    def micro_batches(self, lengths: Sequence[int], max_tokens: int) -> tuple[MicroBatch, ...]:
+        """Samples of those lengths put together, as they pass through the blocks one after another."""
+        batches = make_micro_batches(lengths, max_tokens, padded=self.stack.is_causal)
+        if self.device.type == "cpu":
+            return batches
+        # a GPU's allocator serves a small one from what a large one has left, and not the other way round
+        return tuple(sorted(batches, key=lambda batch: -batch.num_rows))
 
     def specs(self, micro_batch_tokens: int, *, keep_statistics: bool) -> list[BlockSpec]:
         """The adapted layers of all blocks, and whether rows stand for their statistics.
@@ -184,14 +194,15 @@ def prepare(config: RunConfig, *, weights: bool, solves: bool = True) -> Prepare
         require_rank(targets.linears, config.solve.rank)
     tokenizer = load_tokenizer(source.folder, config.trust_remote_code)
     calibration = load_calibration(
-        config.data, tokenizer, vocab_size=stack.vocab_size, max_positions=max_positions(model_config)
+        config.data, tokenizer, vocab_size=stack.vocab_size, max_positions=stack.max_positions
     )
     num_labels = sum(sample.num_label_tokens for sample in calibration.samples)
     lengths = [sample.num_tokens for sample in calibration.samples]
     if checkpoint is not None:  # a configuration may say another dtype than the files have
         stored_bytes = checkpoint.map.stored_itemsize
     sure = 0 if config.skip_bad_samples else num_labels
-    work = WorkloadModel(stack, targets, lengths, num_labels, stored_bytes, min_tokens=sure)
+    width = moment_bytes(config, dtype, device)
+    work = WorkloadModel(stack, targets, lengths, num_labels, stored_bytes, min_tokens=sure, moment_bytes=width)
     notices = [*bounded, *source.notices, *(checkpoint.map.notices if checkpoint is not None else ())]
     if calibration.is_shipped:
         notices.append(
@@ -203,7 +214,7 @@ def prepare(config: RunConfig, *, weights: bool, solves: bool = True) -> Prepare
         notices.append(f"outside the decoder blocks, so left without an adapter: {', '.join(targets.outside[:5])}")
     num_tokens = num_labels if config.collect.token_mask == "labels" else sum(lengths)
     sums = config.keep_statistics or not solves or makes_sums(config, dtype)
-    if short := rank_deficient(targets, num_tokens, sums):
+    if short := rank_deficient(targets, num_tokens, sums, width):
         notices.append(short)
     return Prepared(config, source, stack, checkpoint, tokenizer, calibration, targets, budget, work, tuple(notices))
 
@@ -227,10 +238,17 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The compute dtype: bfloat16 on CUDA, float32 on a CPU, where bfloat16 products are often emulated."""
+    """The compute dtype: bfloat16 on a GPU that multiplies it; float32 elsewhere, as on a CPU, where few do."""
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        return torch.bfloat16 if _multiplies_bfloat16(device) else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
+    # PyTorch's own question is answered with yes where it is emulated; AMD's GPUs have it
+    return torch.version.hip is not None or torch.cuda.get_device_properties(device).major >= NATIVE_BFLOAT16
 
 
 def choose_budget(config: RunConfig, device: torch.device) -> MemoryBudget:
@@ -263,19 +281,15 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizer
     return tokenizer
 
 
-def max_positions(config: PretrainedConfig) -> int | None:
-    """Positions that the model knows; rotary models silently accept more, learned positions do not."""
-    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
-        value = getattr(config, name, None)
-        if isinstance(value, int) and value > 0:
-            return value
-    return None
-
-
 def versions() -> dict[str, str]:
     """Versions of what decides the numbers."""
     names = ("streamda", *NUMERIC_LIBRARIES, "accelerate", "safetensors", "peft", "datasets")
     return {name: importlib.metadata.version(name) for name in names}
+
+
+def device_name(device: torch.device) -> str:
+    """What decides last bits of its products; of a CPU the libraries and threads do, which are told beside it."""
+    return device.type if device.type == "cpu" else f"{device.type}, {torch.cuda.get_device_name(device)}"
 
 
 def fingerprint_parts(prepared: Prepared, model: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -300,7 +314,7 @@ def fingerprint_parts(prepared: Prepared, model: dict[str, Any]) -> dict[str, di
         },
         "numerics": {
             **{name: found for name, found in versions().items() if name in NUMERIC_LIBRARIES},
-            "device": prepared.device.type,
+            "device": device_name(prepared.device),
             "threads": torch.get_num_threads(),
             "products": product_library(prepared.device),
         },

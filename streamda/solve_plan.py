@@ -35,8 +35,8 @@ WORKSPACE_BYTES = 64 << 20
 """What a run takes beside its tensors: interpreter objects, kernels and buffers of the matrix libraries, buffers of the
 tensor reader and of the statistics writer. Measured on CPU, see tests/test_memory_bound.py."""
 TILE_COPIES, HELD_TILE_COPIES = 6, 3
-"""Float32 copies of a tile that are there while two are read at a time: the reader's two, and two of each in Zarr, as
-they lie in the file and decompressed. From memory, the reader's two and what it compares of a diagonal one."""
+"""Copies of a tile that are there while two are read at a time: the reader's two, and two of each in Zarr, as
+they lie in the file and decompressed. From memory, the reader's two, and one for what is made of them."""
 
 ROWS_PER_INPUT = 1.5
 """Tokens for each input, below which a layer is solved from their rows: with hardly more tokens than inputs the
@@ -125,6 +125,7 @@ def solve_layout(
     tile_copies: int = TILE_COPIES,
     token_rows: int = 0,
     min_tokens: int = 0,
+    moment_bytes: int = FLOAT32_BYTES,
 ) -> SolveLayout:
     """The fastest layout that fits, or the smallest one where none does.
 
@@ -137,6 +138,7 @@ def solve_layout(
         tile_copies: of a tile of the statistics while they are read.
         token_rows: that stand for the statistics; 0 for sums.
         min_tokens: that they are of, at least. Where there may be few, those are provided for.
+        moment_bytes: of each sum of the input moment.
     """
     if token_rows and not needs_basis(d_in, token_rows):
         return SolveLayout(0, "float32", token_rows_bytes(d_in, d_out, token_rows), 0)
@@ -144,7 +146,7 @@ def solve_layout(
     forms: tuple[GradientForm, ...] = ("float64", "float32", "streamed")
     choices = [(whole, form) for form in forms]
     choices += [(count, form) for form in forms[1:] for count in range(whole - 1, -1, -1)]
-    tiles = tile_copies * min(d_in, PANEL_ROWS) ** 2 * FLOAT32_BYTES
+    tiles = tile_copies * min(d_in, PANEL_ROWS) ** 2 * (FLOAT32_BYTES if token_rows else moment_bytes)
     if token_rows:
         bases = [(whole, form, True) for form in forms[:2]] + [(count, form, False) for count, form in choices]
         return _fastest([_basis_layout(token_rows, d_in, d_out, rank, each, tiles) for each in bases], capacity_bytes)
@@ -169,15 +171,21 @@ def solve_layouts(
 ) -> list[SolveLayout]:
     """How each kind of input group is solved; none where the rank is 0 and nothing is."""
     kinds = {
-        (group.d_in, max(spec.linear(name).d_out for name in group.modules), group.token_rows, group.min_tokens)
+        (
+            group.d_in,
+            max(spec.linear(name).d_out for name in group.modules),
+            group.token_rows,
+            group.min_tokens,
+            group.moment_bytes,
+        )
         for spec in specs
         for group in spec.groups
     }
     if not rank:
         return []
     return [
-        solve_layout(d_in, d_out, rank, capacity, num_tokens, tile_copies, rows, least)
-        for d_in, d_out, rows, least in kinds
+        solve_layout(d_in, d_out, rank, capacity, num_tokens, tile_copies, rows, least, width)
+        for d_in, d_out, rows, least, width in kinds
     ]
 
 

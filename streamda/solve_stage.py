@@ -13,11 +13,10 @@ import torch
 
 from streamda import stopping
 from streamda.adapter import relative_change
-from streamda.block_statistics import BlockStatistics, HeldStatistics, MeanMoment
+from streamda.block_statistics import BlockStatistics, HeldStatistics, sums_dtype
 from streamda.cholesky import Bands
 from streamda.config import SolveConfig
-from streamda.errors import DamagedError, MismatchError, NumericalError
-from streamda.factors import frobenius_norm, largest_magnitude
+from streamda.errors import MismatchError, NumericalError
 from streamda.files import shown
 from streamda.layers import InputGroup, require_rank
 from streamda.memory import release_unused
@@ -33,94 +32,20 @@ from streamda.methods import (
     prepare_token_factor,
     solve_layer,
 )
-from streamda.panels import OF_INPUTS
-from streamda.products import TRIANGLE_ROWS
 from streamda.run_parts import canonical_digest, differences
 from streamda.scratch import SpilledBands
 from streamda.solutions import is_skipped, read_summaries, solve_unit, write_solutions
 from streamda.solve_plan import HELD_TILE_COPIES, TILE_COPIES, GradientForm, needs_basis, solve_layout
+from streamda.solve_reading import CheckedMoment, TokenRows
 from streamda.store import stats_unit
 from streamda.timeline import Timeline
 from streamda.token_basis import BasisGradient
 from streamda.token_span import TokenGradient
 from streamda.units import UnitStore
 
-SOLVER_VERSION = 11
+SOLVER_VERSION = 12
 """Raised with every change that gives a layer another solution from the same statistics and settings: no adapter is to
 mix the two."""
-MAX_ASYMMETRY = 1e-5
-"""Of a stored input moment, relative to its largest value; it was mirrored when it was written."""
-
-
-class _CheckedMoment:
-    """A `MeanMoment` that is looked at as it is read, and whose reading does not count for what is made of it."""
-
-    def __init__(self, moment: MeanMoment, group: InputGroup, timeline: Timeline) -> None:
-        self._moment, self._name, self._timeline = moment, group.name, timeline
-        self._squares: dict[int, float] = {}  # of the entries of each band that was read, with those above the diagonal
-        self._trace = 0.0
-
-    def __len__(self) -> int:
-        return len(self._moment)
-
-    def diagonal(self) -> torch.Tensor:
-        with self._timeline.span("read statistics"):
-            return self._moment.diagonal()
-
-    def band(self, index: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-        stopping.check()  # a factorization asks for its bands one by one
-        with self._timeline.span("read statistics"):
-            band = self._moment.band(index, dtype)
-        if index not in self._squares:
-            start = band.shape[1] - band.shape[0]
-            self._require_symmetric(band[:, start:])
-            below = frobenius_norm(band[:, :start]) if start else 0.0
-            self._squares[index] = 2 * below**2 + frobenius_norm(band[:, start:]) ** 2
-            self._trace += float(band.diagonal(start).sum())
-        return band
-
-    @property
-    def effective_rank(self) -> float | None:
-        """Squared trace over squared Frobenius norm: how many equal eigenvalues would spread as these do.
-
-        None unless all of the moment was read; 0 where it is zero.
-        """
-        if len(self._squares) < len(self._moment):
-            return None
-        squares = sum(self._squares.values())
-        return self._trace**2 / squares if squares else 0.0
-
-    def _require_symmetric(self, tile: torch.Tensor) -> None:
-        """Looks at a diagonal tile [rows, rows]; a factorization reads its lower half only."""
-        largest = largest_magnitude(tile)
-        for row in range(0, tile.shape[0], TRIANGLE_ROWS):
-            rows = slice(row, row + TRIANGLE_ROWS)
-            for column in range(0, row + 1, TRIANGLE_ROWS):
-                columns = slice(column, column + TRIANGLE_ROWS)
-                worst = float((tile[rows, columns] - tile[columns, rows].T).abs().amax())
-                if worst > MAX_ASYMMETRY * largest:
-                    raise DamagedError(
-                        f"{self._name}: its stored input moment is not symmetric (by {worst / largest:.1e} of its "
-                        "largest value); collect the statistics of its block again"
-                    )
-
-
-class _TokenRows:
-    """Rows of a block's statistics as `streamda.token_basis` reads them."""
-
-    def __init__(
-        self, statistics: BlockStatistics, module: str, statistic: str, device: torch.device, timeline: Timeline
-    ) -> None:
-        self._statistics, self._device, self._timeline = statistics, device, timeline
-        self._of = (module, statistic)
-        linear = statistics.spec.linear(module)
-        columns = linear.d_in if statistic in OF_INPUTS else linear.d_out
-        self.shape: tuple[int, int] = (statistics.facts(module)["num_tokens"], columns)
-
-    def part(self, tokens: slice, columns: slice) -> torch.Tensor:
-        stopping.check()
-        with self._timeline.span("read statistics"):
-            return self._statistics.token_rows(*self._of, tokens, columns).to(self._device)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -181,7 +106,8 @@ class Solver:
             if not wanted:
                 continue
             widest = max(statistics.spec.linear(name).d_out for name in group.modules)
-            copies = HELD_TILE_COPIES if isinstance(statistics, HeldStatistics) else TILE_COPIES  # as planned
+            is_held = isinstance(statistics, HeldStatistics)
+            copies = HELD_TILE_COPIES if is_held else TILE_COPIES  # as planned
             layout = solve_layout(
                 group.d_in,
                 widest,
@@ -191,13 +117,15 @@ class Solver:
                 copies,
                 token_rows=group.token_rows,
                 min_tokens=num_tokens,
+                moment_bytes=group.moment_bytes,
             )
             with ExitStack() as stack:
                 places = layout.bands_in_memory, layout.basis_in_memory, layout.basis_in_memory
                 factors = [stack.enter_context(SpilledBands(scratch, place, self.device)) for place in places]
-                moment = _CheckedMoment(statistics.moment(group, self.device), group, self.timeline)
+                moment = statistics.moment(group, self.device)
+                checked = CheckedMoment(moment, group, self.timeline, from_disk=not is_held)
                 try:
-                    factor = self._factorize(statistics, group, wanted, moment, factors)
+                    factor = self._factorize(statistics, group, wanted, checked, factors)
                 except NumericalError as error:
                     facts |= {name: self._left_out(statistics, name, error) for name in wanted}
                     continue
@@ -208,7 +136,7 @@ class Solver:
                     except NumericalError as error:
                         facts[name] = self._left_out(statistics, name, error)
                         continue
-                    spread = moment.effective_rank
+                    spread = checked.effective_rank
                     if group.token_rows:
                         spread = factor.effective_rank if isinstance(factor, TokenFactor | BasisFactor) else 0.0
                     facts[name] = self._facts(statistics, solutions[-1]) | {
@@ -223,12 +151,12 @@ class Solver:
         statistics: BlockStatistics,
         group: InputGroup,
         wanted: tuple[str, ...],
-        moment: _CheckedMoment,
+        moment: CheckedMoment,
         factors: Sequence[SpilledBands],
     ) -> InputFactor | SpannedFactor | TokenFactor | BasisFactor | None:
         damping = self.config.damping
         if needs_basis(group.d_in, group.token_rows):
-            inputs = _TokenRows(statistics, group.name, "input_rows", self.device, self.timeline)
+            inputs = TokenRows(statistics, group.name, "input_rows", self.device, self.timeline)
             with self.timeline.span("cholesky"):
                 return prepare_basis_factor(inputs, damping, wanted, (factors[1], factors[2]), factors[0])
         if group.token_rows:
@@ -238,7 +166,7 @@ class Solver:
                 return prepare_token_factor(rows, damping, wanted)
         with self.timeline.span("cholesky"):
             num_tokens = statistics.facts(group.name)["num_tokens"]
-            return prepare_input_factor(moment, damping, wanted, factors[0], num_tokens)
+            return prepare_input_factor(moment, damping, wanted, factors[0], num_tokens, sums_dtype(group))
 
     def _left_out(self, statistics: BlockStatistics, name: str, error: NumericalError) -> dict[str, Any]:
         """What is kept of a layer without adapter.
@@ -297,7 +225,7 @@ class Solver:
     def _along_basis(
         self, statistics: BlockStatistics, name: str, factor: BasisFactor, form: GradientForm, bands: Bands
     ) -> BasisGradient:
-        rows = _TokenRows(statistics, name, "output_rows", self.device, self.timeline)
+        rows = TokenRows(statistics, name, "output_rows", self.device, self.timeline)
         num_samples = statistics.facts(name)["num_samples"]
         dtype = torch.float64 if form == "float64" else torch.float32
         with self.timeline.span("eigenvectors"):

@@ -6,6 +6,7 @@
             gradient_sum                 [d_out, d_in] float32, tiles of 2048 x 2048
             output_moment_sum            [d_out]
             input_moment_sum             [d_in, d_in]; in the first module of each input group; its lower tiles only
+            input_moment_rest            likewise: what float32 leaves of sums in float64; the sum is both together
 
 Where a run that keeps no statistics has few tokens, `input_rows` [tokens, d_in] and `output_rows` [tokens, d_out] stand
 in the place of the input moments and the gradients, in tiles of as many rows as a panel of them has.
@@ -35,7 +36,7 @@ from streamda.config import StatisticsCodec
 from streamda.errors import DamagedError
 from streamda.factors import is_finite, mirror_lower_
 from streamda.layers import BlockSpec, InputGroup, LinearSpec
-from streamda.panels import Panel, panel_tokens
+from streamda.panels import FLOAT32_BYTES, Panel, panel_tokens
 from streamda.statistics_codecs import zarr_codecs
 from streamda.units import UnitStore
 
@@ -72,6 +73,9 @@ def _array_name(statistic: str) -> str:
     return statistic if statistic.endswith("_rows") else f"{statistic}_sum"
 
 
+_MOMENT, _REST = "input_moment_sum", "input_moment_rest"
+
+
 def _array_shapes(spec: BlockSpec, linear: LinearSpec) -> dict[str, tuple[int, ...]]:
     """Arrays of a module, by name."""
     group = spec.group_of(linear.name)
@@ -82,7 +86,10 @@ def _array_shapes(spec: BlockSpec, linear: LinearSpec) -> dict[str, tuple[int, .
     else:
         shapes["gradient_sum"] = (linear.d_out, linear.d_in)
     if is_first:
-        shapes |= {"input_rows": (tokens, group.d_in)} if tokens else {"input_moment_sum": (group.d_in, group.d_in)}
+        square = (group.d_in, group.d_in)
+        shapes |= {"input_rows": (tokens, group.d_in)} if tokens else {_MOMENT: square}
+        if group.moment_bytes > FLOAT32_BYTES and not tokens:
+            shapes[_REST] = square
     return shapes
 
 
@@ -122,15 +129,27 @@ class BlockStatisticsWriter:
         host = values.to("cpu")
         if panel.statistic == "input_moment":
             mirror_lower_(host[:, panel.start : panel.stop])
-        with self._writing():
-            array = self._groups[panel.module][_array_name(panel.statistic)]
-            assert isinstance(array, zarr.Array)
-            data: npt.NDArray[np.float32] = host.numpy()
-            if host.ndim == 1:
-                array[panel.start : panel.stop] = data
-                return
+        name = _array_name(panel.statistic)
+        if host.dtype == torch.float64:
+            for column in range(0, panel.columns, TILE):  # not two: its two parts are there beside Zarr's copies
+                part = host[:, column : column + TILE]
+                high = part.float()
+                self._write(panel, name, high, column)
+                part.sub_(high)
+                self._write(panel, _REST, high.copy_(part), column)
+        else:
             # one call for the whole row of tiles: Zarr encodes as many at a time as `_zarr_limits` allows it
-            array[panel.start : panel.stop, : panel.columns] = data[:, : panel.columns]
+            self._write(panel, name, host[:, : panel.columns] if host.ndim > 1 else host)
+
+    def _write(self, panel: Panel, name: str, values: torch.Tensor, column: int = 0) -> None:
+        data: npt.NDArray[np.float32] = values.numpy()
+        with self._writing():
+            array = self._groups[panel.module][name]
+            assert isinstance(array, zarr.Array)
+            if values.ndim == 1:
+                array[panel.start : panel.stop] = data
+            else:
+                array[panel.start : panel.stop, column : column + values.shape[1]] = data
 
     def write_facts(self, module: str, facts: Mapping[str, Any]) -> None:
         """As `StatisticsSink` says."""
@@ -145,6 +164,7 @@ class BlockStatisticsWriter:
                     "transposed": linear.transposed,
                     "input_group": group.name,
                     **({"token_rows": group.token_rows} if group.token_rows else {}),
+                    **({"moment_bytes": group.moment_bytes} if group.moment_bytes > FLOAT32_BYTES else {}),
                     **facts,
                 }
             )
@@ -195,6 +215,7 @@ class BlockStatisticsReader(BlockStatistics):
                 (first, *(name for name in names if name != first)),  # as it was collected
                 facts[first]["d_in"],
                 facts[first].get("token_rows", 0),
+                moment_bytes=facts[first].get("moment_bytes", FLOAT32_BYTES),
             )
             for first, names in members.items()
         )
@@ -223,7 +244,11 @@ class BlockStatisticsReader(BlockStatistics):
 
     def sums(self, module: str, statistic: str, *where: slice) -> torch.Tensor:
         """As `BlockStatistics` says."""
-        return self._read(self._array(module, _array_name(statistic)), *where)
+        values = self._read(self._array(module, _array_name(statistic)), *where)
+        if statistic == "input_moment" and self.spec.group_of(module).moment_bytes > FLOAT32_BYTES:
+            values = values.double()
+            values += self._read(self._array(module, _REST), *where)
+        return values
 
     def _array(self, module: str, name: str) -> zarr.Array[Any]:
         with self._reading():

@@ -21,7 +21,7 @@ from streamda.block_statistics import StatisticsSink, zero_panel
 from streamda.blocks import DecoderStack
 from streamda.boundary import BoundaryStore
 from streamda.checkpoint import Checkpoint
-from streamda.factors import frobenius_norm, is_finite
+from streamda.factors import fits_float32, frobenius_norm
 from streamda.hooks import PanelCollector
 from streamda.layers import BlockSpec
 from streamda.loss import loss_gradient
@@ -219,7 +219,7 @@ class Sweep:
             while collector.totals:
                 stopping.check()
                 panel, values = collector.totals.popitem()
-                if sink is not None and (not bad or is_finite(values)):
+                if sink is not None and (not bad or fits_float32(values)):
                     with self._timeline.span("write statistics"):
                         sink.write_panel(panel, values)
                 del values

@@ -8,6 +8,7 @@ import torch
 
 from streamda.config import RunConfig
 from streamda.layers import Targets
+from streamda.panels import FLOAT32_BYTES
 from streamda.solve_plan import ROWS_PER_INPUT, keeps_rows
 
 TOKENS_PER_INPUT = 4
@@ -24,8 +25,25 @@ def makes_sums(config: RunConfig, dtype: torch.dtype) -> bool:
     return collect.token_mask != "attention" or collect.statistics_codec == "bitround" or dtype != torch.float32
 
 
-def rank_deficient(targets: Targets, num_tokens: int, sums: bool) -> str | None:
-    """A note where the tokens that enter the moments are few for the input dimensions; `sums`: made in any case."""
+def moment_bytes(config: RunConfig, dtype: torch.dtype, device: torch.device) -> int:
+    """Of each sum of an input moment: 8, which is float64, where a CPU computes in float32.
+
+    A GPU has few units for float64; narrower activations are rounded by more than sums are, and so is what a codec
+    rounds.
+    """
+    is_wide = device.type == "cpu" and dtype == torch.float32 and config.collect.statistics_codec != "bitround"
+    return 8 if is_wide else 4
+
+
+def rank_deficient(targets: Targets, num_tokens: int, sums: bool, width: int) -> str | None:
+    """A note where the tokens that enter the moments are few for the input dimensions.
+
+    Args:
+        targets: the adapted layers.
+        num_tokens: that enter the moments.
+        sums: whether sums are made in any case.
+        width: of `moment_bytes`.
+    """
     few: Sequence[str] = [spec.name for spec in targets.linears if TOKENS_PER_INPUT * spec.d_in > num_tokens]
     short = [spec for spec in targets.linears if spec.d_in > num_tokens]
     summed = [
@@ -33,6 +51,8 @@ def rank_deficient(targets: Targets, num_tokens: int, sums: bool) -> str | None:
         for spec in targets.linears
         if num_tokens < ROWS_PER_INPUT * spec.d_in and (sums or not keeps_rows(num_tokens, spec.d_in, [spec.d_out]))
     ]
+    if width > FLOAT32_BYTES:
+        summed = []
     rounding = (
         f"; {len(summed)} layers are solved from sums in float32, whose rounding may be most of what they get from so "
         "few, whatever their status says"

@@ -12,11 +12,12 @@ from streamda.batches import MicroBatch, make_micro_batches
 from streamda.block_calls import BlockCall
 from streamda.blocks import DecoderStack
 from streamda.costs import CPU_HOLE_BYTES, HOLE_BYTES, BlockCost, Workload
+from streamda.factors import DEVICE_TRIANGLE_ROWS, SQUARE_COLUMNS, wide_tokens
 from streamda.layers import BlockSpec, InputGroup, LinearSpec, Targets
 from streamda.memory import READ_CHUNK_BYTES
 from streamda.panels import FLOAT32_BYTES, PANEL_ROWS
 from streamda.probe import BlockProbe, input_groups, probe_block
-from streamda.products import TRIANGLE_ROWS, work_bytes
+from streamda.products import work_bytes
 from streamda.solve_plan import keeps_rows
 from streamda.stored_weights import BAND_BYTES, LARGE_BYTES
 from streamda.weight_map import fused_parameters
@@ -36,6 +37,7 @@ class WorkloadModel:
         stored_dtype_bytes: int,
         *,
         min_tokens: int = 0,
+        moment_bytes: int = FLOAT32_BYTES,
     ) -> None:
         """Takes what does not depend on the micro-batch size.
 
@@ -46,12 +48,14 @@ class WorkloadModel:
             num_labels: label tokens of all samples.
             stored_dtype_bytes: bytes per weight in the files.
             min_tokens: that are counted in any case, whichever the token mask and whatever samples turn out bad.
+            moment_bytes: of each sum of an input moment.
         """
         self._stack = stack
         self._targets = targets
         self._lengths = tuple(lengths)
         self._num_labels = num_labels
         self._min_tokens = min_tokens
+        self._moment_bytes = moment_bytes
         self._stored_dtype_bytes = stored_dtype_bytes
         self._dtype = stack.model.dtype
         self._fused = fused_parameters(stack.model)
@@ -73,7 +77,7 @@ class WorkloadModel:
 
     def _measure(self, micro_batch_tokens: int, row_tokens: int) -> Workload:
         stack, itemsize = self._stack, self._dtype.itemsize
-        batches = make_micro_batches(self._lengths, micro_batch_tokens)
+        batches = make_micro_batches(self._lengths, micro_batch_tokens, padded=stack.is_causal)
         worst = max(batches, key=lambda batch: batch.num_rows)
         longest = max(batches, key=lambda batch: batch.length)
         embedding = sum(_num_parameters(module) for module in stack.embeddings.values())
@@ -157,6 +161,7 @@ class WorkloadModel:
             once: layers that are called once, on all tokens.
             tokens: of all samples; 0 for sums in any case.
         """
+        group = dataclasses.replace(group, moment_bytes=self._moment_bytes)
         if not once.issuperset(group.modules):
             return group
         widths = [linear.d_out for linear in linears if linear.name in group.modules]
@@ -171,16 +176,20 @@ class WorkloadModel:
             if spec.group_of(linear.name).token_rows:  # copied, and not multiplied
                 continue
             work = work_bytes(device, rows, max(linear.d_in, linear.d_out))
+            if self._moment_bytes > FLOAT32_BYTES:  # inputs are cast
+                work = max(work, self._moment_bytes * min(rows, wide_tokens(linear.d_in)) * linear.d_in)
             if self._dtype.itemsize >= FLOAT32_BYTES:  # added to the panel where it is
                 sizes.append(work)
                 continue
             panel_rows = min(linear.d_out, PANEL_ROWS)
             if device.type == "cuda":  # narrow operands, and a product to add
-                product = max(panel_rows, TRIANGLE_ROWS) * linear.d_in
+                product = max(panel_rows, DEVICE_TRIANGLE_ROWS) * linear.d_in
             else:
                 product = rows * (linear.d_in + panel_rows)
-            # an output moment casts on every device
-            sizes.append(work + FLOAT32_BYTES * max(product, 3 * rows * linear.d_out))
+            # an output moment casts on every device, and squares what it has cast
+            squares = 2 * rows * min(linear.d_out, SQUARE_COLUMNS)
+            chosen = rows * max(linear.d_in, linear.d_out) * self._dtype.itemsize  # without padding
+            sizes.append(work + chosen + FLOAT32_BYTES * max(product, squares))
         return max(sizes)
 
     def _probe(self, block: nn.Module, call: BlockCall, batch: MicroBatch) -> BlockProbe:

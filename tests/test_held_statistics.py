@@ -38,9 +38,10 @@ def spilled(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return weights(folder)
 
 
+@pytest.mark.parametrize("moment_bytes", [4, 8])
 @pytest.mark.parametrize("size", [5, 16, 37])
-def test_held_and_stored_statistics_hand_out_the_same_numbers(tmp_path: Path, size: int) -> None:
-    spec = block(size, size + 6)
+def test_held_and_stored_statistics_hand_out_the_same_numbers(tmp_path: Path, size: int, moment_bytes: int) -> None:
+    spec = block(size, size + 6, moment_bytes=moment_bytes)
     sums = draw(spec)
     with a_run(tmp_path / "run") as run:
         write(run, spec, sums)

@@ -24,10 +24,10 @@ LAYERS = (
     },
     # pure: tensors and integers
     {
-        "layers", "heap", "memory", "batches", "panels", "costs", "disk_plan", "flops", "plan", "bounds", "products",
-        "factors", "cholesky", "block_statistics", "eigen", "low_rank", "token_span", "gram_schmidt", "token_basis",
-        "solve_bytes", "solve_plan", "token_counts", "stored_weights", "workers", "methods", "spare_memory",
-        "kept_memory",
+        "layers", "heap", "memory", "batches", "panels", "costs", "disk_plan", "flops", "plan", "bounds", "precision",
+        "products", "factors", "cholesky", "block_statistics", "eigen", "low_rank", "token_span", "gram_schmidt",
+        "token_basis", "solve_bytes", "solve_plan", "token_counts", "stored_weights", "workers", "methods",
+        "spare_memory", "kept_memory",
     },
     # edges: files, data sets, the hub
     {
@@ -40,7 +40,7 @@ LAYERS = (
         "block_calls", "blocks", "unread", "probe", "workload", "hooks", "loss", "nonfinite", "passes", "sweep",
         "progress", "stopwatch",
     },
-    {"places", "setup", "session", "solve_stage", "collect_stage"},
+    {"places", "setup", "session", "solve_reading", "solve_stage", "collect_stage"},
     {"pipeline"},
     {"api", "inspection", "repair", "verification"},
     {"cli", "__init__"},
@@ -72,9 +72,9 @@ WITHIN = {
     "block_statistics": {"factors", "layers", "panels"},
     "solve_bytes": {"cholesky", "eigen", "low_rank", "panels", "token_span"},
     "solve_plan": {"gram_schmidt", "layers", "memory", "panels", "solve_bytes"},
-    "token_counts": {"layers", "solve_plan"},
+    "token_counts": {"layers", "panels", "solve_plan"},
     "costs": {"layers"},
-    "flops": {"costs", "eigen", "low_rank", "panels", "products", "solve_bytes", "solve_plan"},
+    "flops": {"costs", "eigen", "layers", "low_rank", "panels", "products", "solve_bytes", "solve_plan"},
     "kept_memory": {"costs", "heap"},
     "plan": {"costs", "disk_plan", "flops", "kept_memory", "layers", "memory", "panels", "solve_plan"},
     "eigen": {"cholesky", "factors"},
@@ -105,6 +105,7 @@ WITHIN = {
     "sweep": {"blocks", "hooks", "loss", "nonfinite", "passes", "progress", "unread"},
     "progress": {"stopwatch"},
     "session": {"setup"},
+    "solve_stage": {"solve_reading"},
     "collect_stage": {"session", "setup", "solve_stage"},
     "api": {"pipeline", "repair", "verification"},
     "verification": {"inspection"},
@@ -217,7 +218,7 @@ def test_third_parties_have_homes() -> None:
 
 
 def test_cuda_is_spoken_to_in_one_place() -> None:
-    """`memory` measures and limits; `setup.choose_device` asks whether there is any."""
+    """`memory` measures and limits; `setup` asks which there is, and what it can do."""
     found: set[tuple[str, str]] = set()
     for path, tree in sources().items():
         for function in [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]:
@@ -225,7 +226,8 @@ def test_cuda_is_spoken_to_in_one_place() -> None:
                 if isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.cuda":
                     found.add((module_name(path), function.name))
     assert {module for module, _ in found} == {"memory", "setup"}
-    assert {function for module, function in found if module == "setup"} == {"choose_device"}
+    in_setup = {function for module, function in found if module == "setup"}
+    assert in_setup == {"choose_device", "device_name", "_multiplies_bfloat16"}
     text = {module_name(path) for path in sources() if "torch.cuda" in path.read_text(encoding="utf-8")}
     assert text == {"memory", "setup"}
 

@@ -24,9 +24,9 @@ def bands_of(matrix: torch.Tensor) -> Callable[[int, torch.dtype], torch.Tensor]
     return read
 
 
-def factor_of(matrix: torch.Tensor, max_rank: int) -> torch.Tensor | None:
+def factor_of(matrix: torch.Tensor, max_rank: int, dtype: torch.dtype = torch.float32) -> torch.Tensor | None:
     num_bands = -(-matrix.shape[0] // BAND_ROWS)
-    return low_rank_factor(bands_of(matrix), matrix.diagonal().double(), num_bands, max_rank)
+    return low_rank_factor(bands_of(matrix), matrix.diagonal().double(), num_bands, max_rank, dtype)
 
 
 def moment(seed: int, size: int, tokens: int, spread: float = 1.0) -> torch.Tensor:
@@ -58,6 +58,23 @@ def test_the_matrix_is_read_in_float32_for_its_range_and_then_in_float64() -> No
 
     assert low_rank_factor(noted, matrix.diagonal(), 3, 10) is not None
     assert asked == [(index, dtype) for dtype in (torch.float32, torch.float64) for index in range(3)]
+
+
+def test_sums_in_float64_show_tokens_that_float32_ones_do_not_tell_apart() -> None:
+    """Two of ten differ from others by 1e-4 and 1e-5 of their length, and so by 1e-8 and 1e-10 in what is summed."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(10, 200, generator=generator, dtype=torch.float64)
+    for token, distance in ((8, 1e-4), (9, 1e-5)):
+        x[token] = x[token - 8] + distance * torch.randn(200, generator=generator, dtype=torch.float64)
+    matrix = x.T @ x / 10
+    narrow, wide = factor_of(matrix.float(), 10), factor_of(matrix, 10, torch.float64)
+    assert narrow is not None
+    assert wide is not None
+    assert narrow.shape == (200, 8)
+    assert wide.shape == (200, 10)
+    # each token is on the span: what is left of it is far smaller than what tells it from the others
+    basis = torch.linalg.qr(wide).Q
+    assert float((x - x @ basis @ basis.T).norm(dim=1).max()) < 1e-8 * float(x.norm(dim=1).min())
 
 
 def test_each_entry_is_good_to_the_rounding_of_its_own_channels() -> None:

@@ -646,6 +646,22 @@ class TestFlops:
         product, basis = 2 * d_in**2 * wide, 4 * d_in * wide**2
         assert made.flops["solve_float32"] == product + basis + 2 * d_in * d_out * tokens
         assert product + basis < made.flops["solve"] < product + basis + 50 * d_out * tokens**2
+        # of sums in float64 the first product is, too
+        groups = tuple(dataclasses.replace(group, moment_bytes=8) for group in spec.groups)
+        wide_cost = dataclasses.replace(cost, spec=dataclasses.replace(spec, groups=groups))
+        again = make_plan(
+            MemoryBudget(GB, 0, None),
+            (1,),
+            lambda _: dataclasses.replace(workload, blocks=(wide_cost,)),
+            rank=2,
+            keep_statistics=False,
+            host_is_device=False,
+        )
+        assert again.flops["solve_float32"] == 2 * d_in * d_out * tokens
+        assert again.flops["solve"] == made.flops["solve"] + product + basis
+        assert again.flops["statistics"] == 2 * d_in * d_out * tokens
+        assert again.flops["statistics_float64"] == d_in**2 * tokens
+        assert made.flops["statistics"] == again.flops["statistics"] + again.flops["statistics_float64"]
 
     def test_rows_of_few_tokens_are_multiplied_in_float64_only(self) -> None:
         d_in, widths, tokens = 1000, (600, 300), 10

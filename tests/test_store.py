@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import tempfile
 from collections.abc import Iterator
@@ -31,13 +32,15 @@ CODECS: tuple[StatisticsCodec, ...] = ("none", "zstd", "blosc", "bitround")
 NUM_TOKENS, NUM_SAMPLES = 40, 8
 
 
-def block(d_in: int, d_out: int, index: int = 0) -> BlockSpec:
+def block(d_in: int, d_out: int, index: int = 0, moment_bytes: int = 4) -> BlockSpec:
     """Three layers: q and k share an input, o has its own; k is a Conv1D."""
     prefix = f"model.layers.{index}"
     q = LinearSpec(f"{prefix}.self_attn.q_proj", d_in, d_out)
     k = LinearSpec(f"{prefix}.self_attn.k_proj", d_in, max(1, d_out // 2), transposed=True)
     o = LinearSpec(f"{prefix}.self_attn.o_proj", d_out, d_in)
-    return BlockSpec(index, prefix, (q, k, o), (InputGroup((q.name, k.name), d_in), InputGroup((o.name,), d_out)))
+    both, alone = InputGroup((q.name, k.name), d_in), InputGroup((o.name,), d_out)
+    groups = tuple(dataclasses.replace(group, moment_bytes=moment_bytes) for group in (both, alone))
+    return BlockSpec(index, prefix, (q, k, o), groups)
 
 
 def draw(spec: BlockSpec, seed: int = 0) -> dict[str, dict[str, torch.Tensor]]:
@@ -51,7 +54,8 @@ def draw(spec: BlockSpec, seed: int = 0) -> dict[str, dict[str, torch.Tensor]]:
         }
     for group in spec.groups:
         x = torch.randn(5, group.d_in, generator=generator)
-        sums[group.name]["input_moment"] = x.T @ x
+        wide = x if group.moment_bytes == 4 else x.double()
+        sums[group.name]["input_moment"] = wide.T @ wide
     return sums
 
 
@@ -228,6 +232,27 @@ def test_a_layer_that_saw_no_token_has_zero_moments_and_no_nan(tmp_path: Path) -
 
 
 class TestOtherTools:
+    def test_what_float32_leaves_of_wider_sums_lies_beside_them(self, tmp_path: Path) -> None:
+        spec = block(40, 20, moment_bytes=8)
+        with a_run(tmp_path) as run:
+            write(run, spec, draw(spec))
+        root = zarr.open(tmp_path / "units" / "stats-0000" / "statistics.zarr", mode="r")
+        q, k, _ = (root[name] for name in sorted(root))
+        assert sorted(q) == ["gradient_sum", "input_moment_rest", "input_moment_sum", "output_moment_sum"]
+        assert sorted(k) == ["gradient_sum", "output_moment_sum"]
+        lower = np.tril(np.ones((40, 40), dtype=bool))
+        expected = draw(spec)[spec.groups[0].name]["input_moment"].numpy()
+        high, rest = q["input_moment_sum"][:], q["input_moment_rest"][:]
+        assert high.dtype == rest.dtype == np.float32
+        assert np.array_equal(high[lower], expected[lower].astype(np.float32))
+        both = high[lower].astype(np.float64) + rest[lower]
+        np.testing.assert_allclose(both, expected[lower], rtol=1e-14, atol=1e-14)
+        with pytest.MonkeyPatch.context() as patch, open_statistics(tmp_path) as statistics:
+            set_tile(patch, 16)
+            moment = statistics[spec.linears[0].name].input_moment
+        assert moment.dtype == torch.float64
+        np.testing.assert_allclose(moment.numpy(), expected / NUM_TOKENS, rtol=1e-14, atol=1e-14)
+
     def test_plain_zarr_opens_it_and_finds_sums_counts_and_names(self, tmp_path: Path) -> None:
         spec = block(40, 20)
         with a_run(tmp_path) as run:

@@ -218,7 +218,9 @@ def test_what_is_kept_masked_or_rounded_is_summed_up(given: dict[str, Any], inpu
     assert kinds == {"gradient", "input_moment", "output_moment"}
 
 
-@pytest.mark.parametrize(("given", "warns"), [({}, False), ({"keep_statistics": True}, True)], ids=str)
+@pytest.mark.parametrize(
+    ("given", "warns"), [({}, False), ({"keep_statistics": True}, False), ({"dtype": "bfloat16"}, True)], ids=str
+)
 def test_a_run_says_where_rounding_may_be_most_of_what_layers_get(
     given: dict[str, Any], warns: bool, inputs: Path, tmp_path: Path
 ) -> None:

@@ -139,6 +139,7 @@ def prepare_input_factor(
     names: tuple[str, ...],
     bands: cholesky.Bands | None = None,
     num_tokens: int | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> InputFactor | SpannedFactor | None:
     """Damps and factorizes an input moment; raises the damping, tenfold at a time, where it must, and says so.
 
@@ -148,6 +149,7 @@ def prepare_input_factor(
         names: modules of the group, for messages.
         bands: takes the factor; in memory where none are given.
         num_tokens: that were summed, which bounds the rank; None where unknown.
+        dtype: that they were summed in.
 
     Returns:
         None for a moment that is exactly zero: its layers never saw an input.
@@ -165,7 +167,7 @@ def prepare_input_factor(
         raise NumericalError(f"{names[0]}: the input moment has a negative diagonal; the statistics are damaged")
     factorize = functools.cache(lambda: _factorize(moment, scale, damping, names, {} if bands is None else bands))
     if num_tokens is not None and 0 < num_tokens <= few_tokens(diagonal.numel()):
-        thin = low_rank_factor(moment.band, diagonal, len(moment), num_tokens)
+        thin = low_rank_factor(moment.band, diagonal, len(moment), num_tokens, dtype)
         if thin is not None:
             return _spanned(thin, damping, factorize)
     return factorize()

@@ -10,6 +10,7 @@ import inspect
 import io
 import json
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Collection
@@ -160,6 +161,9 @@ def _print_report(report: InitReport, as_json: bool) -> None:
         _show("\nalready done: the adapter is there, checked again and left as it is; --overwrite makes it anew")
     elif report.output_dir:
         _show(f"\ntrain from it: PeftModel.from_pretrained(base, {report.output_dir!r}, is_trainable=True)")
+    elif report.statistics_dir:
+        given = shlex.quote(report.statistics_dir)
+        _show(f"\nsolve from them, as often as wanted: streamda solve --statistics {given} --output-dir DIR --rank 8")
 
 
 @app.command("init", cls=_SectionedCommand)

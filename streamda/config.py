@@ -167,13 +167,15 @@ class SolveConfig:
 class RunConfig:
     """A whole run: the stages, where it reads and writes, and what it may use."""
 
-    model: str | None = option(None, "Hub id or local folder of the base model.")
+    model: str | None = option(None, "Hub id or local folder of the base model. Required.")
     revision: str | None = option(None, "Branch, tag or commit of the model on the hub.")
     trust_remote_code: bool = option(False, "Run Python code that comes with the model.")
     output_dir: str | None = option(None, "Where the adapter goes. Default: MODEL-lora-da in the current folder.")
     work_dir: str | None = option(None, "Where the run keeps its state. Default: OUTPUT_DIR.work.")
     statistics: str | None = option(None, "Folder of collected statistics.")
-    max_gpu_mem: str | None = option(None, "Memory budget of the device, for example 24GB or 22GiB.")
+    max_gpu_mem: str | None = option(
+        None, "Memory budget of the device, for example 24GB or 22GiB. Required, but for `solve`."
+    )
     max_host_mem: str | None = option(None, "Host memory for boundary states beside a GPU.")
     max_disk: str | None = option(None, "Disk that the work directory may take.")
     keep_statistics: bool = option(False, "Keep the statistics of all blocks, for `solve`.")

@@ -62,6 +62,11 @@ class LayerStatistics:
     weight_norm: float
     """Frobenius norm of the base weight."""
 
+    def __repr__(self) -> str:
+        """Shapes in place of numbers."""
+        d_out, d_in = self.gradient.shape
+        return f"LayerStatistics({self.name!r}, {d_out} x {d_in}, {self.num_tokens} tokens, {self.num_samples} samples)"
+
 
 def _is_mixed(total: torch.Tensor, x: torch.Tensor) -> bool:
     """Whether the device multiplies narrow operands into wide sums; on others they are cast first."""

@@ -93,9 +93,11 @@ def _describe(
     at_work: bool,
 ) -> tuple[dict[str, Any], str]:
     """Of a run, as `inspect_folder`; sizes of units are None where nothing is known of them but their names."""
-    collected = [index for index in settings["adapted_blocks"] if stats_unit(index) in sizes]
-    # where statistics stay in memory, what is solved is all that is seen of them
-    solved = [index for index in settings["adapted_blocks"] if solve_unit(index) in sizes]
+    blocks = settings["adapted_blocks"]
+    solved = [index for index in blocks if solve_unit(index) in sizes]
+    # where statistics stay in memory, or are freed, what is solved is all that is seen of them
+    collected = [index for index in blocks if stats_unit(index) in sizes or index in solved]
+    state = ", interrupted: the same command continues" if len(collected) < len(blocks) else ""
     facts: dict[str, Any] = {
         "at_work": at_work,
         "model": settings["model"],
@@ -109,7 +111,7 @@ def _describe(
     }
     data = settings["data"]
     lines = [
-        f"streamda run  {path}" + (", at work" if at_work else ""),
+        f"streamda run  {path}" + (", at work" if at_work else state),
         f"  model        {settings['model']['name']}  ({settings['model']['num_blocks']} blocks)",
         f"  data         {data['source']}  ({data['num_samples']} samples, {data['num_tokens']} tokens)",
         f"  layers       {len(parts['method']['modules'])}",

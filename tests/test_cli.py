@@ -61,6 +61,12 @@ def test_inspect_tells_how_far_a_run_at_work_is(
     assert not after["at_work"]
     assert after["units"].keys() == facts["units"].keys()
     assert min(after["units"].values()) > 0
+    assert run(monkeypatch, "inspect", str(work)) == 0
+    assert "interrupted" not in capsys.readouterr().out
+    with RunDirectory.open_existing(work, exclusive=True) as at_work:
+        at_work.units.drop("stats-0000")
+    assert run(monkeypatch, "inspect", str(work)) == 0
+    assert "interrupted: the same command continues" in capsys.readouterr().out
 
 
 def test_plan_needs_no_weights(

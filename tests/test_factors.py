@@ -10,7 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamda import products
-from streamda.factors import add_gradient_, add_input_moment_, add_output_moment_, mirror_lower_
+from streamda.factors import (
+    LayerStatistics,
+    add_gradient_,
+    add_input_moment_,
+    add_output_moment_,
+    mirror_lower_,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -123,3 +129,9 @@ def test_mirroring_copies_the_lower_triangle_and_reads_nothing_above_it(size: in
     assert result is matrix
     assert torch.equal(matrix, expected)
     assert torch.equal(matrix, matrix.T)
+
+
+def test_statistics_of_a_layer_show_shapes_and_no_numbers() -> None:
+    zeros = torch.zeros(3, 2), torch.zeros(2, 2), torch.zeros(3)
+    shown = repr(LayerStatistics("h.0.w", *zeros, num_tokens=5, num_samples=1, weight_norm=1.0))
+    assert shown == "LayerStatistics('h.0.w', 3 x 2, 5 tokens, 1 samples)"

@@ -60,19 +60,18 @@ class KeptCalls:
     """The calls of a few shapes of micro-batches, so that they need not be made again for each block."""
 
     def __init__(self) -> None:
-        self._calls: dict[tuple[int, int], tuple[BlockCall, ...]] = {}
-        self._bytes: dict[tuple[int, int], int] = {}
+        self._kept: dict[tuple[int, int], tuple[tuple[BlockCall, ...], int]] = {}  # with their bytes
 
     def of(self, shape: tuple[int, int]) -> tuple[BlockCall, ...] | None:
         """Those of all blocks for a [batch, tokens]; None where they are not kept."""
-        return self._calls.get(shape)
+        return self._kept[shape][0] if shape in self._kept else None
 
     def keep(self, shape: tuple[int, int], calls: tuple[BlockCall, ...]) -> None:
         """Keeps calls, in the place of others where there is no room for all of them."""
         tensors = (tensor for call in calls for tensor in call.tensors())
         storages = {storage.data_ptr(): storage for storage in map(torch.Tensor.untyped_storage, tensors)}
-        self._bytes[shape] = sum(storage.nbytes() for storage in storages.values())  # blocks share most of them
+        size = sum(storage.nbytes() for storage in storages.values())  # blocks share most of them
         # each pass goes round all shapes: of too many, the one that was kept last is needed last
-        while self._calls and sum(self._bytes.values()) > CACHED_BYTES:
-            del self._bytes[self._calls.popitem()[0]]
-        self._calls[shape] = calls
+        while self._kept and size + sum(each for _, each in self._kept.values()) > CACHED_BYTES:
+            self._kept.popitem()
+        self._kept[shape] = calls, size

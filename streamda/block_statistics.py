@@ -25,18 +25,18 @@ TILES_AT_A_TIME = 2
 PanelMaker = Callable[[Panel, torch.device], torch.Tensor]
 """Makes the sums of a panel, zero, float32 or as wide as the panel says."""
 
-
 _Kind = tuple[tuple[int, ...], torch.dtype]
 """Shape and dtype."""
 
 
-def _dtype_of(panel: Panel) -> torch.dtype:
-    return torch.float32 if panel.item_bytes == FLOAT32_BYTES else torch.float64
+def sums_dtype(item_bytes: int) -> torch.dtype:
+    """Of sums of so many bytes each."""
+    return torch.float32 if item_bytes == FLOAT32_BYTES else torch.float64
 
 
 def zero_panel(panel: Panel, device: torch.device) -> torch.Tensor:
     """The sums of a panel before anything is added, in memory of their own."""
-    return torch.zeros(panel.shape, device=device, dtype=_dtype_of(panel))
+    return torch.zeros(panel.shape, device=device, dtype=sums_dtype(panel.item_bytes))
 
 
 class StatisticsSink(Protocol):
@@ -146,11 +146,6 @@ def _mean_(sums: torch.Tensor, count: int) -> torch.Tensor:
     return sums.div_(torch.tensor(max(1, count), dtype=sums.dtype, device=sums.device))
 
 
-def sums_dtype(group: InputGroup) -> torch.dtype:
-    """In which an input moment was summed."""
-    return torch.float32 if group.moment_bytes == FLOAT32_BYTES else torch.float64
-
-
 class HeldStatistics(BlockStatistics):
     """Statistics that stay in memory, on the device that made them, until their block is solved."""
 
@@ -172,13 +167,13 @@ class HeldStatistics(BlockStatistics):
                 left[tuple(values.shape), values.dtype].append(values)
             solved._panels.clear()
             for panel in block_panels(spec):
-                kind = panel.shape, _dtype_of(panel)
+                kind = panel.shape, sums_dtype(panel.item_bytes)
                 if left[kind]:
                     self._spare[kind].append(left[kind].pop())
 
     def new_panel(self, panel: Panel, device: torch.device) -> torch.Tensor:
         """As `StatisticsSink` says."""
-        spare = self._spare[panel.shape, _dtype_of(panel)]
+        spare = self._spare[panel.shape, sums_dtype(panel.item_bytes)]
         return spare.pop().zero_() if spare else zero_panel(panel, device)
 
     def write_panel(self, panel: Panel, values: torch.Tensor) -> None:

@@ -36,7 +36,7 @@ class Statistics(Mapping[str, LayerStatistics]):
         cpu = torch.device("cpu")
         facts = reader.facts(name)
         group = reader.spec.group_of(name)
-        moment = reader.input_moment(group, sums_dtype(group), cpu)
+        moment = reader.input_moment(group, sums_dtype(group.moment_bytes), cpu)
         return LayerStatistics(
             name=name,
             gradient=reader.gradient(name, torch.float32, cpu),

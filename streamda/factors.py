@@ -126,9 +126,9 @@ def round_to_pairs_(sums: torch.Tensor) -> torch.Tensor:
 
 def fits_float32(sums: torch.Tensor) -> bool:
     """Whether all sums are finite, and are so as float32 numbers."""
-    return is_finite(sums) and (
-        sums.dtype == torch.float32 or largest_magnitude(sums) <= torch.finfo(torch.float32).max
-    )
+    if sums.dtype == torch.float32:
+        return is_finite(sums)
+    return largest_magnitude(sums) <= torch.finfo(torch.float32).max
 
 
 def add_output_moment_(total: torch.Tensor, g: torch.Tensor) -> None:

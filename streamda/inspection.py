@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,12 @@ def require_readable(folder: Path) -> None:
             raise ConfigError(f"{shown(folder)} is not a folder") from error
 
 
+def collected_blocks(blocks: Iterable[int], units: Container[str]) -> list[int]:
+    """Of some blocks those whose statistics were finished, by the names of a run's units."""
+    # where statistics stay in memory, or are freed, what is solved is all that is seen of them
+    return [index for index in blocks if stats_unit(index) in units or solve_unit(index) in units]
+
+
 def unit_rows(sizes: Mapping[str, int | None]) -> list[list[str]]:
     """Rows of a table from the bytes of each unit: what those of a kind hold, their number, their size if known."""
     rows = []
@@ -95,8 +101,7 @@ def _describe(
     """Of a run, as `inspect_folder`; sizes of units are None where nothing is known of them but their names."""
     blocks = settings["adapted_blocks"]
     solved = [index for index in blocks if solve_unit(index) in sizes]
-    # where statistics stay in memory, or are freed, what is solved is all that is seen of them
-    collected = [index for index in blocks if stats_unit(index) in sizes or index in solved]
+    collected = collected_blocks(blocks, sizes)
     state = ", interrupted: the same command continues" if len(collected) < len(blocks) else ""
     facts: dict[str, Any] = {
         "at_work": at_work,
@@ -104,7 +109,7 @@ def _describe(
         "data": settings["data"],
         "method": dict(parts["method"]),
         "loss": settings.get("loss"),
-        "adapted_blocks": settings["adapted_blocks"],
+        "adapted_blocks": blocks,
         "collected_blocks": collected,
         "solved_blocks": solved,
         "units": dict(sizes),
@@ -115,8 +120,8 @@ def _describe(
         f"  model        {settings['model']['name']}  ({settings['model']['num_blocks']} blocks)",
         f"  data         {data['source']}  ({data['num_samples']} samples, {data['num_tokens']} tokens)",
         f"  layers       {len(parts['method']['modules'])}",
-        f"  collected    {len(collected)} of {len(settings['adapted_blocks'])} blocks",
-        f"  solved       {len(solved)} of {len(settings['adapted_blocks'])} blocks",
+        f"  collected    {len(collected)} of {len(blocks)} blocks",
+        f"  solved       {len(solved)} of {len(blocks)} blocks",
         "",
         *table(["units", "number", *([] if at_work else ["size"])], unit_rows(sizes)),
     ]

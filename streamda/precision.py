@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -15,25 +15,16 @@ def full_precision() -> Iterator[None]:
 
     Programs that train allow less, for good: TF32 on a GPU, bfloat16 on some CPUs. Convolutions are left as they are.
     """
-    try:
-        before = torch.get_float32_matmul_precision()
-    except RuntimeError:  # asked for by PyTorch's newer interface, which has one setting for each kind of device
-        backends: Any = torch.backends
-        devices = backends.cuda.matmul, backends.mkldnn.matmul
-        settings = [device.fp32_precision for device in devices]
-        for device in devices:
-            device.fp32_precision = "ieee"
+    with ExitStack() as undo:
         try:
-            yield
-        finally:
-            for device, setting in zip(devices, settings, strict=True):
-                device.fp32_precision = setting
-        return
-    if before == "highest":
+            before = torch.get_float32_matmul_precision()
+        except RuntimeError:  # asked for by PyTorch's newer interface, which has one setting for each kind of device
+            backends: Any = torch.backends
+            for device in (backends.cuda.matmul, backends.mkldnn.matmul):
+                undo.callback(setattr, device, "fp32_precision", device.fp32_precision)
+                device.fp32_precision = "ieee"
+        else:
+            if before != "highest":
+                undo.callback(torch.set_float32_matmul_precision, before)
+                torch.set_float32_matmul_precision("highest")
         yield
-        return
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)

@@ -166,7 +166,8 @@ class Solver:
                 return prepare_token_factor(rows, damping, wanted)
         with self.timeline.span("cholesky"):
             num_tokens = statistics.facts(group.name)["num_tokens"]
-            return prepare_input_factor(moment, damping, wanted, factors[0], num_tokens, sums_dtype(group))
+            dtype = sums_dtype(group.moment_bytes)
+            return prepare_input_factor(moment, damping, wanted, factors[0], num_tokens, dtype)
 
     def _left_out(self, statistics: BlockStatistics, name: str, error: NumericalError) -> dict[str, Any]:
         """What is kept of a layer without adapter.

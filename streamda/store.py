@@ -85,11 +85,11 @@ def _array_shapes(spec: BlockSpec, linear: LinearSpec) -> dict[str, tuple[int, .
         shapes["output_rows"] = (tokens, linear.d_out)
     else:
         shapes["gradient_sum"] = (linear.d_out, linear.d_in)
-    if is_first:
-        square = (group.d_in, group.d_in)
-        shapes |= {"input_rows": (tokens, group.d_in)} if tokens else {_MOMENT: square}
-        if group.moment_bytes > FLOAT32_BYTES and not tokens:
-            shapes[_REST] = square
+    if is_first and tokens:
+        shapes["input_rows"] = (tokens, group.d_in)
+    elif is_first:
+        arrays = (_MOMENT,) if group.moment_bytes == FLOAT32_BYTES else (_MOMENT, _REST)
+        shapes |= dict.fromkeys(arrays, (group.d_in, group.d_in))
     return shapes
 
 

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 
 from streamda.config import RunConfig
-from streamda.layers import Targets
+from streamda.layers import LinearSpec, Targets
 from streamda.panels import FLOAT32_BYTES
+from streamda.solve_bytes import FLOAT64_BYTES
 from streamda.solve_plan import ROWS_PER_INPUT, keeps_rows
 
 TOKENS_PER_INPUT = 4
@@ -32,7 +33,7 @@ def moment_bytes(config: RunConfig, dtype: torch.dtype, device: torch.device) ->
     rounds.
     """
     is_wide = device.type == "cpu" and dtype == torch.float32 and config.collect.statistics_codec != "bitround"
-    return 8 if is_wide else 4
+    return FLOAT64_BYTES if is_wide else FLOAT32_BYTES
 
 
 def rank_deficient(targets: Targets, num_tokens: int, sums: bool, width: int) -> str | None:
@@ -46,13 +47,12 @@ def rank_deficient(targets: Targets, num_tokens: int, sums: bool, width: int) ->
     """
     few: Sequence[str] = [spec.name for spec in targets.linears if TOKENS_PER_INPUT * spec.d_in > num_tokens]
     short = [spec for spec in targets.linears if spec.d_in > num_tokens]
-    summed = [
-        spec
-        for spec in targets.linears
-        if num_tokens < ROWS_PER_INPUT * spec.d_in and (sums or not keeps_rows(num_tokens, spec.d_in, [spec.d_out]))
-    ]
-    if width > FLOAT32_BYTES:
-        summed = []
+
+    def is_summed(spec: LinearSpec) -> bool:
+        few_rows = num_tokens < ROWS_PER_INPUT * spec.d_in
+        return few_rows and (sums or not keeps_rows(num_tokens, spec.d_in, [spec.d_out]))
+
+    summed = list(filter(is_summed, targets.linears)) if width == FLOAT32_BYTES else []
     rounding = (
         f"; {len(summed)} layers are solved from sums in float32, whose rounding may be most of what they get from so "
         "few, whatever their status says"

@@ -19,13 +19,13 @@ from streamda.block_statistics import TILE
 from streamda.boundary import require_finite_states
 from streamda.errors import DamagedError
 from streamda.files import shown
-from streamda.inspection import UNIT_KINDS, require_readable, unit_rows
+from streamda.inspection import UNIT_KINDS, collected_blocks, require_readable, unit_rows
 from streamda.memory import format_size
 from streamda.model_copy import check_configuration
 from streamda.report import REPORT_FILE, read_report, table
 from streamda.rundir import OWN_NAMES, RunDirectory
-from streamda.solutions import is_skipped, read_factors, read_summaries, solve_unit
-from streamda.store import BlockStatisticsReader, stats_unit
+from streamda.solutions import is_skipped, read_factors, read_summaries
+from streamda.store import BlockStatisticsReader
 from streamda.units import LEFTOVER_SUFFIXES
 
 _MOST_DAMAGES = 20  # lines for people: beyond that it is the disk, and no list of files
@@ -133,7 +133,7 @@ def _verify_run(run: RunDirectory) -> Verification:
         *_strangers(run.units.folder, names),
     ]
     wanted = run.settings.get("adapted_blocks", [])
-    collected = sum(stats_unit(index) in names or solve_unit(index) in names for index in wanted)
+    collected = len(collected_blocks(wanted, names))
     if collected < len(wanted):
         notes.append(f"not finished: {collected} of {len(wanted)} blocks are collected; the same command continues")
     return Verification(str(run.path), "run", sizes, tuple(damages), tuple(notes))

@@ -21,6 +21,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from tests.oracles import dense_lora_da
+
 IGNORED = -100
 
 
@@ -112,6 +114,21 @@ def oracle_statistics(
             num_tokens=len(x),
         )
     return statistics, sum(losses) / len(losses)
+
+
+def oracle_products(
+    folder: Path,
+    samples: Sequence[tuple[Tensor, Tensor]],
+    names: Iterable[str],
+    token_mask: str = "attention",
+    **settings: Any,
+) -> dict[str, Tensor]:
+    """B A of the named modules, dense and in float64; `settings` as of `dense_lora_da`."""
+    statistics, _ = oracle_statistics(load_model(folder), samples, names, token_mask)
+    return {
+        name: dense_lora_da(layer.gradient, layer.input_moment, layer.output_moment, **settings).product
+        for name, layer in statistics.items()
+    }
 
 
 @contextmanager

@@ -72,7 +72,7 @@ WITHIN = {
     "block_statistics": {"factors", "layers", "panels"},
     "solve_bytes": {"cholesky", "eigen", "low_rank", "panels", "token_span"},
     "solve_plan": {"gram_schmidt", "layers", "memory", "panels", "solve_bytes"},
-    "token_counts": {"layers", "panels", "solve_plan"},
+    "token_counts": {"layers", "panels", "solve_bytes", "solve_plan"},
     "costs": {"layers"},
     "flops": {"costs", "eigen", "layers", "low_rank", "panels", "products", "solve_bytes", "solve_plan"},
     "kept_memory": {"costs", "heap"},

@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import streamda
 from streamda.errors import BudgetError
+from tests.models import make_samples, write_checkpoint, write_samples
 
 SHIPPED = Path(streamda.__file__).with_name("calibration_set.jsonl")
 
@@ -27,7 +28,8 @@ for line in open("/proc/self/status"):
     if line.startswith("VmData:"):
         baseline = int(line.split()[1]) * 1024
 resource.setrlimit(resource.RLIMIT_DATA, (baseline + limit, baseline + limit))
-report = streamda.initialize(**options)
+stage = streamda.collect if "statistics" in options else streamda.initialize
+report = stage(**options)
 print(json.dumps({"peaks": report.peaks, "plan": report.plan["peaks"], "samples": report.data["num_samples"]}))
 """
 
@@ -120,27 +122,19 @@ def test_the_peak_does_not_grow_with_samples_or_blocks(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_wide_statistics_are_written_within_the_plan(tmp_path: Path) -> None:
-    """Of micro-batches so short that nothing else of the backward pass takes as much as writing a panel."""
-    LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=64,
-            intermediate_size=6144,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            vocab_size=97,
-            max_position_embeddings=64,
-        )
-    ).save_pretrained(tmp_path / "model")
-    data = tmp_path / "data.jsonl"
-    data.write_text(('{"input_ids": [5, 6, 7, 8, 9, 1, 2, 3], "labels": [5, 6, 7, 8, 9, 1, 2, 3]}\n') * 8)
+    """Of micro-batches so short that nothing else of the backward pass takes as much as writing a panel.
+
+    And with no solution planned, for which memory would be kept beside it.
+    """
+    write_checkpoint(tmp_path / "model", "llama", hidden_size=64, intermediate_size=6144)
+    data = write_samples(tmp_path / "data.jsonl", make_samples([12] * 8))
     run = run_limited(
         {
             "model": str(tmp_path / "model"),
             "dataset": str(data),
-            "output_dir": str(tmp_path / "adapter"),
-            "micro_batch_tokens": "8",
+            "statistics": str(tmp_path / "statistics"),
+            "micro_batch_tokens": "12",
             "max_gpu_mem": "2GB",
-            "keep_statistics": True,
         },
         2_000_000_000,
     )

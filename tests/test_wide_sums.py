@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -19,14 +18,11 @@ import streamda
 from streamda import setup, solve_stage
 from streamda.factors import add_input_moment_, fits_float32, round_to_pairs_, wide_tokens
 from streamda.methods import SpannedFactor, prepare_input_factor
-from tests.autograd_oracle import load_model, oracle_statistics
-from tests.golden_options import products
-from tests.models import make_config, make_samples, write_samples
-from tests.oracles import dense_lora_da
+from tests.autograd_oracle import oracle_products
+from tests.golden_options import products, read_adapter
+from tests.models import make_config, make_samples, run_options, write_samples
 
-Samples = list[tuple[Tensor, Tensor]]
-
-RANK, POPULATION = 4, 100
+SETTINGS = {"rank": 4, "population_size": 100}
 LENGTHS = range(20, 64, 2)
 
 
@@ -41,26 +37,12 @@ def inputs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def options(inputs: Path, output: Path, **given: Any) -> dict[str, Any]:
-    own = {"model": str(inputs / "model"), "dataset": str(inputs / "samples.jsonl"), "output_dir": str(output)}
-    return own | {"max_gpu_mem": "500MB", "rank": RANK, "population_size": POPULATION} | given
+    return run_options(inputs, output_dir=str(output), **SETTINGS) | given
 
 
 def worst_error(folder: Path, wanted: dict[str, Tensor]) -> float:
-    found = products(load_file(folder / "adapter_model.safetensors"))
+    found = products(read_adapter(folder))
     return max(float((found[name] - product).norm() / product.norm()) for name, product in wanted.items())
-
-
-def solutions(
-    inputs: Path, output: Path, token_mask: str = "attention", samples: Samples | None = None
-) -> dict[str, Tensor]:
-    """B A of each layer that an adapter has, from a whole model in float64."""
-    names = list(products(load_file(output / "adapter_model.safetensors")))
-    model = load_model(inputs / "model")
-    found, _ = oracle_statistics(model, make_samples(LENGTHS) if samples is None else samples, names, token_mask)
-    statistics = {name: (each.gradient, each.input_moment, each.output_moment) for name, each in found.items()}
-    return {
-        name: dense_lora_da(*given, rank=RANK, population_size=POPULATION).product for name, given in statistics.items()
-    }
 
 
 def test_every_way_gives_one_answer_as_good_as_float64_and_float32_sums_do_not(
@@ -69,10 +51,11 @@ def test_every_way_gives_one_answer_as_good_as_float64_and_float32_sums_do_not(
     for name, given in {"held": {}, "spilled": {"spill_statistics": True}, "kept": {"keep_statistics": True}}.items():
         streamda.initialize(**options(inputs, tmp_path / name, **given))
     statistics = str(tmp_path / "kept.work")
-    streamda.solve(statistics=statistics, output_dir=str(tmp_path / "solved"), rank=RANK, population_size=POPULATION)
+    streamda.solve(statistics=statistics, output_dir=str(tmp_path / "solved"), **SETTINGS)
     ways = ("held", "spilled", "kept", "solved")
     assert len({(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ways}) == 1
-    wanted = solutions(inputs, tmp_path / "held")
+    names = products(read_adapter(tmp_path / "held"))
+    wanted = oracle_products(inputs / "model", make_samples(LENGTHS), names, **SETTINGS)
     error = worst_error(tmp_path / "held", wanted)
     assert error < 1e-3
     monkeypatch.setattr(setup, "moment_bytes", lambda *_: 4)
@@ -97,7 +80,8 @@ def test_few_labels_leave_nothing_to_rounding(inputs: Path, tmp_path: Path, monk
     few = {"dataset": str(tmp_path / "samples.jsonl"), "token_mask": "labels"}
     streamda.initialize(**options(inputs, tmp_path / "adapter", **few))
     assert SpannedFactor in {type(kind) for kind in kinds}
-    wanted = solutions(inputs, tmp_path / "adapter", "labels", samples)
+    names = products(read_adapter(tmp_path / "adapter"))
+    wanted = oracle_products(inputs / "model", samples, names, "labels", **SETTINGS)
     assert worst_error(tmp_path / "adapter", wanted) < 1e-4
     monkeypatch.setattr(setup, "moment_bytes", lambda *_: 4)
     streamda.initialize(**options(inputs, tmp_path / "narrow", **few))

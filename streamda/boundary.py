@@ -3,13 +3,17 @@
 A boundary is written once, micro-batch by micro-batch, read as often as needed, and dropped. The first few stay in
 memory if the plan allows; the others are committed units on disk, read with ``pread`` so that no more than one
 micro-batch is resident, and each micro-batch is checked against its checksum when it is read.
+
+Beside an accelerator threads do all that, while it computes: one for each boundary that is read, a micro-batch ahead,
+and one for what is written, a micro-batch behind.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +23,9 @@ import torch
 from streamda import files, read_ahead
 from streamda.disk_space import require_room
 from streamda.errors import DamagedError
+from streamda.memory import CopyMark, begin_copy_to_host, host_buffer, wait_for_copy
 from streamda.units import UnitDraft, UnitStore
+from streamda.workers import DoneBehind, taken_ahead
 
 STATES_FILE = "states.bin"
 ANNOUNCED_BYTES = 64 << 20
@@ -30,16 +36,36 @@ _PIECE_BYTES = 8 << 20  # a multiple of every dtype's size; smaller only costs c
 class BoundaryWriter:
     """Takes the micro-batches of one boundary, in order."""
 
-    def __init__(self, target: files.FileWriter | list[torch.Tensor]) -> None:
+    def __init__(self, target: files.FileWriter | list[torch.Tensor], behind: DoneBehind | None = None) -> None:
+        """Takes nothing yet.
+
+        Args:
+            target: where they go.
+            behind: brings them there while the next one is made; None for doing so at once.
+        """
         self._target = target
+        self._behind = behind
         self.checksums: list[int] = []
 
     def append(self, states: torch.Tensor) -> None:
         """Adds the states of the next micro-batch, [batch, tokens, hidden]."""
+        if self._behind is not None:
+            self._behind.do(functools.partial(self._take_copy, *begin_copy_to_host(states)))
+            return
         host = states.detach().to("cpu").contiguous()
-        if isinstance(self._target, list):
+        if isinstance(self._target, list) and host.data_ptr() == states.data_ptr():
             # a view would keep the whole graph's storage alive, and be changed in place by what follows
-            self._target.append(host.clone() if host.data_ptr() == states.data_ptr() else host)
+            host = host.clone()
+        self._take(host)
+
+    def _take_copy(self, host: torch.Tensor, copied: CopyMark) -> None:
+        wait_for_copy(copied)
+        # what is held is not to be pinned: the system could not page it out, and PyTorch rounds it up
+        self._take(host.clone() if isinstance(self._target, list) else host)
+
+    def _take(self, host: torch.Tensor) -> None:
+        if isinstance(self._target, list):
+            self._target.append(host)
             return
         data: Any = host.view(torch.uint8).reshape(-1).numpy()  # an array, of which no copy is made below
         self.checksums.append(google_crc32c.value(data))
@@ -49,7 +75,15 @@ class BoundaryWriter:
 class BoundaryStore:
     """All boundaries of a run, by name."""
 
-    def __init__(self, units: UnitStore, shapes: Sequence[Sequence[int]], dtype: torch.dtype, slots: int) -> None:
+    def __init__(
+        self,
+        units: UnitStore,
+        shapes: Sequence[Sequence[int]],
+        dtype: torch.dtype,
+        slots: int,
+        *,
+        beside_device: bool = False,
+    ) -> None:
         """Makes the store.
 
         Args:
@@ -57,12 +91,14 @@ class BoundaryStore:
             shapes: per micro-batch, [batch, tokens, hidden].
             dtype: of the states.
             slots: boundaries that may be held in memory at a time.
+            beside_device: reads and writes in threads; without an accelerator they would take its cores from a run.
         """
         self._units = units
         self._shapes = [tuple(shape) for shape in shapes]
         self._sizes = [dtype.itemsize * torch.Size(shape).numel() for shape in self._shapes]
         self._dtype = dtype
         self._slots = slots
+        self._beside_device = beside_device
         self._held: dict[str, list[torch.Tensor]] = {}
         self.bytes_written = 0
         self.bytes_read = 0
@@ -86,14 +122,14 @@ class BoundaryStore:
         """
         if not durable and len(self._held) < self._slots:
             held: list[torch.Tensor] = []
-            yield BoundaryWriter(held)
+            with self._writing_to(held) as writer:
+                yield writer
             self._held[name] = held
             return
         require_room(self._units.folder, sum(self._sizes), f"boundary {name}")
         draft: UnitDraft
         with self._units.create(name) as draft:
-            with files.FileWriter(draft.path / STATES_FILE) as stream:
-                writer = BoundaryWriter(stream)
+            with files.FileWriter(draft.path / STATES_FILE) as stream, self._writing_to(stream) as writer:
                 yield writer
             draft.record(STATES_FILE, stream.size, stream.crc32c)
             draft.metadata |= {"checksums": list(writer.checksums), "dtype": str(self._dtype)} | (facts or {})
@@ -109,10 +145,29 @@ class BoundaryStore:
         Raises:
             DamagedError: the file does not hold what was committed.
         """
+        stored = self._stored(name, device)
+        counted = name not in self._held
+        if self._beside_device:
+            stored = taken_ahead(stored, "streamda-boundary")
+        for states in stored:
+            if counted:
+                self.bytes_read += states.numel() * states.element_size()
+            read = [states.to(device, non_blocking=True)]
+            del states
+            yield read.pop()  # so that whoever has taken them holds them alone
+
+    @contextmanager
+    def _writing_to(self, target: files.FileWriter | list[torch.Tensor]) -> Iterator[BoundaryWriter]:
+        with ExitStack() as stack:
+            behind = stack.enter_context(DoneBehind("streamda-boundary")) if self._beside_device else None
+            yield BoundaryWriter(target, behind)
+
+    def _stored(self, name: str, device: torch.device) -> Iterator[torch.Tensor]:
+        """The micro-batches of a boundary in host memory, from which a device takes them."""
         if name in self._held:
             assert len(self._held[name]) == len(self._shapes)
             for states in self._held[name]:
-                yield states.to(device)
+                yield _staged(states, device) if self._beside_device else states
             return
         path = self._units.path(name) / STATES_FILE
         checksums = self._units.metadata(name)["checksums"]
@@ -124,7 +179,7 @@ class BoundaryStore:
         with files.closing(opened) as descriptor:
             offset = 0
             for shape, size, checksum in zip(self._shapes, self._sizes, checksums, strict=True):
-                buffer = torch.empty(size, dtype=torch.uint8)
+                buffer = host_buffer(size, device)
                 stored: Any = buffer.numpy()
                 with files.damage_errors(path):
                     count = files.system_calls.preadv(descriptor, [stored.data], offset)
@@ -133,8 +188,7 @@ class BoundaryStore:
                         f"{path} does not have the bytes that were committed; {self._units.repair(name)}"
                     )
                 offset += size
-                self.bytes_read += size
-                read = [buffer.view(self._dtype).reshape(shape).to(device)]
+                read = [buffer.view(self._dtype).reshape(shape)]
                 del buffer, stored
                 yield read.pop()  # so that whoever has taken them holds them alone
 
@@ -150,6 +204,12 @@ class BoundaryStore:
         self._held.pop(name, None)
         if name in self._units:
             self._units.drop(name)
+
+
+def _staged(states: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy from which the device copies without the host's help."""
+    buffer = host_buffer(states.numel() * states.element_size(), device)
+    return buffer.view(states.dtype).reshape(states.shape).copy_(states)
 
 
 def require_finite_states(units: UnitStore, name: str) -> None:

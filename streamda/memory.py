@@ -249,6 +249,37 @@ class DeviceCopier:
         return None if self._stream is None else self._stream.record_event()
 
 
+def host_buffer(num_bytes: int, device: torch.device) -> torch.Tensor:
+    """Host memory [num_bytes] uint8 for what passes to or from a device: pinned for CUDA, which then copies alone.
+
+    PyTorch hands pinned memory out again only when the copies into or from it are over.
+    """
+    return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+
+
+def staged_bytes(state_bytes: int) -> int:
+    """Pinned memory that boundary states pass through at most, from the size of the largest of them.
+
+    Each of two readers has one in use, one ready and one that a copy still reads, the writer two; PyTorch rounds each
+    up to a power of two.
+    """
+    return 8 * 2 * state_bytes
+
+
+def begin_copy_to_host(states: torch.Tensor) -> tuple[torch.Tensor, CopyMark]:
+    """A contiguous copy in host memory, that holds the values once `wait_for_copy` has returned."""
+    buffer = host_buffer(states.numel() * states.element_size(), states.device)
+    host = buffer.view(states.dtype).reshape(states.shape)
+    host.copy_(states.detach(), non_blocking=True)
+    return host, torch.cuda.current_stream(states.device).record_event() if states.device.type == "cuda" else None
+
+
+def wait_for_copy(mark: CopyMark) -> None:
+    """Returns when the copies before a mark are done."""
+    if mark is not None:
+        mark.synchronize()
+
+
 def hand_over(tensors: Iterable[torch.Tensor], filled: CopyMark, device: torch.device) -> None:
     """Lets the main stream use what a `DeviceCopier` has filled, and keeps its memory until that use is over."""
     if filled is not None:

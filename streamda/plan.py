@@ -17,7 +17,7 @@ from streamda.disk_plan import DiskUse, choose_stride, disk_work, stride_text
 from streamda.errors import BudgetError, StorageError
 from streamda.flops import count_flops
 from streamda.kept_memory import between_micro_batches, room_bytes, spare_bytes, stretch_bytes
-from streamda.memory import READ_CHUNK_BYTES, MemoryBudget, format_size
+from streamda.memory import READ_CHUNK_BYTES, MemoryBudget, format_size, staged_bytes
 from streamda.panels import FLOAT32_BYTES, Replay, block_panels, pack_replays
 from streamda.solve_plan import (
     WORKSPACE_BYTES,
@@ -194,7 +194,8 @@ def _plan_at(
     prefetch: bool = False,
 ) -> Plan | None:
     boundary = _boundary_bytes(workload)
-    in_memory = min(len(workload.blocks) + 1, budget.host_bytes // max(1, boundary))
+    host_bytes = budget.host_bytes - (0 if host_is_device else staged_bytes(_hidden_bytes(workload)))
+    in_memory = min(len(workload.blocks) + 1, max(0, host_bytes) // max(1, boundary))
     available = budget.device_bytes - (in_memory * boundary if host_is_device else 0)
     logit_rows = _logit_rows(workload, available, keep_stored)
     specs = [cost.spec for cost in workload.blocks]

@@ -1,8 +1,14 @@
-"""Boundary states: memory and disk give back the same bits, once, in order, or say that they cannot."""
+"""Boundary states: memory and disk give back the same bits, once, in order, or say that they cannot.
+
+All of it at once, as on a CPU, and by threads, as beside a GPU.
+"""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeAlias
 
 import pytest
 import torch
@@ -46,6 +52,14 @@ def bits(batches: list[torch.Tensor]) -> list[bytes]:
     return [batch.contiguous().view(torch.uint8).numpy().tobytes() for batch in batches]
 
 
+MakeStore: TypeAlias = Callable[..., BoundaryStore]
+
+
+@pytest.fixture(params=[False, True], ids=["at once", "by threads"])
+def make_store(request: pytest.FixtureRequest) -> MakeStore:
+    return functools.partial(BoundaryStore, beside_device=request.param)
+
+
 @pytest.fixture
 def units(tmp_path: Path) -> UnitStore:
     return UnitStore(tmp_path, "run")
@@ -54,9 +68,9 @@ def units(tmp_path: Path) -> UnitStore:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("slots", [0, 1], ids=["disk", "memory"])
 def test_memory_and_disk_give_back_the_very_bits_in_order_as_often_as_asked(
-    units: UnitStore, dtype: torch.dtype, slots: int
+    units: UnitStore, dtype: torch.dtype, slots: int, make_store: MakeStore
 ) -> None:
-    store = BoundaryStore(units, SHAPES, dtype, slots)
+    store = make_store(units, SHAPES, dtype, slots)
     write(store, "acts-0001", states(dtype))
     for _ in range(2):
         found = list(store.read("acts-0001", CPU))
@@ -65,18 +79,22 @@ def test_memory_and_disk_give_back_the_very_bits_in_order_as_often_as_asked(
     assert units.names() == ([] if slots else ["acts-0001"])
 
 
-def test_what_is_on_disk_outlives_the_process_and_what_is_in_memory_does_not(units: UnitStore) -> None:
-    first = BoundaryStore(units, SHAPES, torch.bfloat16, slots=1)
+def test_what_is_on_disk_outlives_the_process_and_what_is_in_memory_does_not(
+    units: UnitStore, make_store: MakeStore
+) -> None:
+    first = make_store(units, SHAPES, torch.bfloat16, slots=1)
     write(first, "acts-0001", states(torch.bfloat16, 1))
     write(first, "acts-0002", states(torch.bfloat16, 2))
-    second = BoundaryStore(UnitStore(units.folder, "run"), SHAPES, torch.bfloat16, slots=1)
+    second = make_store(UnitStore(units.folder, "run"), SHAPES, torch.bfloat16, slots=1)
     assert "acts-0001" in first
     assert "acts-0001" not in second
     assert bits(list(second.read("acts-0002", CPU))) == bits(states(torch.bfloat16, 2))
 
 
-def test_as_many_boundaries_as_there_are_slots_are_in_memory_and_a_dropped_one_makes_room(units: UnitStore) -> None:
-    store = BoundaryStore(units, SHAPES, torch.float32, slots=2)
+def test_as_many_boundaries_as_there_are_slots_are_in_memory_and_a_dropped_one_makes_room(
+    units: UnitStore, make_store: MakeStore
+) -> None:
+    store = make_store(units, SHAPES, torch.float32, slots=2)
     for index in range(4):
         write(store, f"acts-{index}", states(torch.float32, index))
     assert units.names() == ["acts-2", "acts-3"]
@@ -86,15 +104,17 @@ def test_as_many_boundaries_as_there_are_slots_are_in_memory_and_a_dropped_one_m
     assert bits(list(store.read("acts-4", CPU))) == bits(states(torch.float32, 4))
 
 
-def test_a_durable_boundary_is_on_disk_whatever_memory_is_free(units: UnitStore) -> None:
-    store = BoundaryStore(units, SHAPES, torch.float32, slots=9)
+def test_a_durable_boundary_is_on_disk_whatever_memory_is_free(units: UnitStore, make_store: MakeStore) -> None:
+    store = make_store(units, SHAPES, torch.float32, slots=9)
     write(store, "grads-3", states(torch.float32), durable=True)
     assert units.names() == ["grads-3"]
 
 
 @pytest.mark.parametrize("slots", [0, 1], ids=["disk", "memory"])
-def test_a_dropped_boundary_is_gone_and_dropping_it_again_is_no_error(units: UnitStore, slots: int) -> None:
-    store = BoundaryStore(units, SHAPES, torch.float32, slots)
+def test_a_dropped_boundary_is_gone_and_dropping_it_again_is_no_error(
+    units: UnitStore, slots: int, make_store: MakeStore
+) -> None:
+    store = make_store(units, SHAPES, torch.float32, slots)
     write(store, "acts-0", states(torch.float32))
     assert "acts-0" in store
     store.drop("acts-0")
@@ -106,8 +126,8 @@ def test_a_dropped_boundary_is_gone_and_dropping_it_again_is_no_error(units: Uni
 
 
 @pytest.mark.parametrize("slots", [0, 1], ids=["disk", "memory"])
-def test_a_boundary_whose_writing_fails_never_existed(units: UnitStore, slots: int) -> None:
-    store = BoundaryStore(units, SHAPES, torch.float32, slots)
+def test_a_boundary_whose_writing_fails_never_existed(units: UnitStore, slots: int, make_store: MakeStore) -> None:
+    store = make_store(units, SHAPES, torch.float32, slots)
     with pytest.raises(ZeroDivisionError):
         write_and_fail(store, "acts-0")
     assert "acts-0" not in store
@@ -115,9 +135,9 @@ def test_a_boundary_whose_writing_fails_never_existed(units: UnitStore, slots: i
 
 
 @pytest.mark.parametrize("slots", [0, 1], ids=["disk", "memory"])
-def test_what_is_kept_is_a_copy_without_a_graph(units: UnitStore, slots: int) -> None:
+def test_what_is_kept_is_a_copy_without_a_graph(units: UnitStore, slots: int, make_store: MakeStore) -> None:
     """A block may change its output in place afterwards, and must be free to go."""
-    store = BoundaryStore(units, SHAPES[:1], torch.float32, slots)
+    store = make_store(units, SHAPES[:1], torch.float32, slots)
     original = states(torch.float32)[0].nan_to_num()
     leaf = original.clone().requires_grad_(True)
     output = leaf * 1.0
@@ -130,16 +150,18 @@ def test_what_is_kept_is_a_copy_without_a_graph(units: UnitStore, slots: int) ->
 
 
 @pytest.mark.parametrize("slots", [0, 1], ids=["disk", "memory"])
-def test_states_that_are_not_contiguous_are_stored_as_they_read(units: UnitStore, slots: int) -> None:
-    store = BoundaryStore(units, [(2, 9, 16)], torch.float32, slots)
+def test_states_that_are_not_contiguous_are_stored_as_they_read(
+    units: UnitStore, slots: int, make_store: MakeStore
+) -> None:
+    store = make_store(units, [(2, 9, 16)], torch.float32, slots)
     values = torch.arange(288.0).reshape(16, 9, 2).permute(2, 1, 0)
     write(store, "acts-0", [values])
     (found,) = store.read("acts-0", CPU)
     assert torch.equal(found, values)
 
 
-def test_facts_are_kept_beside_a_durable_boundary(units: UnitStore) -> None:
-    store = BoundaryStore(units, SHAPES, torch.bfloat16, slots=0)
+def test_facts_are_kept_beside_a_durable_boundary(units: UnitStore, make_store: MakeStore) -> None:
+    store = make_store(units, SHAPES, torch.bfloat16, slots=0)
     kept: dict[str, float] = {}
     with store.write("grads-3", durable=True, facts=kept) as writer:
         for batch in states(torch.bfloat16):
@@ -149,9 +171,9 @@ def test_facts_are_kept_beside_a_durable_boundary(units: UnitStore) -> None:
     assert store.facts("grads-3")["dtype"] == "torch.bfloat16"
 
 
-def test_bytes_to_and_from_disk_are_counted_and_memory_is_free(units: UnitStore) -> None:
+def test_bytes_to_and_from_disk_are_counted_and_memory_is_free(units: UnitStore, make_store: MakeStore) -> None:
     size = sum(torch.Size(shape).numel() for shape in SHAPES) * 2
-    store = BoundaryStore(units, SHAPES, torch.bfloat16, slots=1)
+    store = make_store(units, SHAPES, torch.bfloat16, slots=1)
     write(store, "acts-0", states(torch.bfloat16))
     list(store.read("acts-0", CPU))
     assert (store.bytes_written, store.bytes_read) == (0, 0)
@@ -164,8 +186,8 @@ def test_bytes_to_and_from_disk_are_counted_and_memory_is_free(units: UnitStore)
 
 class TestDamage:
     @pytest.fixture
-    def store(self, units: UnitStore) -> BoundaryStore:
-        store = BoundaryStore(units, SHAPES, torch.bfloat16, slots=0)
+    def store(self, units: UnitStore, make_store: MakeStore) -> BoundaryStore:
+        store = make_store(units, SHAPES, torch.bfloat16, slots=0)
         write(store, "acts-0", states(torch.bfloat16))
         return store
 
@@ -189,9 +211,9 @@ class TestDamage:
             read_into(given, store, "acts-0")
         assert bits(given) == bits(states(torch.bfloat16)[:batch])
 
-    def test_two_micro_batches_that_changed_places_are_noticed(self, units: UnitStore) -> None:
+    def test_two_micro_batches_that_changed_places_are_noticed(self, units: UnitStore, make_store: MakeStore) -> None:
         shapes = [(1, 4, 4), (1, 4, 4)]
-        store = BoundaryStore(units, shapes, torch.float32, slots=0)
+        store = make_store(units, shapes, torch.float32, slots=0)
         write(store, "acts-1", [torch.zeros(1, 4, 4), torch.ones(1, 4, 4)])
         path = units.path("acts-1") / STATES_FILE
         data = path.read_bytes()
@@ -213,12 +235,12 @@ class TestDamage:
 
 
 def test_what_lies_on_disk_is_announced_from_its_beginning_and_only_that(
-    units: UnitStore, monkeypatch: pytest.MonkeyPatch
+    units: UnitStore, monkeypatch: pytest.MonkeyPatch, make_store: MakeStore
 ) -> None:
     asked: list[tuple[int, int]] = []
     monkeypatch.setattr("os.posix_fadvise", lambda _fd, offset, length, _advice: asked.append((offset, length)))
     monkeypatch.setattr("streamda.read_ahead.WINDOW_BYTES", 100)
-    store = BoundaryStore(units, SHAPES, torch.float32, 1)
+    store = make_store(units, SHAPES, torch.float32, 1)
     write(store, "held", states(torch.float32))
     write(store, "acts-0001", states(torch.float32))
     store.announce("held")
@@ -235,8 +257,10 @@ def test_what_lies_on_disk_is_announced_from_its_beginning_and_only_that(
 
 
 @pytest.mark.parametrize("count", [2, 4], ids=["fewer", "more"])
-def test_a_boundary_of_another_number_of_micro_batches_is_damaged(units: UnitStore, count: int) -> None:
-    write(BoundaryStore(units, SHAPES, torch.float32, slots=0), "acts-0001", states(torch.float32))
-    store = BoundaryStore(units, [*SHAPES, SHAPES[0]][:count], torch.float32, slots=0)
+def test_a_boundary_of_another_number_of_micro_batches_is_damaged(
+    units: UnitStore, count: int, make_store: MakeStore
+) -> None:
+    write(make_store(units, SHAPES, torch.float32, slots=0), "acts-0001", states(torch.float32))
+    store = make_store(units, [*SHAPES, SHAPES[0]][:count], torch.float32, slots=0)
     with pytest.raises(DamagedError, match=r"another number of micro-batches.*streamda repair .* --drop acts-0001"):
         next(store.read("acts-0001", CPU))

@@ -17,9 +17,11 @@ from safetensors.torch import load_file
 
 import streamda
 from streamda import cholesky
+from streamda.boundary import BoundaryStore
 from streamda.factors import add_gradient_, add_input_moment_, add_output_moment_
 from streamda.memory import DeviceCopier, device_limit, hand_over, parse_size
 from streamda.timeline import Span, innermost
+from streamda.units import UnitStore
 from tests.conftest import GOLDEN
 from tests.golden_options import products, read_adapter, worst_error
 from tests.models import make_samples, write_checkpoint, write_samples
@@ -143,6 +145,24 @@ def test_chunks_that_pass_through_the_pinned_buffer_arrive_whole_and_in_order() 
     hand_over(targets, filled, device)
     for target, chunk in zip(targets, chunks, strict=True):
         torch.testing.assert_close((target * 2).cpu(), chunk.float() * 2, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("slots", [0, 1], ids=["disk", "memory"])
+def test_boundary_states_arrive_whole_and_in_order_while_the_device_goes_on(slots: int, tmp_path: Path) -> None:
+    """What is given away is overwritten at once, in the order of the stream, and what is read is used at once."""
+    device = torch.device("cuda")
+    shapes = [(1, 4096 - 7 * number, 512) for number in range(12)]
+    store = BoundaryStore(UnitStore(tmp_path, "run"), shapes, torch.bfloat16, slots, beside_device=True)
+    expected = [torch.randn(shape, generator=torch.Generator().manual_seed(shape[1])).bfloat16() for shape in shapes]
+    with store.write("acts-0001") as writer:
+        for states in expected:
+            on_device = states.to(device)
+            writer.append(on_device)
+            on_device.zero_()
+    for _ in range(2):
+        found = [(states * 1).cpu() for states in store.read("acts-0001", device)]
+        assert all(map(torch.equal, found, expected))
+        assert len(found) == len(expected)
 
 
 def test_the_cap_is_the_allocator_s() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import streamda
-from streamda import passes, stopping, sweep
+from streamda import collect_stage, passes, stopping, sweep
 from streamda.batches import Batch
 from streamda.boundary import BoundaryStore
 from streamda.errors import StoppedError
@@ -47,6 +49,33 @@ def test_micro_batches_come_in_order_with_their_states_at_each_boundary(tmp_path
     found = [(batch, states.mean().item(), above.mean().item()) for batch, states, above in pairs]
     assert found == [(batches[0], 0.0, 100.0), (batches[1], 1.0, 101.0), (batches[2], 2.0, 102.0)]
     assert [tuple(states.shape) for _, states in made.over("acts-0001")] == [(*shape, HIDDEN) for shape in SHAPES]
+
+
+@pytest.mark.parametrize("max_host_mem", ["1KB", "1GB"], ids=["disk", "memory"])
+def test_a_run_whose_boundaries_threads_bring_gives_the_same_bits(
+    max_host_mem: str, tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As beside a GPU. Micro-batches of one sample, so that there are some to be ahead of and behind."""
+    threads: set[str] = set()
+
+    def stored(*arguments: Any) -> Any:
+        for states in real_stored(*arguments):
+            threads.add(threading.current_thread().name)
+            yield states
+
+    options = tiny | {"max_host_mem": max_host_mem, "micro_batch_tokens": "1"}
+    plain = streamda.initialize(**options | {"output_dir": str(tmp_path / "plain")})
+    real_stored = BoundaryStore._stored
+    monkeypatch.setattr(BoundaryStore, "_stored", stored)
+    by_threads = functools.partial(BoundaryStore, beside_device=True)
+    monkeypatch.setattr(collect_stage, "BoundaryStore", lambda *arguments, **_: by_threads(*arguments))
+    before = threading.active_count()
+    report = streamda.initialize(**options | {"output_dir": str(tmp_path / "by-threads")})
+    assert threading.active_count() == before
+    weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("plain", "by-threads")]
+    assert weights[0] == weights[1]
+    assert report.bytes == plain.bytes
+    assert threads == {"streamda-boundary_0"}
 
 
 def test_a_pass_stops_before_a_micro_batch_and_reads_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

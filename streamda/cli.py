@@ -118,7 +118,7 @@ def _options(skip: Collection[str] = (), only: Collection[str] | None = None) ->
     config = typer.Option("--config", help="YAML file with options; the command line wins.", show_default=False)
     parameters.append(_parameter("config", Path, config))
     verbose = _TRACEBACKS if only is not None else "Show one sample with its mask; tracebacks with errors."
-    for name, text in {"quiet": "No progress and no notices.", "verbose": verbose}.items():
+    for name, text in {"quiet": "No progress, and no notices before the report.", "verbose": verbose}.items():
         parameters.append(_parameter(name, bool, typer.Option(f"--{name}", help=text, show_default=False)))
     machine = typer.Option("--json", help="One JSON object on stdout instead of a table.", show_default=False)
     parameters.append(_parameter("as_json", bool, machine))

@@ -95,10 +95,10 @@ class Collection:
         for batch in self._micro_batches(self._chosen):
             indices = [self._chosen[place] for place in batch.samples]
             ids, labels = zip(*((samples[index].input_ids, samples[index].labels) for index in indices), strict=True)
-            mask = prepared.config.collect.token_mask
-            self._batches.append(collate(ids, labels, mask, prepared.device, indices))
+            self._batches.append(collate(ids, labels, prepared.config.collect.token_mask, prepared.device, indices))
         shapes = [(*batch.shape, prepared.stack.hidden_size) for batch in self._batches]
-        self._boundaries = BoundaryStore(self._run.units, shapes, prepared.dtype, self._plan.boundaries_in_memory)
+        held, beside = self._plan.boundaries_in_memory, prepared.device.type != "cpu"
+        self._boundaries = BoundaryStore(self._run.units, shapes, prepared.dtype, held, beside_device=beside)
         self._sweep = Sweep(
             prepared.stack,
             self._checkpoint,
@@ -304,7 +304,7 @@ class Collection:
         name = stats_unit(spec.index)
         require_room(units.folder, stored_bytes(spec), f"the statistics of block {spec.index}")
         with ExitStack() as stack:
-            draft = stack.enter_context(self._meter.timeline.at_exit("commit", units.create(name), lane="commit"))
+            draft = stack.enter_context(self._meter.timeline.at_exit("commit", units.create(name), lane="writer"))
             writer = BlockStatisticsWriter(draft.path, spec, self._prepared.config.collect.statistics_codec)
             facts = self._pass_down(spec, writer)
             skipped = {module: values["skipped"] for module, values in facts.items() if "skipped" in values}

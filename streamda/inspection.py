@@ -11,6 +11,7 @@ from streamda import files
 from streamda.errors import ConfigError, LockedError
 from streamda.files import shown
 from streamda.memory import format_size
+from streamda.places import WORK_SUFFIX
 from streamda.report import REPORT_FILE, read_report, table
 from streamda.rundir import RunDirectory, find_record, unit_names
 from streamda.solutions import solve_unit
@@ -62,7 +63,9 @@ def require_readable(folder: Path) -> None:
             files.system_calls.listdir(folder)
             os.stat(os.path.join(folder, "."))  # its names may be readable and what they stand for not
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise ConfigError(f"{shown(folder)} is not a folder") from error
+            work = f"{folder}{WORK_SUFFIX}"
+            run = f"; the run that makes it is in {shown(work)}" if os.path.isfile(f"{work}/run.json") else ""
+            raise ConfigError(f"{shown(folder)} is not a folder{run}") from error
 
 
 def collected_blocks(blocks: Iterable[int], units: Container[str]) -> list[int]:

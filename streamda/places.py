@@ -15,6 +15,9 @@ from streamda.output import resolved
 from streamda.report import REPORT_FILE
 from streamda.rundir import RunDirectory, find_record
 
+WORK_SUFFIX = ".work"
+"""Behind the adapter's folder: where its run lies unless told otherwise."""
+
 
 def output_dir(config: RunConfig) -> Path:
     """Where the adapter goes."""
@@ -27,7 +30,7 @@ def output_dir(config: RunConfig) -> Path:
 
 def work_dir(config: RunConfig) -> Path:
     """Where the run keeps its state."""
-    return Path(config.work_dir or f"{output_dir(config)}.work")
+    return Path(config.work_dir or f"{output_dir(config)}{WORK_SUFFIX}")
 
 
 def _with_name(place: str) -> Path:

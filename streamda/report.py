@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from streamda.config import SolveConfig
 from streamda.disk_plan import stride_text
 from streamda.errors import DamagedError
 from streamda.files import shown
@@ -100,12 +101,21 @@ class InitReport:
                 f"{self.data['num_tokens']} tokens; {self.data['num_truncated']} cut, "
                 f"{self.data['num_skipped']} skipped)"
             )
+        if self.modules and "solve" in self.config:
+            solve = SolveConfig(**{name: self.config["solve"][name] for name in ("rank", "lora_alpha", "rslora")})
+            kind = "rank-stabilized, " if solve.rslora else ""
+            lines.append(
+                f"  method       rank {solve.rank}, alpha {solve.lora_alpha:g} ({kind}scaling {solve.scaling:.3g}), "
+                f"{len(self.modules)} layers"
+            )
         if self.loss is not None:
             lines.append(f"  loss         {self.loss:.4f}  (base model, mean over samples)")
         if self.output_dir:
             lines.append(f"  adapter      {printable(self.output_dir)}")
         if self.statistics_dir:
             lines.append(f"  statistics   {printable(self.statistics_dir)}")
+        if self.resumed:
+            lines.append("  (an earlier process began this run: memory, times and bytes are of the last one)")
         return lines
 
     def _memory(self) -> list[str]:
@@ -135,10 +145,11 @@ class InitReport:
         if not self.busy or self.wall_seconds <= 0:
             return []
         shown = {name: value for name, value in self.busy.items() if value >= _SHOWN_SHARE * self.wall_seconds}
-        main = sum(value for name, value in self.busy.items() if not name.endswith(")"))  # of one thread, so never more
+        main = sum(value for name, value in self.busy.items() if not _is_beside(name))  # of one thread, so never more
         shown["everything else"] = self.wall_seconds - main
         rows = [[name, f"{value:.1f} s", f"{100 * value / self.wall_seconds:.0f} %"] for name, value in shown.items()]
-        return ["", f"work  (of {self.wall_seconds:.1f} s)", *table(["what", "seconds", "share"], rows)]
+        beside = ["  (in brackets: the thread that did it beside the rest)"] if any(map(_is_beside, shown)) else []
+        return ["", f"work  (of {self.wall_seconds:.1f} s)", *table(["what", "seconds", "share"], rows), *beside]
 
     def _layers(self) -> list[str]:
         if not self.modules:
@@ -162,6 +173,11 @@ class InitReport:
 
     def _notes(self) -> list[str]:
         return ["", *(f"note: {notice}" for notice in self.notices)] if self.notices else []
+
+
+def _is_beside(work: str) -> bool:
+    """Whether it is of another thread than the main one, see `InitReport.busy`."""
+    return work.endswith(")")
 
 
 def _module_row(name: str, facts: Mapping[str, Any]) -> list[str]:

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,9 @@ def test_inspect_tells_how_far_a_run_at_work_is(
         at_work.units.drop("stats-0000")
     assert run(monkeypatch, "inspect", str(work)) == 0
     assert "interrupted: the same command continues" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "adapter")  # as before the end of a first run
+    assert run(monkeypatch, "inspect", str(tmp_path / "adapter")) == 2
+    assert f"is not a folder; the run that makes it is in {work}" in capsys.readouterr().err
 
 
 def test_plan_needs_no_weights(

@@ -49,7 +49,7 @@ def full_report() -> InitReport:
         output_dir="out",
         statistics_dir="stats",
         resumed=True,
-        config={"solve": {"rank": 2}},
+        config={"solve": {"rank": 4, "lora_alpha": 16.0, "rslora": True}},
         versions={"torch": "2.13.0"},
         model={"name": "tiny", "revision": None, "num_blocks": 13, "num_layers": 14, "dtype": "float32"},
         data={"source": "rows.jsonl", "num_samples": 16, "num_tokens": 500, "num_truncated": 1, "num_skipped": 2},
@@ -124,6 +124,8 @@ class TestTable:
             assert fact in text
         assert "adapter      out" in text
         assert "statistics   stats" in text
+        assert "method       rank 4, alpha 16 (rank-stabilized, scaling 8), 14 layers" in text
+        assert "(an earlier process began this run: memory, times and bytes are of the last one)" in text
         assert "weights read 26.00 GB, 2.00 times the checkpoint" in text
         assert self.lines[-2:] == ["note: one thing", "note: another thing"]
 
@@ -152,6 +154,7 @@ class TestTable:
         ]
         # what another thread did was done beside the rest, and what is next to nothing is not shown
         assert [row.split()[-2] for row in rows[:4]] == ["50", "40", "35", "15"]
+        assert rows[4] == "  (in brackets: the thread that did it beside the rest)"
 
     def test_one_line_says_how_near_the_limit_the_run_was(self) -> None:
         assert "  wall 8 s = 1.6 x the compute bound (5 s); disk bound 2 s" in self.lines

@@ -96,10 +96,8 @@ def test_batching_and_the_place_of_boundary_states_do_not_matter(
     first, second = products(folder / "adapter"), products(another)
     assert len(second) == 7 * len(CHECKED_BLOCKS)
     errors = {name: relative_error(second[name], first[name]) for name in second}
-    # Layers whose inputs lack directions live there on lambda, and float32 noise over lambda is not the same twice.
-    # With so few tokens one may be among these; the golden model, which has none, is held to 1e-4.
-    assert sum(error >= 5e-3 for error in errors.values()) <= 1, sorted(errors.items(), key=lambda item: -item[1])[:6]
-    assert max(errors.values()) < 5e-2
+    # sums of inputs in float32 would put one of these layers percents apart
+    assert max(errors.values()) < 1e-3, sorted(errors.items(), key=lambda item: -item[1])[:6]
     with (
         streamda.open_statistics(folder / "adapter.work") as ours,
         streamda.open_statistics(folder / "other.work") as theirs,

@@ -6,6 +6,8 @@ report = streamda.initialize(model="meta-llama/Llama-2-13b-hf", dataset="my_task
 output_dir="adapter", max_gpu_mem="24GB")
 print(report.to_table())
 # later, anywhere: PeftModel.from_pretrained(base, "adapter", is_trainable=True)
+
+Importing it leaves the program's signals alone; it does ask PyTorch to use huge pages, see `streamda.huge_pages`.
 """
 
 from streamda import huge_pages, stopping

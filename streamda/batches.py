@@ -89,7 +89,7 @@ def _best_cuts(lengths: Sequence[int], max_tokens: int, batch_cost: int) -> list
 
 
 @dataclass(frozen=True, slots=True)
-class Targets:
+class Labels:
     """What a micro-batch is to predict."""
 
     rows: torch.Tensor
@@ -135,13 +135,13 @@ class Batch:
             padded[row, : sample.numel()] = sample
         return padded.to(self.device)
 
-    def targets(self) -> Targets:
+    def targets(self) -> Labels:
         """The labels, each at the row that predicts it."""
         following = _following(self.labels, self.shape)
         predicts = following != IGNORED_LABEL
         counts = predicts.sum(dim=1, keepdim=True).clamp_min(1)
         weights = (1.0 / counts).expand(self.shape)
-        return Targets(
+        return Labels(
             rows=predicts.flatten().nonzero()[:, 0].to(self.device),
             ids=following[predicts].to(self.device),
             weights=weights[predicts].float().to(self.device),

@@ -208,9 +208,10 @@ class HeldStatistics(BlockStatistics):
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def sums(self, module: str, statistic: str, *where: slice) -> torch.Tensor:
-        """As `BlockStatistics` says; rows are those of one panel."""
+        """As `BlockStatistics` says; rows are all those of one panel."""
         rows, *columns = where
         panel = self._panels[module, statistic, rows.start or 0]
+        assert rows.stop is None or rows.stop >= (rows.start or 0) + panel.shape[0]
         return panel[(slice(None), *columns)].clone(memory_format=torch.contiguous_format)
 
 

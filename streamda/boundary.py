@@ -23,7 +23,7 @@ import torch
 from streamda import files, read_ahead
 from streamda.disk_space import require_room
 from streamda.errors import DamagedError
-from streamda.memory import CopyMark, begin_copy_to_host, host_buffer, wait_for_copy
+from streamda.memory import CopyMark, begin_copy_to_host, host_buffer, mark_copies, wait_for_copy
 from streamda.units import UnitDraft, UnitStore
 from streamda.workers import DoneBehind, taken_ahead
 
@@ -36,21 +36,25 @@ _PIECE_BYTES = 8 << 20  # a multiple of every dtype's size; smaller only costs c
 class BoundaryWriter:
     """Takes the micro-batches of one boundary, in order."""
 
-    def __init__(self, target: files.FileWriter | list[torch.Tensor], behind: DoneBehind | None = None) -> None:
+    def __init__(
+        self, target: files.FileWriter | list[torch.Tensor], behind: DoneBehind | None = None, room: int = 0
+    ) -> None:
         """Takes nothing yet.
 
         Args:
             target: where they go.
             behind: brings them there while the next one is made; None for doing so at once.
+            room: bytes of the largest of them, if they are brought there behind.
         """
         self._target = target
         self._behind = behind
+        self._room = room
         self.checksums: list[int] = []
 
     def append(self, states: torch.Tensor) -> None:
         """Adds the states of the next micro-batch, [batch, tokens, hidden]."""
         if self._behind is not None:
-            self._behind.do(functools.partial(self._take_copy, *begin_copy_to_host(states)))
+            self._behind.do(functools.partial(self._take_copy, *begin_copy_to_host(states, self._room)))
             return
         host = states.detach().to("cpu").contiguous()
         if isinstance(self._target, list) and host.data_ptr() == states.data_ptr():
@@ -96,6 +100,7 @@ class BoundaryStore:
         self._units = units
         self._shapes = [tuple(shape) for shape in shapes]
         self._sizes = [dtype.itemsize * torch.Size(shape).numel() for shape in self._shapes]
+        self._room = max(self._sizes, default=0)
         self._dtype = dtype
         self._slots = slots
         self._beside_device = beside_device
@@ -149,10 +154,13 @@ class BoundaryStore:
         counted = name not in self._held
         if self._beside_device:
             stored = taken_ahead(stored, "streamda-boundary")
+        copied: CopyMark = None
         for states in stored:
+            wait_for_copy(copied)  # of the one before, whose buffer the one after next takes
             if counted:
                 self.bytes_read += states.numel() * states.element_size()
             read = [states.to(device, non_blocking=True)]
+            copied = mark_copies(device)
             del states
             yield read.pop()  # so that whoever has taken them holds them alone
 
@@ -160,14 +168,14 @@ class BoundaryStore:
     def _writing_to(self, target: files.FileWriter | list[torch.Tensor]) -> Iterator[BoundaryWriter]:
         with ExitStack() as stack:
             behind = stack.enter_context(DoneBehind("streamda-boundary")) if self._beside_device else None
-            yield BoundaryWriter(target, behind)
+            yield BoundaryWriter(target, behind, self._room)
 
     def _stored(self, name: str, device: torch.device) -> Iterator[torch.Tensor]:
         """The micro-batches of a boundary in host memory, from which a device takes them."""
         if name in self._held:
             assert len(self._held[name]) == len(self._shapes)
             for states in self._held[name]:
-                yield _staged(states, device) if self._beside_device else states
+                yield self._staged(states, device) if self._beside_device else states
             return
         path = self._units.path(name) / STATES_FILE
         checksums = self._units.metadata(name)["checksums"]
@@ -179,7 +187,7 @@ class BoundaryStore:
         with files.closing(opened) as descriptor:
             offset = 0
             for shape, size, checksum in zip(self._shapes, self._sizes, checksums, strict=True):
-                buffer = host_buffer(size, device)
+                buffer = host_buffer(size, self._room, device)
                 stored: Any = buffer.numpy()
                 with files.damage_errors(path):
                     count = files.system_calls.preadv(descriptor, [stored.data], offset)
@@ -191,6 +199,11 @@ class BoundaryStore:
                 read = [buffer.view(self._dtype).reshape(shape)]
                 del buffer, stored
                 yield read.pop()  # so that whoever has taken them holds them alone
+
+    def _staged(self, states: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """A copy from which the device copies without the host's help."""
+        buffer = host_buffer(states.numel() * states.element_size(), self._room, device)
+        return buffer.view(states.dtype).reshape(states.shape).copy_(states)
 
     def announce(self, name: str) -> None:
         """Asks the system to read the beginning of a boundary into its page cache; nothing where it is not on disk."""
@@ -204,12 +217,6 @@ class BoundaryStore:
         self._held.pop(name, None)
         if name in self._units:
             self._units.drop(name)
-
-
-def _staged(states: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy from which the device copies without the host's help."""
-    buffer = host_buffer(states.numel() * states.element_size(), device)
-    return buffer.view(states.dtype).reshape(states.shape).copy_(states)
 
 
 def require_finite_states(units: UnitStore, name: str) -> None:

@@ -6,7 +6,8 @@ precision nor a second matrix, and bands that do not fit may lie anywhere: what 
 them one at a time. Each new band needs every earlier one once, in order.
 
 Of the factor's diagonal blocks their inverses are kept: dividing by a block is then a product, and triangular solvers
-with few vectors reach a fraction of a product's rate. It costs digits in the square root of the condition, of sixteen.
+with few vectors reach a fraction of a product's rate. Of float64's sixteen digits it loses half as many as the matrix's
+condition number has.
 
 All but a sliver of the work is matrix products: LAPACK's own factorization reached a quarter of the GEMM rate on two
 cores.

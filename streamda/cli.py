@@ -64,6 +64,10 @@ _SWITCHES = (
 )
 """Options that are only ever turned on."""
 _TRACEBACKS = "Tracebacks with errors."
+_METHOD = tuple(entry.name for stage, entry in option_fields() if stage == "solve")
+_FOR_SOLVE = {*_METHOD, "output_dir", "statistics", "max_gpu_mem", "device", "profile", "skip_bad_layers", "seed"}
+_FOR_SOLVE |= {"unsafe_filesystem", "overwrite", "trust_remote_code"}
+_NOT_FOR_SOLVE = {entry.name for _, entry in option_fields()} - _FOR_SOLVE
 
 
 class _SectionedCommand(TyperCommand):
@@ -81,13 +85,23 @@ class _SectionedCommand(TyperCommand):
                 formatter.write_dl(records)
 
 
-def _options(skip: Collection[str] = (), only: Collection[str] | None = None) -> list[inspect.Parameter]:
-    """Parameters for Typer, one for each option; all default to None, which is "not given"."""
+def _options(
+    skip: Collection[str] = (), *, hide: Collection[str] = (), shows_sample: bool = True
+) -> list[inspect.Parameter]:
+    """Parameters for Typer, one for each option of `RunConfig` and those of the command line itself.
+
+    All default to None, which is "not given".
+
+    Args:
+        skip: names of options that the command does not take.
+        hide: of those that it takes, so that one set serves several commands, and has no use for: not in its help.
+        shows_sample: whether it shows one of its samples if asked to.
+    """
     kinds = {"": RunConfig, "data": DataConfig, "collect": CollectConfig, "solve": SolveConfig}
     hints = {stage: get_type_hints(kind) for stage, kind in kinds.items()}
     parameters = []
     for stage, entry in option_fields():
-        if entry.name in skip or (only is not None and stage != "solve" and entry.name not in only):
+        if entry.name in skip:
             continue
         hint = hints[stage][entry.name]
         choices = get_args(hint) if "Literal" in str(hint) else ()
@@ -106,6 +120,7 @@ def _options(skip: Collection[str] = (), only: Collection[str] | None = None) ->
             help=text,
             show_default=False,
             rich_help_panel=_SECTIONS[stage],
+            hidden=entry.name in hide,
         )
         parameters.append(_parameter(entry.name, kind, option))
     presets = typer.Option(
@@ -113,13 +128,15 @@ def _options(skip: Collection[str] = (), only: Collection[str] | None = None) ->
         help="Settings of the method by name; options given beside it win.",
         show_default=False,
         rich_help_panel="Method",
+        hidden="preset" in hide,
     )
     parameters.append(_parameter("preset", Literal.__getitem__(tuple(PRESETS)), presets))
     config = typer.Option("--config", help="YAML file with options; the command line wins.", show_default=False)
     parameters.append(_parameter("config", Path, config))
-    verbose = _TRACEBACKS if only is not None else "Show one sample with its mask; tracebacks with errors."
+    verbose = "Show one sample with its mask; tracebacks with errors." if shows_sample else _TRACEBACKS
     for name, text in {"quiet": "No progress, and no notices before the report.", "verbose": verbose}.items():
-        parameters.append(_parameter(name, bool, typer.Option(f"--{name}", help=text, show_default=False)))
+        option = typer.Option(f"--{name}", help=text, show_default=False, hidden=name in hide)
+        parameters.append(_parameter(name, bool, option))
     machine = typer.Option("--json", help="One JSON object on stdout instead of a table.", show_default=False)
     parameters.append(_parameter("as_json", bool, machine))
     return parameters
@@ -175,7 +192,7 @@ def init_command(**options: Any) -> None:
 
 
 @app.command("plan", cls=_SectionedCommand)
-@_with_options(_options(skip=("statistics", "profile")))
+@_with_options(_options(skip=("statistics", "profile"), hide=("quiet",), shows_sample=False))
 def plan_command(**options: Any) -> None:
     """Show what `init` would do and need. Reads the model's configuration alone."""
     _, _, as_json = _take_flags(options)
@@ -187,7 +204,12 @@ def plan_command(**options: Any) -> None:
 
 
 @app.command("collect", cls=_SectionedCommand)
-@_with_options(_options(skip=("output_dir", "work_dir", "keep_statistics", "spill_statistics", "rates", "profile")))
+@_with_options(
+    _options(
+        skip=("output_dir", "work_dir", "keep_statistics", "spill_statistics", "rates", "profile"),
+        hide={*_METHOD, "preset"} - {"population_size"},  # which statistics remember for `solve`
+    )
+)
 def collect_command(**options: Any) -> None:
     """Collect statistics of all layers, for `solve`."""
     quiet, verbose, as_json = _take_flags(options)
@@ -195,22 +217,7 @@ def collect_command(**options: Any) -> None:
 
 
 @app.command("solve", cls=_SectionedCommand)
-@_with_options(
-    _options(
-        only=(
-            "output_dir",
-            "statistics",
-            "max_gpu_mem",
-            "device",
-            "profile",
-            "skip_bad_layers",
-            "unsafe_filesystem",
-            "overwrite",
-            "seed",
-            "trust_remote_code",
-        )
-    )
-)
+@_with_options(_options(skip=_NOT_FOR_SOLVE, shows_sample=False))
 def solve_command(**options: Any) -> None:
     """Solve an adapter from collected statistics, as often as wanted."""
     quiet, _, as_json = _take_flags(options)

@@ -36,7 +36,7 @@ from streamda.sweep import Sweep, acts, grads
 
 
 class Collection:
-    """The passes of one run."""
+    """The passes of one run: `collect` makes micro-batches and a sweep for them, as often as samples have to go."""
 
     def __init__(
         self,

@@ -69,7 +69,7 @@ class Workload:
     vocab_size: int
     dtype_bytes: int
     small_bytes: int
-    """Parameters outside blocks, embeddings and head."""
+    """What stays throughout: parameters outside blocks, embeddings and head, and what the device's libraries keep."""
     embedding_bytes: int
     head_bytes: int
     blocks: tuple[BlockCost, ...]

@@ -39,9 +39,9 @@ operator the eigenproblem of the basis takes as long as a step itself. Of layers
 60, but for a first step; where it is larger, up to three steps are made that nothing needs."""
 ROTATED_COLUMNS = 2048
 """Columns of the basis rotated at a time: or there would be a second basis for a moment."""
-MAX_BASIS_VECTORS = 30 * 16
-"""In the basis before a restart, or 20 blocks of wide ones. A flat spectrum costs twice the steps with a quarter of
-it, and may never settle; 704 float64 vectors at n = 28672 are 161 MB, and their images as much."""
+BASIS_VECTORS = 30 * 16
+"""In the basis before a restart; of wide blocks 20 blocks, if these are more. A flat spectrum costs twice the steps
+with a quarter of it, and may never settle."""
 
 
 class NotFiniteError(ArithmeticError):
@@ -149,9 +149,9 @@ def _finite(images: torch.Tensor) -> torch.Tensor:
 
 
 def basis_limit(size: int, width: int) -> int:
-    """Room for vectors in the basis, for blocks of `width`."""
+    """Room for vectors [size] in the basis, for blocks of `width` of them."""
     # two blocks more: one that overflows is seen before it is added
-    return min(size, max(MAX_BASIS_VECTORS, 20 * width)) + 2 * width
+    return min(size, max(BASIS_VECTORS, 20 * width)) + 2 * width
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,8 @@ import torch
 LARGE_BLOCK_BYTES = 1 << 20
 HEAP_BLOCK_BYTES, HEAP_KEPT_BYTES = 8 << 20, 64 << 20
 """Thresholds where the budget has `HEAP_SLACK_BYTES` more than a phase needs: what passes through a layer is then found
-again on the heap, and what the bug below leaves behind is given back between blocks. A fresh page for each of it took
-a tenth of the time of a 135M model, whose backward pass takes 73 MB more so."""
+again on the heap, and what glibc's bug 14581 (see `bound_allocator`) leaves behind is given back between blocks. Fresh
+pages for all of it took a tenth of the time of a 135M model, whose backward pass takes 73 MB more so."""
 HEAP_SLACK_BYTES = 192 << 20
 HEAP_ROOM_BYTES = 192 << 20
 """Most freed memory that a phase keeps from one block to the next, where that leaves it below another phase's peak.
@@ -41,9 +41,7 @@ by the size of the model."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # glibc's malloc.h
 
 
-def bound_allocator(
-    device: torch.device, large_block_bytes: int = LARGE_BLOCK_BYTES, kept_bytes: int | None = None
-) -> None:
+def bound_allocator(device: torch.device, large_block_bytes: int = LARGE_BLOCK_BYTES) -> None:
     """Makes the C heap of a CPU run give large blocks back when they are freed, for the rest of the process.
 
     glibc raises its own threshold with every large block that is freed, up to 32 MB, and then keeps what lies below it.
@@ -52,11 +50,11 @@ def bound_allocator(
 
     Args:
         device: nothing is done for a CUDA device.
-        large_block_bytes: blocks from this size on are mapped one by one.
-        kept_bytes: free at the end of the heap that are not handed back; the same where none are given.
+        large_block_bytes: blocks from this size on are mapped one by one; of what is free at the end of the heap as
+            much is not handed back.
     """
     if device.type == "cpu":
-        _heap.set_thresholds(large_block_bytes, large_block_bytes if kept_bytes is None else kept_bytes)
+        _heap.set_thresholds(large_block_bytes, large_block_bytes)
         _heap.allow(0)
 
 

@@ -1,7 +1,8 @@
 """Routes what flows through a block's linear layers into the panels of a replay. No mathematics here, no files.
 
-A forward pre-hook sees the input x, a hook on the output tensor sees its gradient g. (A module's full backward hook
-would wrap inputs and outputs in autograd nodes of its own and keep them alive.) Weights never require gradients.
+A forward hook sees the input x, and hangs another hook on the output tensor, which sees its gradient g. (A full
+backward hook of the module would wrap inputs and outputs in autograd nodes of its own and keep them alive.) Weights
+never require gradients.
 """
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ class PanelCollector:
                 self._add_input(name, x, rows, place)
                 seen.append((args[0], place))
             else:
-                places = [its for tensor, its in seen if tensor is args[0]]
+                places = [known for tensor, known in seen if tensor is args[0]]
                 if not places:
                     raise ModelError(f"{name} does not read the input of {group.name}, though it did when planned")
                 place = places[-1]
@@ -178,7 +179,7 @@ class PanelCollector:
         g: torch.Tensor,
         rows: torch.Tensor | None,
         place: slice | None,
-        with_zeros: bool,
+        skipped_are_zero: bool,
     ) -> None:
         flat_x = x.reshape(-1, x.shape[-1])  # [tokens, d_in]
         flat_g = g.detach().reshape(-1, g.shape[-1])  # [tokens, d_out]
@@ -186,7 +187,7 @@ class PanelCollector:
             add_gradient_(self.totals[panel], flat_x, flat_g[:, panel.start : panel.stop])
         for panel in outputs:
             if panel.statistic == "output_moment":
-                add_output_moment_(self.totals[panel], flat_g if with_zeros or rows is None else flat_g[rows])
+                add_output_moment_(self.totals[panel], flat_g if skipped_are_zero or rows is None else flat_g[rows])
             else:
                 self._keep_rows(panel, flat_g if rows is None else flat_g[rows], place)
 

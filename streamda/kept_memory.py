@@ -15,8 +15,8 @@ REUSING_PHASES = ("forward", "backward", "solve")
 """Where the same sizes are needed again and again: block by block, and micro-batch by micro-batch."""
 
 
-LEAST_PEAKS = 7
-"""Times what the heap may be stretched by, below which a peak is not raised by that."""
+LEAST_PEAK_PER_STRETCH = 7
+"""The backward pass's peak must be at least this many times what the heap may be stretched by."""
 
 
 def stretch_bytes(workload: Workload, backward_peak: int, available: int) -> int:
@@ -32,7 +32,8 @@ def stretch_bytes(workload: Workload, backward_peak: int, available: int) -> int
     # weights that are fused while they are loaded would have to share the room with all that is kept
     gains = largest > HEAP_BLOCK_BYTES and not any(cost.fused_count for cost in workload.blocks)
     # smaller models make less of it, and their plan would be far above what they take
-    return HEAP_STRETCH_BYTES if has_room and gains and backward_peak >= LEAST_PEAKS * HEAP_STRETCH_BYTES else 0
+    is_large = backward_peak >= LEAST_PEAK_PER_STRETCH * HEAP_STRETCH_BYTES
+    return HEAP_STRETCH_BYTES if has_room and gains and is_large else 0
 
 
 def between_micro_batches(workload: Workload, stretch: int) -> int:

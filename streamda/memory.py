@@ -87,6 +87,10 @@ def anonymous_bytes() -> int:
     raise OSError("/proc/self/status names no RssAnon")
 
 
+MOST_BLAS_BYTES = 32 << 20
+"""Of cuBLAS's workspaces, that on compute capability 9.0; others have a quarter of it."""
+
+
 def release_unused(device: torch.device) -> None:
     """Hands memory that is free but still held by an allocator back: CUDA's cache, or the C heap.
 
@@ -195,6 +199,18 @@ def device_limit(device: torch.device, limit_bytes: int) -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_per_process_memory_fraction(before, device)
+        torch._C._host_emptyCache()  # or what was pinned would stay so until the process ends
+
+
+def blas_workspace_bytes(device: torch.device) -> int:
+    """What CUDA's library of products keeps of the budget once it has multiplied; nothing on a CPU.
+
+    Once for the main thread, and once for the one in which autograd goes backward.
+    """
+    if device.type != "cuda":
+        return 0
+    ask = getattr(torch.backends.cuda, "cublas_workspace_size", None)
+    return 2 * (MOST_BLAS_BYTES if ask is None else int(ask()))
 
 
 CopyMark = torch.cuda.Event | None
@@ -249,12 +265,21 @@ class DeviceCopier:
         return None if self._stream is None else self._stream.record_event()
 
 
-def host_buffer(num_bytes: int, device: torch.device) -> torch.Tensor:
+def host_buffer(num_bytes: int, room: int, device: torch.device) -> torch.Tensor:
     """Host memory [num_bytes] uint8 for what passes to or from a device: pinned for CUDA, which then copies alone.
 
-    PyTorch hands pinned memory out again only when the copies into or from it are over.
+    PyTorch hands pinned memory out again only when the copies into or from it are over, and only for what rounds to the
+    same power of two.
+
+    Args:
+        num_bytes: that are wanted.
+        room: bytes of the largest buffer that a run asks for; all are made as large, so that each serves any.
+        device: that copies.
     """
-    return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    if device.type != "cuda":
+        return torch.empty(num_bytes, dtype=torch.uint8)
+    with torch.cuda.device(device):  # a thread begins on the first one
+        return torch.empty(max(num_bytes, room), dtype=torch.uint8, pin_memory=True)[:num_bytes]
 
 
 def staged_bytes(state_bytes: int) -> int:
@@ -266,18 +291,24 @@ def staged_bytes(state_bytes: int) -> int:
     return 8 * 2 * state_bytes
 
 
-def begin_copy_to_host(states: torch.Tensor) -> tuple[torch.Tensor, CopyMark]:
-    """A contiguous copy in host memory, that holds the values once `wait_for_copy` has returned."""
-    buffer = host_buffer(states.numel() * states.element_size(), states.device)
+def begin_copy_to_host(states: torch.Tensor, room: int) -> tuple[torch.Tensor, CopyMark]:
+    """A contiguous copy in a `host_buffer`, that holds the values once `wait_for_copy` has returned."""
+    buffer = host_buffer(states.numel() * states.element_size(), room, states.device)
     host = buffer.view(states.dtype).reshape(states.shape)
     host.copy_(states.detach(), non_blocking=True)
-    return host, torch.cuda.current_stream(states.device).record_event() if states.device.type == "cuda" else None
+    return host, mark_copies(states.device)
+
+
+def mark_copies(device: torch.device) -> CopyMark:
+    """Behind all copies that the current stream of a device was asked for so far."""
+    return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
 
 def wait_for_copy(mark: CopyMark) -> None:
     """Returns when the copies before a mark are done."""
     if mark is not None:
-        mark.synchronize()
+        with torch.cuda.device(mark.device):
+            mark.synchronize()
 
 
 def hand_over(tensors: Iterable[torch.Tensor], filled: CopyMark, device: torch.device) -> None:

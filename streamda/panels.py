@@ -123,7 +123,10 @@ def stored_bytes(spec: BlockSpec) -> int:
 
 
 def pack_replays(panels: Sequence[Panel], capacity_bytes: int) -> tuple[Replay, ...] | None:
-    """Packs panels into as few replays as their order allows; None if one alone does not fit."""
+    """Packs panels into replays, first fit in the order given; None if one alone does not fit.
+
+    Not always the fewest replays that there could be, but never twice as many.
+    """
     replays: list[list[Panel]] = []
     used: list[int] = []
     for panel in panels:

@@ -19,7 +19,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import torch
 
 from streamda import stopping
-from streamda.adapter import AdapterFacts, write_adapter
+from streamda.adapter import AdapterFacts, require_writable_output, write_adapter
 from streamda.bounds import Bounds, Rates, parse_rates
 from streamda.calibration import describe_sample
 from streamda.collect_stage import Collection
@@ -30,10 +30,10 @@ from streamda.filesystem import tolerated
 from streamda.heap import bound_allocator
 from streamda.layers import require_rank
 from streamda.limits import limit_errors
-from streamda.memory import device_limit, parse_budget
+from streamda.memory import blas_workspace_bytes, device_limit, parse_budget
 from streamda.model_copy import check_configuration
 from streamda.nonfinite import skip_notice
-from streamda.places import output_dir, require_output, require_places, work_dir
+from streamda.places import output_dir, require_places, work_dir
 from streamda.plan import Plan
 from streamda.precision import full_precision
 from streamda.progress import Progress
@@ -63,7 +63,7 @@ _Result = TypeVar("_Result")
 def _on_this_machine(
     stage: Callable[Concatenate[RunConfig, _Arguments], _Result],
 ) -> Callable[Concatenate[RunConfig, _Arguments], _Result]:
-    """Has a stage put up with the file system if it is told to, say which limit it ran into, and use its threads."""
+    """Around a stage: settled threads, full precision, limits of the system by name, and any file system if allowed."""
 
     @functools.wraps(stage)
     def run(config: RunConfig, /, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
@@ -101,7 +101,7 @@ def initialize(config: RunConfig, *, quiet: bool = False, verbose: bool = False)
     if not config.overwrite and (done := finished_report(output, digest, prepared)) is not None:
         remove_leftover(work, parts)
         return done
-    require_output(output, config.overwrite)
+    require_writable_output(output, config.overwrite)
     with _meter(prepared, timeline) as meter:
         progress = Progress(meter, quiet=quiet)
         _announce(progress, prepared, verbose)
@@ -178,7 +178,7 @@ def solve(config: RunConfig, *, quiet: bool = False) -> InitReport:
     timeline = Timeline()
     output = Path(config.output_dir)
     require_places(config, Path(config.statistics), output)
-    require_output(output, config.overwrite)
+    require_writable_output(output, config.overwrite)
     device = choose_device(config.device)
     with (
         stopping.deferred(),
@@ -202,7 +202,8 @@ def solve(config: RunConfig, *, quiet: bool = False) -> InitReport:
         if config.max_gpu_mem is not None:
             budget = parse_budget(config.max_gpu_mem, "--max-gpu-mem")
             stack.enter_context(device_limit(device, budget))
-            solver = dataclasses.replace(solver, capacity_bytes=solve_capacity(budget, specs, config.solve.rank))
+            capacity = solve_capacity(budget, specs, config.solve.rank, library_bytes=blas_workspace_bytes(device))
+            solver = dataclasses.replace(solver, capacity_bytes=capacity)
         report = InitReport(config=config.to_dict(), versions=versions(), model=dict(facts["model"]))
         report.data = dict(facts["data"])
         report.skipped_samples = [dict(entry) for entry in facts.get("skipped_samples", ())]

@@ -59,12 +59,7 @@ def require_places(config: RunConfig, work: Path, output: Path | None) -> None:
     _require_apart(config, work, output)
     _require_run_folder(resolved(work), config.unsafe_filesystem)
     if output is not None and (config.overwrite or not os.path.isfile(output / REPORT_FILE)):
-        require_output(output, config.overwrite)
-
-
-def require_output(output: Path, overwrite: bool) -> None:
-    """Refuses an output folder that cannot be written or replaced; raises as `require_places` does."""
-    require_writable_output(output, overwrite)
+        require_writable_output(output, config.overwrite)
 
 
 def _require_run_folder(work: Path, unsafe: bool) -> None:

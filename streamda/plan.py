@@ -135,12 +135,10 @@ def make_plan(
         disk_room=disk_room,
     )
     best: Plan | None = None
-    smallest = 0
     for keep_stored, tokens in itertools.product((False, True), candidates):
         workload = workload_at(tokens)
         if keep_stored and not workload.shrinks:
             continue
-        smallest = minimum_bytes(workload, rank, budget.host_bytes if host_is_device else 0)
         plan = plan_at(workload, keep_stored)
         if plan is not None and (best is None or plan.num_replays < best.num_replays):
             best = plan
@@ -151,6 +149,7 @@ def make_plan(
         if ahead is not None and ahead.num_replays == best.num_replays:
             best = best if ahead.spill_statistics and not best.spill_statistics else ahead
     if best is None:
+        smallest = minimum_bytes(workload_at(candidates[-1]), rank, budget.host_bytes if host_is_device else 0)
         raise BudgetError(
             f"the budget of {format_size(budget.device_bytes)} is too small: this model and data need "
             f"{format_size(smallest)} at least; use --max-gpu-mem {-(-smallest // 1_000_000)}MB or more, or a smaller "

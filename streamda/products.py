@@ -228,7 +228,7 @@ def _is_fast_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
 
 def _is_fast(count: int, *operands: torch.Tensor) -> bool:
     """Whether any product with so many rows, or terms to a sum, is cut into pieces for oneDNN."""
-    return cpu_products() == ONEDNN and count >= PIECES[-1] and all(map(_is_plain, operands))
+    return cpu_products() == ONEDNN and count >= PIECES[-1] and all(map(_is_host_float32, operands))
 
 
 def _is_large(count: int, x: torch.Tensor, weight: torch.Tensor, *bias: torch.Tensor) -> bool:
@@ -239,11 +239,11 @@ def _is_large(count: int, x: torch.Tensor, weight: torch.Tensor, *bias: torch.Te
         and weight.numel() >= LARGE_WEIGHT
         and count >= PIECES[-1]
         and (way == ONEDNN_LARGE or (count <= MKL_MOST_ROWS and weight.shape[1] >= MKL_LEAST_TERMS))
-        and all(map(_is_plain, (x, weight, *bias)))
+        and all(map(_is_host_float32, (x, weight, *bias)))
     )
 
 
-def _is_plain(operand: torch.Tensor) -> bool:
+def _is_host_float32(operand: torch.Tensor) -> bool:
     """Whether a tensor is float32 numbers in a CPU's memory, and nothing else."""
     return (
         type(operand) in (torch.Tensor, torch.nn.Parameter)

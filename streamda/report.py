@@ -36,14 +36,23 @@ class InitReport:
     resumed: bool = False
     """True if an earlier run had begun the work: seconds, bytes and peaks are then of this process only."""
     config: dict[str, Any] = field(default_factory=dict)
+    """`RunConfig.to_dict`: options by name, those of the stages under ``data``, ``collect`` and ``solve``."""
     versions: dict[str, str] = field(default_factory=dict)
+    """Of this package and the libraries that decide its numbers, by name."""
     model: dict[str, Any] = field(default_factory=dict)
+    """``name``, ``revision``, ``num_blocks``, ``num_layers`` (adapted ones), ``dtype`` (of the computation), and
+    ``fingerprint`` (of all that decided the adapter)."""
     data: dict[str, Any] = field(default_factory=dict)
+    """``source``, ``population_size``, and counts: ``num_samples``, ``num_tokens``, ``num_rows`` (with padding),
+    ``num_label_tokens``, ``num_truncated``, ``num_skipped``, ``num_bad_lines``, ``num_duplicates``."""
     plan: dict[str, Any] = field(default_factory=dict)
+    """`streamda.plan.Plan.to_dict`; sizes in bytes. Empty after `solve` alone."""
     budget_bytes: int = 0
+    """Of the device."""
     peaks: dict[str, int] = field(default_factory=dict)
     """Measured peak in bytes by phase, to be held against plan["peaks"]."""
     seconds: dict[str, float] = field(default_factory=dict)
+    """By phase: prologue, forward, epilogue, backward, solve, write."""
     wall_seconds: float = 0.0
     """From the start until the adapter is written (its writing excluded): preparation and all phases."""
     busy: dict[str, float] = field(default_factory=dict)
@@ -51,12 +60,18 @@ class InitReport:
     bounds: dict[str, Any] = field(default_factory=dict)
     """How near the machine's limits the run was, see `streamda.bounds`; empty for a short or a resumed run."""
     bytes: dict[str, int] = field(default_factory=dict)
+    """``checkpoint`` is the size of the model's tensors; the others are traffic: ``weights_read``,
+    ``boundaries_written``, ``boundaries_read``, ``statistics_written``."""
     loss: float | None = None
     """Mean per-sample loss of the base model on the calibration samples."""
     modules: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By module name: ``status`` (a `SolveStatus`), the fields of `SolveStats`, ``num_tokens``, ``num_samples``,
+    ``step_zero_change`` (norm of the scaled product B A over that of the weight), ``effective_rank`` of the input
+    moment, ``statistics`` (``rows`` or ``sums``). A layer without adapter has ``status`` and ``reason``."""
     skipped_samples: list[dict[str, Any]] = field(default_factory=list)
     """Left out because they became NaN or Inf: index of the sample, row of the data, reason."""
     notices: list[str] = field(default_factory=list)
+    """Sentences for people, in the order they came up in."""
     files: dict[str, dict[str, int]] = field(default_factory=dict)
     """Size and crc32c of the adapter's configuration and weights, by name."""
 
@@ -86,7 +101,7 @@ class InitReport:
 
     def to_table(self) -> str:
         """The report for people."""
-        return "\n".join([*self._overview(), *self._memory(), *self._time(), *self._layers(), *self._notes()])
+        return "\n".join([*self._overview(), *self._memory(), *self._time(), *self._layers(), *_notes(self.notices)])
 
     def _overview(self) -> list[str]:
         lines = ["streamda: LoRA-DA initialization"]
@@ -171,9 +186,6 @@ class InitReport:
             lines.append(f"  ... {len(self.modules) - len(shown)} more in {REPORT_FILE}")
         return lines
 
-    def _notes(self) -> list[str]:
-        return ["", *(f"note: {notice}" for notice in self.notices)] if self.notices else []
-
 
 def _is_beside(work: str) -> bool:
     """Whether it is of another thread than the main one, see `InitReport.busy`."""
@@ -203,12 +215,16 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [line(header), line(["-" * width for width in widths]), *map(line, rows)]
 
 
+def _notes(notices: Sequence[str]) -> list[str]:
+    return ["", *(f"note: {notice}" for notice in notices)] if notices else []
+
+
 def plan_table(plan: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     """A plan for people.
 
     Args:
         plan: `Plan.to_dict`.
-        facts: what was planned: model, samples, budget, rates.
+        facts: what was planned: model, samples, budget, bounds, notices; see `streamda.pipeline.plan`.
     """
     replays = plan["replays"]
     adapted = [count for count in replays if count]
@@ -247,6 +263,7 @@ def plan_table(plan: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
         *table(["phase", "peak"], rows),
         "",
         *table(["phase", "TFLOP", "precision", "compute time"], flops),
+        *_notes(facts["notices"]),
     ]
     return "\n".join(lines)
 

@@ -102,7 +102,7 @@ class Prepared:
             solves: whether this run also solves.
             keep_statistics: whether the statistics of all blocks stay on disk.
             micro_batch_tokens: what an interrupted run had chosen; its bits depend on it.
-            disk_room: what the work directory may grow to, for all the file system has; None if that is not known.
+            disk_room: what the file system has to give to the work directory; None if that is not known.
         """
         try:
             return make_plan(

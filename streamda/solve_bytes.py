@@ -106,6 +106,11 @@ def token_rows_bytes(d_in: int, d_out: int, tokens: int) -> int:
     return max(spanning, solving)
 
 
+def most_chunk_rows(d_in: int) -> int:
+    """Rows of a gradient that are cast to float64 and multiplied at a time, of a band that has as many."""
+    return max(MIN_CHUNK_ROWS, CHUNK_BYTES // (FLOAT64_BYTES * d_in))
+
+
 def chunk_rows(d_in: int, d_out: int) -> int:
-    """Rows of the gradient that are multiplied at a time."""
-    return min(d_out, PANEL_ROWS, max(MIN_CHUNK_ROWS, CHUNK_BYTES // (FLOAT64_BYTES * d_in)))
+    """Rows of the largest chunk of a gradient [d_out, d_in] in bands."""
+    return min(d_out, PANEL_ROWS, most_chunk_rows(d_in))

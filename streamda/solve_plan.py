@@ -66,19 +66,26 @@ class SolveLayout:
     """Bands of such a basis, and of coordinates along it."""
 
 
-def solve_capacity(budget_bytes: int, specs: Sequence[BlockSpec], rank: int) -> int:
+def solve_capacity(budget_bytes: int, specs: Sequence[BlockSpec], rank: int, *, library_bytes: int = 0) -> int:
     """Memory for the solution of one input group where there is no model beside it.
+
+    Args:
+        budget_bytes: of the run.
+        specs: of all blocks.
+        rank: of the adapter.
+        library_bytes: what the device's libraries keep of the budget.
 
     Raises:
         BudgetError: it is too little, naming the smallest budget that would do.
     """
-    need = largest_bytes(solve_layouts(specs, rank, 0)) + WORKSPACE_BYTES
+    beside = WORKSPACE_BYTES + library_bytes
+    need = largest_bytes(solve_layouts(specs, rank, 0)) + beside
     if need > budget_bytes:
         raise BudgetError(
             f"the budget of {format_size(budget_bytes)} is too small: these statistics need {format_size(need)} at "
             f"least; use --max-gpu-mem {-(-need // 1_000_000)}MB or more"
         )
-    return budget_bytes - WORKSPACE_BYTES
+    return budget_bytes - beside
 
 
 @dataclass(frozen=True, slots=True)

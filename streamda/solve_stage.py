@@ -121,11 +121,12 @@ class Solver:
             )
             with ExitStack() as stack:
                 places = layout.bands_in_memory, layout.basis_in_memory, layout.basis_in_memory
-                factors = [stack.enter_context(SpilledBands(scratch, place, self.device)) for place in places]
+                # of the factor, of a basis of the tokens, and of what the tokens are along it
+                bands = [stack.enter_context(SpilledBands(scratch, place, self.device)) for place in places]
                 moment = statistics.moment(group, self.device)
                 checked = CheckedMoment(moment, group, self.timeline, from_disk=not is_held)
                 try:
-                    factor = self._factorize(statistics, group, wanted, checked, factors)
+                    factor = self._factorize(statistics, group, wanted, checked, bands)
                 except NumericalError as error:
                     facts |= {name: self._left_out(statistics, name, error) for name in wanted}
                     continue
@@ -152,13 +153,13 @@ class Solver:
         group: InputGroup,
         wanted: tuple[str, ...],
         moment: CheckedMoment,
-        factors: Sequence[SpilledBands],
+        bands: Sequence[SpilledBands],
     ) -> InputFactor | SpannedFactor | TokenFactor | BasisFactor | None:
-        damping = self.config.damping
+        damping, (of_factor, of_basis, of_coordinates) = self.config.damping, bands
         if needs_basis(group.d_in, group.token_rows):
             inputs = TokenRows(statistics, group.name, "input_rows", self.device, self.timeline)
             with self.timeline.span("cholesky"):
-                return prepare_basis_factor(inputs, damping, wanted, (factors[1], factors[2]), factors[0])
+                return prepare_basis_factor(inputs, damping, wanted, (of_basis, of_coordinates), of_factor)
         if group.token_rows:
             with self.timeline.span("read statistics"):
                 rows = statistics.token_rows(group.name, "input_rows").to(self.device)
@@ -167,7 +168,7 @@ class Solver:
         with self.timeline.span("cholesky"):
             num_tokens = statistics.facts(group.name)["num_tokens"]
             dtype = sums_dtype(group.moment_bytes)
-            return prepare_input_factor(moment, damping, wanted, factors[0], num_tokens, dtype)
+            return prepare_input_factor(moment, damping, wanted, of_factor, num_tokens, dtype)
 
     def _left_out(self, statistics: BlockStatistics, name: str, error: NumericalError) -> dict[str, Any]:
         """What is kept of a layer without adapter.
@@ -212,8 +213,9 @@ class Solver:
                 with self.timeline.span("read statistics"):
                     bands = statistics.gradient_bands(name, self.device)
                     gradient = [band.to(getattr(torch, form)) for band in bands]
+            started = self.timeline.now()
             with self.timeline.span("eigenvectors"):
-                return solve_layer(
+                solution = solve_layer(
                     name,
                     factor,
                     gradient,
@@ -222,6 +224,10 @@ class Solver:
                     population_size=self.population_size,
                     seed=self.seed,
                 )
+            if solution.stats is None:
+                return solution
+            stats = dataclasses.replace(solution.stats, seconds=self.timeline.now() - started)
+            return dataclasses.replace(solution, stats=stats)
 
     def _along_basis(
         self, statistics: BlockStatistics, name: str, factor: BasisFactor, form: GradientForm, bands: Bands

@@ -1,14 +1,15 @@
 """The two passes over the blocks, one block resident at a time.
 
 All samples pass through a block before the next one is loaded, so every weight is read once on the way up and once on
-the way down, however many samples there are. What connects the passes is on disk (`streamda.boundary`), by name:
-``acts-0007`` enters block 7, ``grads-0007`` is its gradient. Each method can be called again after a kill and skips
-what is already committed.
+the way down, however many samples there are. What connects the passes is kept by name, on disk or where the budget
+allows in memory (`streamda.boundary`): ``acts-0007`` enters block 7, ``grads-0007`` is its gradient. Each method can be
+called again after a kill and skips what is already committed.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -126,18 +127,22 @@ class Sweep:
         release_unused(self._device)
 
     def forward(self, wanted: Sequence[int], bar: PassBar | None = None) -> None:
-        """Makes the boundaries ``wanted`` (ascending); one that is not wanted is dropped as soon as it is used."""
+        """Makes the boundaries ``wanted`` (ascending); one that is not wanted is dropped as soon as it is used.
+
+        Where the first one is missing, `prologue` makes it before.
+        """
         missing = self.missing_boundaries(wanted)
-        starts = {index - 1 for index in missing}
+        assert 0 not in missing
+        blocks = [boundary - 1 for boundary in missing]  # each makes the one above it
         for index in range(self.num_blocks + 1):  # of a run that was killed, or kept more
-            if index not in wanted and index not in starts:
+            if index not in wanted and index not in blocks:
                 self._boundaries.drop(acts(index))
-        for index, after in zip(missing, [*missing[1:], 0], strict=False):
+        for index, after in itertools.zip_longest(blocks, blocks[1:]):
             if bar is not None:
-                bar.working_on(f"block {index - 1}")
-            self._forward_block(index - 1, after - 1)
-            if index - 1 not in wanted:
-                self._boundaries.drop(acts(index - 1))
+                bar.working_on(f"block {index}")
+            self._forward_block(index, after)
+            if index not in wanted:
+                self._boundaries.drop(acts(index))
             release_unused(self._device)
             if bar is not None:
                 bar.advance()
@@ -197,7 +202,7 @@ class Sweep:
         index = spec.index
         block = self._stack.blocks[index]
         leads_on = push and acts(index - 1) in self._boundaries  # else blocks below run forward first
-        self._load_block(index, index - 1 if leads_on else -1)
+        self._load_block(index, index - 1 if leads_on else None)
         facts = {linear.name: self._first_facts(linear.name) for linear in spec.linears}
         wants_push = push and grads(index) not in self._boundaries
         assert sink is not None or not replays
@@ -262,21 +267,21 @@ class Sweep:
             self._checkpoint.load(names, keep_stored=self._keep_stored)
         release_unused(self._device)
 
-    def _load_block(self, index: int, after: int) -> None:
-        """Loads a block, and says which one is asked for next (-1: none); on the way down its boundary is there."""
+    def _load_block(self, index: int, after: int | None) -> None:
+        """Loads a block, and says which one is asked for next, if any is; on the way down its boundary is there."""
         with self._timeline.span("read weights"):
             self._blocks_ahead.take([self._stack.prefixes[index]], keep_stored=self._keep_stored)
-        if after < 0:
+        if after is None:
             self._checkpoint.free_spare()
         release_unused(self._device)
-        if after >= 0:
+        if after is not None:
             names, keep_stored = [self._stack.prefixes[after]], self._keep_stored
             # behind a block of weights the disk would let its first micro-batch wait
             first = functools.partial(self._boundaries.announce, acts(after))
             self._blocks_ahead.start(names, keep_stored=keep_stored, before=first)
 
-    def _forward_block(self, index: int, after: int) -> None:
-        """Makes the boundary above a block; `after` is the block that is next (-1: none)."""
+    def _forward_block(self, index: int, after: int | None) -> None:
+        """Makes the boundary above a block; `after` is the block that is next, if there is one."""
         block, prefix = self._stack.blocks[index], self._stack.prefixes[index]
         self._load_block(index, after)
         with self._passes.writing(acts(index + 1)) as writer, noting_bad_samples() as faults, torch.no_grad():
@@ -285,7 +290,7 @@ class Sweep:
                 faults |= self._examiner.reasons(index, batch, bad_samples(output), hidden)
                 writer.append(output)
                 del hidden, output
-        self._checkpoint.release([prefix], spare=after >= 0)
+        self._checkpoint.release([prefix], spare=after is not None)
 
     def _replay_forward(self, index: int, block: Replayed, collector: PanelCollector) -> None:
         with torch.no_grad():

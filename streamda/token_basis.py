@@ -34,7 +34,7 @@ from streamda.panels import PANEL_ROWS
 from streamda.products import add_product_, add_triangle_
 from streamda.token_span import CLEAR, DISTINCT
 
-NO_GRADIENT = 1e-7
+ZERO_IN_FLOAT32 = 1e-7
 """Of the sizes of its terms, below which a sum of products is the rounding of zero in float32."""
 
 
@@ -188,7 +188,7 @@ class BasisGradient(GradientBands):
             total /= num_samples
             norm = math.hypot(norm, float(total.norm()))
             bands[number] = total.float().to(dtype)
-        self.is_zero = norm <= NO_GRADIENT * float(squares.sqrt() @ basis.lengths) / num_samples
+        self.is_zero = norm <= ZERO_IN_FLOAT32 * float(squares.sqrt() @ basis.lengths) / num_samples
         """Whether it is nothing but the rounding of its terms."""
 
     def __len__(self) -> int:

@@ -49,9 +49,9 @@ class TokenSpan:
     is_faint: bool
     """Whether a direction may as well be the rounding of the rows."""
     left: torch.Tensor
-    """[m, d_in], the rows or a basis of theirs, and"""
+    """[n, d_in], the rows or a basis of theirs."""
     right: torch.Tensor
-    """[m, k] float64: their product ``left^T right`` is W, orthonormal."""
+    """[n, k] float64: ``left^T right`` is W [d_in, k], orthonormal."""
 
     def lift(self, block: torch.Tensor) -> torch.Tensor:
         """``W block`` [d_in, r] for [k, r]."""

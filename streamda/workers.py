@@ -54,16 +54,17 @@ def _compute_alone() -> None:
 
 
 def taken_ahead(items: Iterator[T], name: str) -> Iterator[T]:
-    """What an iterator gives, each item made in a thread while the one before is in use; of neither anything is kept.
+    """What an iterator gives, each item made in a thread while the one before is in use.
 
-    Errors arrive where their item would have. The thread ends with the iteration, or when that is given up.
+    Whoever has taken an item holds it alone. Errors arrive where their item would have. The thread ends with the
+    iteration, or when that is given up.
 
     Args:
         items: from here on the thread's alone.
         name: of the thread.
     """
     with one_core_worker(name) as worker:
-        made = [worker.submit(next, items, _END)]
+        made = [worker.submit(next, items, _END)]  # lists, because what is popped of them no name here holds
         while (item := [made.pop().result()])[0] is not _END:
             made.append(worker.submit(next, items, _END))
             yield item.pop()  # type: ignore[misc]  # no type says that it is not the end

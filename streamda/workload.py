@@ -14,7 +14,7 @@ from streamda.blocks import DecoderStack
 from streamda.costs import CPU_HOLE_BYTES, HOLE_BYTES, BlockCost, Workload
 from streamda.factors import DEVICE_TRIANGLE_ROWS, SQUARE_COLUMNS, wide_tokens
 from streamda.layers import BlockSpec, InputGroup, LinearSpec, Targets
-from streamda.memory import READ_CHUNK_BYTES
+from streamda.memory import READ_CHUNK_BYTES, blas_workspace_bytes
 from streamda.panels import FLOAT32_BYTES, PANEL_ROWS
 from streamda.probe import BlockProbe, input_groups, probe_block
 from streamda.products import work_bytes
@@ -95,7 +95,7 @@ class WorkloadModel:
             hidden_size=stack.hidden_size,
             vocab_size=stack.vocab_size,
             dtype_bytes=itemsize,
-            small_bytes=small * itemsize,
+            small_bytes=small * itemsize + blas_workspace_bytes(stack.device),
             embedding_bytes=embedding * itemsize + CAST_CHUNK_BYTES,
             head_bytes=head * itemsize + CAST_CHUNK_BYTES,
             blocks=blocks,
@@ -121,7 +121,8 @@ class WorkloadModel:
             once = {f"{prefix}.{name}" for name in probes[0].called_once}
             groups = input_groups(prefix, probes[0], linears)
             with_rows = tuple(self._counted(group, linears, once, row_tokens) for group in groups)
-            # not of a weight that is cast by bands: its transpose, which gradients are multiplied with, cannot be
+            # not of a weight so large that it is cast by bands: gradients are multiplied with its transpose, and that
+            # cannot be cast so
             counts = {
                 name: block.get_parameter(f"{name}.weight").numel() for name in probes[0].unread & probes[1].unread
             }

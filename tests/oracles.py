@@ -11,8 +11,6 @@ from dataclasses import dataclass
 
 import torch
 
-from streamda import cholesky
-
 
 @dataclass(frozen=True)
 class DenseSolution:
@@ -105,17 +103,3 @@ def dense_lora_da(
         lora_a, lora_b = torch.diag(singular.sqrt()) @ right @ lora_a, left @ torch.diag(singular.sqrt())
     a_norm = 1 / math.sqrt(gamma) if a_norm is None else a_norm
     return DenseSolution(lora_a * a_norm, lora_b / (gamma * a_norm), omega, eigenvalues, displacement, sigma)
-
-
-def lower_factor(bands: cholesky.Bands) -> torch.Tensor:
-    """L [n, n] as one matrix, from bands whose diagonal blocks are inverted (see `streamda.cholesky`)."""
-    size = bands[len(bands) - 1].shape[1]
-    factor = torch.zeros(size, size, dtype=bands[0].dtype)
-    for index in range(len(bands)):
-        band = bands[index]
-        first = band.shape[1] - band.shape[0]
-        factor[first : band.shape[1], : band.shape[1]] = band
-        for _, block in cholesky.diagonal_blocks(band):
-            factor[block, block.stop :] = 0
-            factor[block, block] = torch.linalg.inv(factor[block, block])
-    return factor.tril()

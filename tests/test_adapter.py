@@ -45,7 +45,6 @@ from streamda.errors import ConfigError, DamagedError, NumericalError, StorageEr
 from streamda.layers import is_linear, linear_spec
 from streamda.model_card import model_card
 from streamda.output import OutputFolder, resolved
-from streamda.places import require_output
 from streamda.trace import PROFILE_FILES, write_profile
 
 # PEFT asks transformers 5.23 for an attribute by its old name whenever it wraps a model
@@ -482,10 +481,10 @@ def test_a_profile_goes_with_the_adapter_that_it_is_of_and_not_before(tmp_path: 
     (out / "mine.txt").write_text("mine")
     before = contents(out)
     with pytest.raises(ConfigError, match=r"holds mine\.txt"):
-        require_output(out, overwrite=True)
+        require_writable_output(out, overwrite=True)
     assert contents(out) == before
     (out / "mine.txt").unlink()
-    require_output(out, overwrite=True)
+    require_writable_output(out, overwrite=True)
     write(out, seed=2, overwrite=True)
     assert set(contents(out)) == set(before) - {"mine.txt", *PROFILE_FILES}
 

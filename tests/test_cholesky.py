@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from streamda import cholesky
 from streamda.cholesky import NotPositiveDefiniteError, factorize, multiply, solve
-from tests.oracles import lower_factor
+from tests.lower_factor import lower_factor
 
 EDGES = [1, 2, 15, 16, 17, 31, 32, 33, 47, 48, 49, 70]
 

@@ -255,12 +255,51 @@ def test_help_names_every_option_and_its_default(
     assert all(preset in text for preset in PRESETS)
 
 
+@pytest.mark.parametrize(
+    ("command", "has", "has_not"),
+    [
+        ("plan", ["--rank", "--rates", "--verbose"], ["--quiet", "--profile", "--statistics "]),
+        (
+            "collect",
+            ["--statistics ", "--population-size", "--quiet"],
+            ["--rank", "--preset", "--damping", "--work-dir"],
+        ),
+        (
+            "solve",
+            ["--statistics ", "--rank", "--preset", "--quiet"],
+            ["--model", "--dataset", "--dtype", "--max-disk"],
+        ),
+    ],
+)
+def test_a_command_offers_what_it_has_a_use_for(
+    command: str,
+    has: list[str],
+    has_not: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(monkeypatch, command, "--help") == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in has)
+    assert not any(name in text for name in has_not)
+
+
+@pytest.mark.parametrize("command", ["plan", "collect"])
+def test_one_set_of_options_serves_several_commands(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = golden_options(tmp_path) | {"rank": 4, "preset": "theorem"}
+    if command == "collect":
+        options["statistics"] = str(tmp_path / "statistics")
+        del options["output_dir"], options["spill_statistics"]
+    assert run(monkeypatch, command, *flags(options), "--quiet") == 0
+    assert "note:" not in capsys.readouterr().err
+
+
 def test_the_command_of_the_mission_runs_on_a_cached_sibling(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """`streamda init --model meta-llama/Llama-2-13b --max-gpu-mem 24GB`, offline, with only the -hf sibling cached."""
-    import shutil
-
     from huggingface_hub import constants
 
     repository = tmp_path / "hub" / "models--meta-llama--Llama-2-13b-hf"

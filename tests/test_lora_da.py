@@ -24,7 +24,8 @@ from streamda.methods import (
     prepare_input_factor,
     solve_layer,
 )
-from tests.oracles import DenseSolution, dense_lora_da, lower_factor
+from tests.lower_factor import lower_factor
+from tests.oracles import DenseSolution, dense_lora_da
 
 POPULATION = 5000
 

@@ -259,6 +259,7 @@ def test_a_plan_is_shown_with_all_its_phases() -> None:
         "flops": {"forward": 3 * 10**12, "solve": 10**10},
     }
     facts = {
+        "notices": ["31 tokens are few"],
         "model": "tiny",
         "num_blocks": 4,
         "num_layers": 21,
@@ -290,6 +291,7 @@ def test_a_plan_is_shown_with_all_its_phases() -> None:
         "compute          40 s at 100 GFLOP/s, 1 GFLOP/s in float64",
         "reading          5 s: 5.00 GB at 1.00 GB/s",
         "writing          unknown: 1.00 GB at an unknown rate",
+        "note: 31 tokens are few",
     ):
         assert fact in text
     rows = [line.split() for line in text.splitlines()]

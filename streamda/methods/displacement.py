@@ -10,7 +10,7 @@ import torch
 from streamda import eigen
 from streamda.factors import is_finite
 from streamda.methods.input_factor import InputFactor
-from streamda.solve_bytes import CHUNK_BYTES, FLOAT64_BYTES, MIN_CHUNK_ROWS
+from streamda.solve_bytes import most_chunk_rows
 
 SETTLED_NORM = 1e-4
 """Residual over gap at which the largest singular value counts as found: its error is the square of that."""
@@ -73,7 +73,7 @@ class Displacement:
 
         Chunks depend on the shape only: the bits must not depend on the budget.
         """
-        chunk_rows = max(MIN_CHUNK_ROWS, CHUNK_BYTES // (FLOAT64_BYTES * self.d_in))
+        chunk_rows = most_chunk_rows(self.d_in)
         start = 0
         for index in range(len(self._gradient)):
             band = self._gradient[index]  # a band may be read for this; a loop over them would hold two
@@ -94,11 +94,12 @@ class Displacement:
         """The spectral norm, to eight digits where the largest singular values are apart.
 
         Args:
-            vectors: [d_in, k], the eigenvectors found before, which hold its own unless the variance decides.
+            vectors: [d_in, k], the eigenvectors found before. D's largest singular vector is along them unless the
+                variance term decides what they are.
             images: ``D^T vectors`` [d_out, k].
             outside: see `largest_square`, as a share of `scale` squared.
             penalty: likewise.
-            start: [d_in, m], random directions for the case that they do not.
+            start: [d_in, m], random directions that it is looked for from where it may not be along them.
             scale: about the size of D.
 
         Raises:

@@ -14,7 +14,6 @@ Normalizing D by its largest singular value sigma scales Omega as a whole, hence
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 
 import torch
@@ -57,7 +56,6 @@ def solve_layer(
     Raises:
         NumericalError: a statistic or the result is not finite.
     """
-    started = time.monotonic()
     d_out, d_in, largest = _extent(gradient)
     if not math.isfinite(largest) or not bool(torch.isfinite(output_moment).all()):
         raise NumericalError(f"{name}: the gradient statistics are not finite")
@@ -107,17 +105,11 @@ def solve_layer(
     lora_a, lora_b = _split(found, config)
     if not (bool(torch.isfinite(lora_a).all()) and bool(torch.isfinite(lora_b).all())):
         raise NumericalError(f"{name}: the solution is not finite in float32; try a larger --damping")
-    status = SolveStatus.OK if found.converged else SolveStatus.UNCONVERGED
-    if found.noisy and found.converged:
-        status = SolveStatus.NOISY
-    factorized = factor.along if isinstance(factor, BasisFactor) else factor
-    if isinstance(factorized, InputFactor) and factorized.raises and found.converged:
-        status = SolveStatus.DAMPED
     return LayerSolution(
         name,
         lora_a,
         lora_b,
-        status,
+        _status(found, factor),
         SolveStats(
             eigenvalues=found.eigenvalues,
             next_eigenvalue=found.next_eigenvalue,
@@ -126,9 +118,18 @@ def solve_layer(
             damping=factor.damping,
             output_damping=mu,
             displacement_norm=found.sigma,
-            seconds=time.monotonic() - started,
         ),
     )
+
+
+def _status(found: LowEnd, factor: InputFactor | SpannedFactor | TokenFactor | BasisFactor) -> SolveStatus:
+    """How a layer ended; of what is wrong with it, what matters most."""
+    if not found.converged:
+        return SolveStatus.UNCONVERGED
+    factorized = factor.along if isinstance(factor, BasisFactor) else factor
+    if isinstance(factorized, InputFactor) and factorized.raises:
+        return SolveStatus.DAMPED
+    return SolveStatus.NOISY if found.noisy else SolveStatus.OK
 
 
 def _extent(gradient: Sequence[torch.Tensor] | TokenGradient) -> tuple[int, int, float]:

@@ -84,7 +84,7 @@ def by_krylov(
         unit = scale or float(images.norm(dim=0).max())
         require_range(name, unit)
         result = displacement.times(images / unit)
-        if not scale:  # the first block tells it; from then on all is of order one
+        if not scale:  # the first block tells it, which spares an application; from then on all is of order one
             scale = math.sqrt(unit) * math.sqrt(float(result.norm(dim=0).max()))
             require_range(name, scale)
         result *= unit / scale / scale
@@ -94,7 +94,7 @@ def by_krylov(
 
     try:
         if config.bias_weight == 0:
-            apply(start)
+            apply(start)  # for the scale alone
             found = eigen.largest_eigenpairs(factor.multiply, start, config.rank)
             outside = penalty = math.inf
         else:

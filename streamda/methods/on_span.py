@@ -40,7 +40,7 @@ LEAK_PROBES = 8
 """Random vectors by which that share is measured."""
 NEARLY_CANCELLED = 1e-5
 """Of the sizes of its two factors, below which the rounding of the square of a product might show."""
-NO_GRADIENT = 1e-12
+ZERO_IN_FLOAT64 = 1e-12
 """Of the sizes of its two factors, below which a product is the rounding of zero in float64."""
 
 MAX_STEPS, HOPED_FOR = 10, 20.0
@@ -263,7 +263,7 @@ def token_gradient_on_span(
     product, outside = whole[:, : images.shape[1]], whole[:, images.shape[1] :]
     size = frobenius_norm(gradient.rows) * float(images.norm())
     inside, beside = product.norm(dim=1), outside.norm(dim=1)  # of each output
-    if float(inside.norm()) * gradient.num_samples <= NO_GRADIENT * size:
+    if float(inside.norm()) * gradient.num_samples <= ZERO_IN_FLOAT64 * size:
         return None
     if weights is not None:
         inside, beside = inside * weights, beside * weights

@@ -65,7 +65,8 @@ class SolveStats:
     output_damping: float
     displacement_norm: float
     """Largest singular value of the displacement before normalization."""
-    seconds: float
+    seconds: float = 0.0
+    """That the layer took, its input group's factor excluded; set by whoever times it."""
 
 
 @dataclass(frozen=True, slots=True)

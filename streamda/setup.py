@@ -55,7 +55,7 @@ class Prepared:
     calibration: CalibrationSet
     targets: Targets
     budget: MemoryBudget
-    work: WorkloadModel
+    workloads: WorkloadModel
     notices: tuple[str, ...]
 
     @property
@@ -145,7 +145,7 @@ class Prepared:
 
         That is decided by all samples, whatever is left out of them later: a run does not change from one to the other.
         """
-        return [cost.spec for cost in self.work.at(micro_batch_tokens, self._row_tokens(keep_statistics)).blocks]
+        return [cost.spec for cost in self.workloads.at(micro_batch_tokens, self._row_tokens(keep_statistics)).blocks]
 
     def _row_tokens(self, keep_statistics: bool) -> int:
         """Tokens whose rows may stand for statistics: all that there are, or none."""
@@ -154,7 +154,7 @@ class Prepared:
     def _workload_at(self, solves: bool, keep_statistics: bool) -> Callable[[int], Workload]:
         """Costs at a number of tokens per micro-batch."""
         rows = self._row_tokens(keep_statistics or not solves)
-        return functools.partial(self.work.at, row_tokens=rows)
+        return functools.partial(self.workloads.at, row_tokens=rows)
 
     def _candidates(self, chosen: int | None) -> tuple[int, ...]:
         if chosen is not None:
@@ -202,7 +202,7 @@ def prepare(config: RunConfig, *, weights: bool, solves: bool = True) -> Prepare
         stored_bytes = checkpoint.map.stored_itemsize
     sure = 0 if config.skip_bad_samples else num_labels
     width = moment_bytes(config, dtype, device)
-    work = WorkloadModel(stack, targets, lengths, num_labels, stored_bytes, min_tokens=sure, moment_bytes=width)
+    workloads = WorkloadModel(stack, targets, lengths, num_labels, stored_bytes, min_tokens=sure, moment_bytes=width)
     notices = [*bounded, *source.notices, *(checkpoint.map.notices if checkpoint is not None else ())]
     if calibration.is_shipped:
         notices.append(
@@ -216,7 +216,9 @@ def prepare(config: RunConfig, *, weights: bool, solves: bool = True) -> Prepare
     sums = config.keep_statistics or not solves or makes_sums(config, dtype)
     if short := rank_deficient(targets, num_tokens, sums, width):
         notices.append(short)
-    return Prepared(config, source, stack, checkpoint, tokenizer, calibration, targets, budget, work, tuple(notices))
+    return Prepared(
+        config, source, stack, checkpoint, tokenizer, calibration, targets, budget, workloads, tuple(notices)
+    )
 
 
 def choose_device(name: str) -> torch.device:

@@ -22,10 +22,9 @@ from streamda.layers import InputGroup, require_rank
 from streamda.memory import release_unused
 from streamda.methods import (
     BasisFactor,
-    InputFactor,
+    Factor,
     LayerSolution,
     SolveStatus,
-    SpannedFactor,
     TokenFactor,
     prepare_basis_factor,
     prepare_input_factor,
@@ -154,7 +153,7 @@ class Solver:
         wanted: tuple[str, ...],
         moment: CheckedMoment,
         bands: Sequence[SpilledBands],
-    ) -> InputFactor | SpannedFactor | TokenFactor | BasisFactor | None:
+    ) -> Factor | None:
         damping, (of_factor, of_basis, of_coordinates) = self.config.damping, bands
         if needs_basis(group.d_in, group.token_rows):
             inputs = TokenRows(statistics, group.name, "input_rows", self.device, self.timeline)
@@ -190,7 +189,7 @@ class Solver:
         self,
         statistics: BlockStatistics,
         name: str,
-        factor: InputFactor | SpannedFactor | TokenFactor | BasisFactor | None,
+        factor: Factor | None,
         form: GradientForm,
         scratch: Path,
     ) -> LayerSolution:

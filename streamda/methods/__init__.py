@@ -2,6 +2,7 @@
 
 from streamda.methods.input_factor import (
     BasisFactor,
+    Factor,
     InputFactor,
     SpannedFactor,
     TokenFactor,
@@ -14,6 +15,7 @@ from streamda.methods.solution import LayerSolution, SolveStatus
 
 __all__ = [
     "BasisFactor",
+    "Factor",
     "InputFactor",
     "LayerSolution",
     "SolveStatus",

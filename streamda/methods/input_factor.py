@@ -17,7 +17,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 
@@ -118,6 +118,10 @@ class BasisFactor:
     def damping(self) -> float:
         """Lambda in use."""
         return self.along.damping
+
+
+Factor: TypeAlias = InputFactor | SpannedFactor | TokenFactor | BasisFactor
+"""What the layers of one input group share, in the form that its tokens allow."""
 
 
 class Moment(Protocol):

@@ -22,7 +22,7 @@ from streamda.config import SolveConfig
 from streamda.errors import NumericalError
 from streamda.factors import largest_magnitude
 from streamda.methods.displacement import Displacement
-from streamda.methods.input_factor import BasisFactor, InputFactor, SpannedFactor, TokenFactor
+from streamda.methods.input_factor import BasisFactor, Factor, InputFactor, SpannedFactor, TokenFactor
 from streamda.methods.low_end import LowEnd, by_krylov, on_basis
 from streamda.methods.on_span import displacement_of_tokens, displacement_on_span, gradient_on_span, on_span
 from streamda.methods.solution import LayerSolution, SolveStats, SolveStatus, layer_generator, standard_start
@@ -32,7 +32,7 @@ from streamda.token_span import TokenGradient
 
 def solve_layer(
     name: str,
-    factor: InputFactor | SpannedFactor | TokenFactor | BasisFactor | None,
+    factor: Factor | None,
     gradient: Sequence[torch.Tensor] | TokenGradient | BasisGradient,
     output_moment: torch.Tensor,
     config: SolveConfig,
@@ -65,43 +65,12 @@ def solve_layer(
         largest = 0.0 if gradient.is_zero else largest
     if factor is None or largest == 0:
         return standard_start(name, d_in, d_out, config.rank, seed)
-    mu = config.damping
-    if config.output_damping_ratio is not None:
-        mu = config.output_damping_ratio * float(output_moment.double().median())
-    y = output_moment.double() + mu
-    if not bool((y > 0).all()):
-        raise NumericalError(
-            f"{name}: the damped output factor is not positive; the median of the output moment is zero, so give "
-            "--damping without --output-damping-ratio"
-        )
+    mu, y = _damped(name, output_moment, config)
     variance = config.variance_weight * float((1 / y).sum()) / population_size
-
-    def displacement(inverse: InputFactor | None, bands: Sequence[torch.Tensor]) -> Displacement:
-        columns = factor.basis.size if isinstance(factor, BasisFactor) else d_in
-        return Displacement(inverse, bands, (d_out, columns), y if config.use_fisher else None, y.device)
-
-    generator = layer_generator(name, seed)
-    if isinstance(factor, TokenFactor):
-        assert isinstance(gradient, TokenGradient)
-        of_tokens = displacement_of_tokens(factor, gradient, displacement(None, ()), config)
-        if of_tokens is None:
-            return standard_start(name, d_in, d_out, config.rank, seed)
-        found = on_span(name, factor, of_tokens, variance, generator, config)
-    elif isinstance(factor, BasisFactor):
-        assert isinstance(gradient, BasisGradient)
-        along_basis = displacement(factor.along if config.use_fisher else None, gradient)
-        found = on_basis(name, factor, along_basis, variance, generator, config)
-    else:
-        assert not isinstance(gradient, TokenGradient)
-        plain = displacement(None, gradient)
-        if isinstance(factor, SpannedFactor) and (along := gradient_on_span(factor, plain, generator)) is not None:
-            spanned = displacement_on_span(factor, along, plain, config)
-            found = on_span(name, factor, spanned, variance, generator, config)
-        else:
-            factor = factor.cholesky() if isinstance(factor, SpannedFactor) else factor
-            whole = displacement(factor if config.use_fisher else None, gradient)
-            # from its beginning, wherever the span was looked at before
-            found = by_krylov(name, factor, whole, variance, layer_generator(name, seed), config)
+    solved = _low_end(name, factor, gradient, (d_out, d_in), y, variance, config, seed)
+    if solved is None:
+        return standard_start(name, d_in, d_out, config.rank, seed)
+    found, factor = solved
     lora_a, lora_b = _split(found, config)
     if not (bool(torch.isfinite(lora_a).all()) and bool(torch.isfinite(lora_b).all())):
         raise NumericalError(f"{name}: the solution is not finite in float32; try a larger --damping")
@@ -122,7 +91,63 @@ def solve_layer(
     )
 
 
-def _status(found: LowEnd, factor: InputFactor | SpannedFactor | TokenFactor | BasisFactor) -> SolveStatus:
+def _damped(name: str, output_moment: torch.Tensor, config: SolveConfig) -> tuple[float, torch.Tensor]:
+    """What the output factor is damped by, and the damped factor y [d_out] float64."""
+    mu = config.damping
+    if config.output_damping_ratio is not None:
+        mu = config.output_damping_ratio * float(output_moment.double().median())
+    y = output_moment.double() + mu
+    if not bool((y > 0).all()):
+        raise NumericalError(
+            f"{name}: the damped output factor is not positive; the median of the output moment is zero, so give "
+            "--damping without --output-damping-ratio"
+        )
+    return mu, y
+
+
+def _low_end(
+    name: str,
+    factor: Factor,
+    gradient: Sequence[torch.Tensor] | TokenGradient | BasisGradient,
+    shape: tuple[int, int],
+    y: torch.Tensor,
+    variance: float,
+    config: SolveConfig,
+    seed: int,
+) -> tuple[LowEnd, Factor] | None:
+    """Finds the low end in the way that fits what the layer's factor is.
+
+    Returns:
+        It, and the factor that it was found with; None where the gradient turns out to be zero.
+    """
+    d_out, d_in = shape
+
+    def displacement(inverse: InputFactor | None, bands: Sequence[torch.Tensor], columns: int = d_in) -> Displacement:
+        return Displacement(inverse, bands, (d_out, columns), y if config.use_fisher else None, y.device)
+
+    generator = layer_generator(name, seed)
+    if isinstance(factor, TokenFactor):
+        assert isinstance(gradient, TokenGradient)
+        of_tokens = displacement_of_tokens(factor, gradient, displacement(None, ()), config)
+        return None if of_tokens is None else (on_span(name, factor, of_tokens, variance, generator, config), factor)
+    if isinstance(factor, BasisFactor):
+        assert isinstance(gradient, BasisGradient)
+        along_basis = displacement(factor.along if config.use_fisher else None, gradient, factor.basis.size)
+        return on_basis(name, factor, along_basis, variance, generator, config), factor
+    assert not isinstance(gradient, TokenGradient)
+    if isinstance(factor, SpannedFactor):
+        plain = displacement(None, gradient)
+        along = gradient_on_span(factor, plain, generator)
+        if along is not None:
+            spanned = displacement_on_span(factor, along, plain, config)
+            return on_span(name, factor, spanned, variance, generator, config), factor
+        factor = factor.cholesky()
+        generator = layer_generator(name, seed)  # from its beginning, wherever the span was looked at before
+    whole = displacement(factor if config.use_fisher else None, gradient)
+    return by_krylov(name, factor, whole, variance, generator, config), factor
+
+
+def _status(found: LowEnd, factor: Factor) -> SolveStatus:
     """How a layer ended; of what is wrong with it, what matters most."""
     if not found.converged:
         return SolveStatus.UNCONVERGED

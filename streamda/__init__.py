@@ -7,7 +7,8 @@ output_dir="adapter", max_gpu_mem="24GB")
 print(report.to_table())
 # later, anywhere: PeftModel.from_pretrained(base, "adapter", is_trainable=True)
 
-Importing it leaves the program's signals alone; it does ask PyTorch to use huge pages, see `streamda.huge_pages`.
+A program that imports it keeps its signal handlers (only the command takes them over while it starts); what is asked of
+PyTorch before its first tensor is in `streamda.huge_pages`.
 """
 
 from streamda import huge_pages, stopping

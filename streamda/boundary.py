@@ -1,11 +1,11 @@
 """Boundary states: the hidden states that enter a block, for all samples, and their gradients.
 
 A boundary is written once, micro-batch by micro-batch, read as often as needed, and dropped. The first few stay in
-memory if the plan allows; the others are committed units on disk, read with ``pread`` so that no more than one
-micro-batch is resident, and each micro-batch is checked against its checksum when it is read.
+memory if the plan allows; the others are committed units on disk, read with ``pread`` one micro-batch at a time, and
+each is checked against its checksum when it is read.
 
 Beside an accelerator threads do all that, while it computes: one for each boundary that is read, a micro-batch ahead,
-and one for what is written, a micro-batch behind.
+and one for what is written, a micro-batch behind. Some more of them are in host memory then, see `staged_bytes`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -166,8 +166,7 @@ class BoundaryStore:
 
     @contextmanager
     def _writing_to(self, target: files.FileWriter | list[torch.Tensor]) -> Iterator[BoundaryWriter]:
-        with ExitStack() as stack:
-            behind = stack.enter_context(DoneBehind("streamda-boundary")) if self._beside_device else None
+        with DoneBehind("streamda-boundary") if self._beside_device else nullcontext() as behind:
             yield BoundaryWriter(target, behind, self._room)
 
     def _stored(self, name: str, device: torch.device) -> Iterator[torch.Tensor]:

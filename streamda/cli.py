@@ -67,6 +67,8 @@ _TRACEBACKS = "Tracebacks with errors."
 _METHOD = tuple(entry.name for stage, entry in option_fields() if stage == "solve")
 _FOR_SOLVE = {*_METHOD, "output_dir", "statistics", "max_gpu_mem", "device", "profile", "skip_bad_layers", "seed"}
 _FOR_SOLVE |= {"unsafe_filesystem", "overwrite", "trust_remote_code"}
+_NOT_FOR_PLAN = {*_METHOD, "preset", "skip_bad_layers", "overwrite", "resume", "allow_environment_change", "quiet"}
+_NOT_FOR_PLAN -= {"rank"}
 _NOT_FOR_SOLVE = {entry.name for _, entry in option_fields()} - _FOR_SOLVE
 
 
@@ -94,7 +96,8 @@ def _options(
 
     Args:
         skip: names of options that the command does not take.
-        hide: of those that it takes, so that one set serves several commands, and has no use for: not in its help.
+        hide: names of options that it takes, so that one set of them serves several commands, but has no use for: its
+            help leaves them out.
         shows_sample: whether it shows one of its samples if asked to.
     """
     kinds = {"": RunConfig, "data": DataConfig, "collect": CollectConfig, "solve": SolveConfig}
@@ -192,7 +195,7 @@ def init_command(**options: Any) -> None:
 
 
 @app.command("plan", cls=_SectionedCommand)
-@_with_options(_options(skip=("statistics", "profile"), hide=("quiet",), shows_sample=False))
+@_with_options(_options(skip=("statistics", "profile"), hide=_NOT_FOR_PLAN, shows_sample=False))
 def plan_command(**options: Any) -> None:
     """Show what `init` would do and need. Reads the model's configuration alone."""
     _, _, as_json = _take_flags(options)

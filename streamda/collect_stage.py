@@ -97,8 +97,8 @@ class Collection:
             ids, labels = zip(*((samples[index].input_ids, samples[index].labels) for index in indices), strict=True)
             self._batches.append(collate(ids, labels, prepared.config.collect.token_mask, prepared.device, indices))
         shapes = [(*batch.shape, prepared.stack.hidden_size) for batch in self._batches]
-        held, beside = self._plan.boundaries_in_memory, prepared.device.type != "cpu"
-        self._boundaries = BoundaryStore(self._run.units, shapes, prepared.dtype, held, beside_device=beside)
+        held, threads = self._plan.boundaries_in_memory, self._plan.boundary_threads
+        self._boundaries = BoundaryStore(self._run.units, shapes, prepared.dtype, held, beside_device=threads)
         self._sweep = Sweep(
             prepared.stack,
             self._checkpoint,

@@ -177,7 +177,7 @@ class RunConfig:
         None, "Memory budget of the device, for example 24GB or 22GiB. Required, but for `solve`."
     )
     max_host_mem: str | None = option(
-        None, "Host memory for boundary states beside a GPU; what they pass through is taken of it first."
+        None, "Host memory for boundary states beside a GPU, and for buffers that they pass through while it computes."
     )
     max_disk: str | None = option(None, "Disk that the work directory may take.")
     keep_statistics: bool = option(False, "Keep the statistics of all blocks, for `solve`.")

@@ -50,8 +50,8 @@ def bound_allocator(device: torch.device, large_block_bytes: int = LARGE_BLOCK_B
 
     Args:
         device: nothing is done for a CUDA device.
-        large_block_bytes: blocks from this size on are mapped one by one; of what is free at the end of the heap as
-            much is not handed back.
+        large_block_bytes: blocks from this size on are mapped one by one; at the end of the heap this much may stay
+            free.
     """
     if device.type == "cpu":
         _heap.set_thresholds(large_block_bytes, large_block_bytes)

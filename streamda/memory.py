@@ -87,10 +87,6 @@ def anonymous_bytes() -> int:
     raise OSError("/proc/self/status names no RssAnon")
 
 
-MOST_BLAS_BYTES = 32 << 20
-"""Of cuBLAS's workspaces, that on compute capability 9.0; others have a quarter of it."""
-
-
 def release_unused(device: torch.device) -> None:
     """Hands memory that is free but still held by an allocator back: CUDA's cache, or the C heap.
 
@@ -202,6 +198,10 @@ def device_limit(device: torch.device, limit_bytes: int) -> Iterator[None]:
         torch._C._host_emptyCache()  # or what was pinned would stay so until the process ends
 
 
+MOST_BLAS_BYTES = 32 << 20
+"""Of cuBLAS's workspaces, that on compute capability 9.0; others have a quarter of it."""
+
+
 def blas_workspace_bytes(device: torch.device) -> int:
     """What CUDA's library of products keeps of the budget once it has multiplied; nothing on a CPU.
 
@@ -210,7 +210,8 @@ def blas_workspace_bytes(device: torch.device) -> int:
     if device.type != "cuda":
         return 0
     ask = getattr(torch.backends.cuda, "cublas_workspace_size", None)
-    return 2 * (MOST_BLAS_BYTES if ask is None else int(ask()))
+    with torch.cuda.device(device):
+        return 2 * (MOST_BLAS_BYTES if ask is None else int(ask()))
 
 
 CopyMark = torch.cuda.Event | None

@@ -209,6 +209,7 @@ def solve(config: RunConfig, *, quiet: bool = False) -> InitReport:
         report.skipped_samples = [dict(entry) for entry in facts.get("skipped_samples", ())]
         report.notices = [*facts["notices"], *map(skip_notice, report.skipped_samples)]
         report.loss = facts.get("loss")
+        report.resumed = any(solver.is_solved(run.units, index) for index in facts["adapted_blocks"])
         with (
             Stopwatch(report, "solve", meter),
             Progress(meter, quiet=quiet).pass_over("solve", len(facts["adapted_blocks"]), 0) as bar,

@@ -55,6 +55,8 @@ class Plan:
     spill_statistics: bool
     """Whether the statistics of a block lie on disk until it is solved; if not, they stay in memory."""
     boundaries_in_memory: int
+    boundary_threads: bool
+    """Whether threads read and write boundary states while the device computes: where the host has the memory."""
     solve_capacity: int
     """Bytes of memory for the solution of one input group."""
     scratch_bytes: int
@@ -193,8 +195,9 @@ def _plan_at(
     prefetch: bool = False,
 ) -> Plan | None:
     boundary = _boundary_bytes(workload)
-    host_bytes = budget.host_bytes - (0 if host_is_device else staged_bytes(_hidden_bytes(workload)))
-    in_memory = min(len(workload.blocks) + 1, max(0, host_bytes) // max(1, boundary))
+    staged = 0 if host_is_device else staged_bytes(_hidden_bytes(workload))
+    boundary_threads = not host_is_device and budget.host_bytes >= staged
+    in_memory = min(len(workload.blocks) + 1, max(0, budget.host_bytes - staged) // max(1, boundary))
     available = budget.device_bytes - (in_memory * boundary if host_is_device else 0)
     logit_rows = _logit_rows(workload, available, keep_stored)
     specs = [cost.spec for cost in workload.blocks]
@@ -256,6 +259,7 @@ def _plan_at(
         spare_bytes=spare,
         spill_statistics=beside is None,
         boundaries_in_memory=in_memory,
+        boundary_threads=boundary_threads,
         solve_capacity=capacity,
         scratch_bytes=scratch,
         peaks=peaks,

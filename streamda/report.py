@@ -43,20 +43,24 @@ class InitReport:
     """``name``, ``revision``, ``num_blocks``, ``num_layers`` (adapted ones), ``dtype`` (of the computation), and
     ``fingerprint`` (of all that decided the adapter)."""
     data: dict[str, Any] = field(default_factory=dict)
-    """``source``, ``population_size``, and counts: ``num_samples``, ``num_tokens``, ``num_rows`` (with padding),
-    ``num_label_tokens``, ``num_truncated``, ``num_skipped``, ``num_bad_lines``, ``num_duplicates``."""
+    """``source``, ``is_shipped`` (whether it is streamda's own), ``population_size``, and counts: ``num_samples``,
+    ``num_tokens``, ``num_rows`` (with padding), ``num_label_tokens``, ``num_truncated``, ``num_skipped``,
+    ``num_bad_lines``, ``num_duplicates``."""
     plan: dict[str, Any] = field(default_factory=dict)
     """`streamda.plan.Plan.to_dict`; sizes in bytes. Empty after `solve` alone."""
     budget_bytes: int = 0
-    """Of the device."""
+    """Of the device; 0 after `solve` alone."""
     peaks: dict[str, int] = field(default_factory=dict)
     """Measured peak in bytes by phase, to be held against plan["peaks"]."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """By phase: prologue, forward, epilogue, backward, solve, write."""
+    """By phase: prologue, forward, epilogue, backward, solve; write is not in the file, which it writes."""
     wall_seconds: float = 0.0
     """From the start until the adapter is written (its writing excluded): preparation and all phases."""
     busy: dict[str, float] = field(default_factory=dict)
-    """Seconds by kind of work, whatever the phase; work beside the main thread has its thread behind it in brackets."""
+    """Seconds by kind of work, whatever the phase; work beside the main thread has its thread behind it in brackets.
+
+    Of the threads that move boundary states beside a GPU only what the main thread waited for them is in it.
+    """
     bounds: dict[str, Any] = field(default_factory=dict)
     """How near the machine's limits the run was, see `streamda.bounds`; empty for a short or a resumed run."""
     bytes: dict[str, int] = field(default_factory=dict)
@@ -65,9 +69,10 @@ class InitReport:
     loss: float | None = None
     """Mean per-sample loss of the base model on the calibration samples."""
     modules: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """By module name: ``status`` (a `SolveStatus`), the fields of `SolveStats`, ``num_tokens``, ``num_samples``,
-    ``step_zero_change`` (norm of the scaled product B A over that of the weight), ``effective_rank`` of the input
-    moment, ``statistics`` (``rows`` or ``sums``). A layer without adapter has ``status`` and ``reason``."""
+    """By module name: ``status`` (a `SolveStatus`), ``num_tokens``, ``num_samples``, ``step_zero_change`` (norm of the
+    scaled product B A over that of the weight; None where that is zero), ``effective_rank`` of the input moment,
+    ``statistics`` (``rows`` or ``sums``), and unless the gradient was zero the fields of `SolveStats`. A layer without
+    adapter has ``status``, ``reason`` and the two counts."""
     skipped_samples: list[dict[str, Any]] = field(default_factory=list)
     """Left out because they became NaN or Inf: index of the sample, row of the data, reason."""
     notices: list[str] = field(default_factory=list)
@@ -116,12 +121,14 @@ class InitReport:
                 f"{self.data['num_tokens']} tokens; {self.data['num_truncated']} cut, "
                 f"{self.data['num_skipped']} skipped)"
             )
-        if self.modules and "solve" in self.config:
-            solve = SolveConfig(**{name: self.config["solve"][name] for name in ("rank", "lora_alpha", "rslora")})
+        method = {name: self.config.get("solve", {}).get(name) for name in ("rank", "lora_alpha", "rslora")}
+        if self.modules and None not in method.values():
+            solve = SolveConfig(**method)
+            solved = [facts for facts in self.modules.values() if facts["status"] != SolveStatus.SKIPPED.value]
             kind = "rank-stabilized, " if solve.rslora else ""
             lines.append(
                 f"  method       rank {solve.rank}, alpha {solve.lora_alpha:g} ({kind}scaling {solve.scaling:.3g}), "
-                f"{len(self.modules)} layers"
+                f"{len(solved)} layers"
             )
         if self.loss is not None:
             lines.append(f"  loss         {self.loss:.4f}  (base model, mean over samples)")

@@ -193,6 +193,7 @@ class Solver:
         form: GradientForm,
         scratch: Path,
     ) -> LayerSolution:
+        started = self.timeline.now()
         with ExitStack() as stack:
             gradient: Sequence[torch.Tensor] | TokenGradient | BasisGradient
             if isinstance(factor, BasisFactor):
@@ -212,7 +213,6 @@ class Solver:
                 with self.timeline.span("read statistics"):
                     bands = statistics.gradient_bands(name, self.device)
                     gradient = [band.to(getattr(torch, form)) for band in bands]
-            started = self.timeline.now()
             with self.timeline.span("eigenvectors"):
                 solution = solve_layer(
                     name,

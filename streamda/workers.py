@@ -97,5 +97,8 @@ class DoneBehind:
 
     def _wait(self) -> None:
         unfinished, self._unfinished = self._unfinished, None
-        if unfinished is not None:
-            unfinished.result()
+        try:
+            if unfinished is not None:
+                unfinished.result()
+        finally:
+            del unfinished  # an error leads to this frame, which would lead back to it

@@ -6,6 +6,7 @@ All of it at once, as on a CPU, and by threads, as beside a GPU.
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
@@ -14,7 +15,8 @@ import pytest
 import torch
 
 from streamda.boundary import STATES_FILE, BoundaryStore
-from streamda.errors import DamagedError
+from streamda.errors import DamagedError, StorageError
+from streamda.files import FileWriter
 from streamda.units import UnitStore
 
 CPU = torch.device("cpu")
@@ -132,6 +134,28 @@ def test_a_boundary_whose_writing_fails_never_existed(units: UnitStore, slots: i
         write_and_fail(store, "acts-0")
     assert "acts-0" not in store
     assert list(units.folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("batch", [0, 2], ids=["first", "last"])
+def test_a_micro_batch_that_cannot_be_written_ends_the_boundary(
+    units: UnitStore, make_store: MakeStore, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a thread writes it, and of the last one nobody but the end of the boundary would hear."""
+
+    def write_until_full(self: FileWriter, data: memoryview) -> None:
+        if data.nbytes == sizes[batch]:
+            raise StorageError("disk full")
+        real_write(self, data)
+
+    sizes = [4 * torch.Size(shape).numel() for shape in SHAPES]
+    real_write = FileWriter.write
+    monkeypatch.setattr(FileWriter, "write", write_until_full)
+    store, before = make_store(units, SHAPES, torch.float32, slots=0), threading.active_count()
+    with pytest.raises(StorageError, match="disk full"):
+        write(store, "acts-0", states(torch.float32))
+    assert "acts-0" not in store
+    assert list(units.folder.iterdir()) == []
+    assert threading.active_count() == before
 
 
 @pytest.mark.parametrize("slots", [0, 1], ids=["disk", "memory"])

@@ -499,6 +499,9 @@ class TestBoundaries:
         some, fewer = (plan_for("Llama-2-7B", 24 * GB, host_bytes=5 * self.BOUNDARY + staged - less) for less in (0, 1))
         every = plan_for("Llama-2-7B", 24 * GB, host_bytes=1000 * self.BOUNDARY)
         assert [made.boundaries_in_memory for made in (none, fewer, some, every)] == [0, 4, 5, 33]
+        assert staged == 16 * none.micro_batch_tokens * 4096 * 2
+        short, enough = (plan_for("Llama-2-7B", 24 * GB, host_bytes=staged - less) for less in (1, 0))
+        assert [made.boundary_threads for made in (none, short, enough, some)] == [False, False, True, True]
         assert none.disk_bytes - some.disk_bytes == 5 * self.BOUNDARY
         # of the 33, one or two have given way to their gradients when the statistics of two blocks are there
         assert 31 * self.BOUNDARY <= none.disk_bytes - every.disk_bytes <= 32 * self.BOUNDARY
@@ -508,6 +511,7 @@ class TestBoundaries:
         apart = plan_for("Llama-2-7B", 64 * GB, host_bytes=5 * self.BOUNDARY)
         shared = plan_for("Llama-2-7B", 64 * GB, host_bytes=3 * self.BOUNDARY, host_is_device=True)
         assert shared.boundaries_in_memory == 3
+        assert not shared.boundary_threads  # they would take cores from what computes
         for phase in ("prologue", "forward", "solve"):
             kept = shared.reused.get(phase, 0) + (shared.spare_bytes if phase == "solve" else 0)
             assert shared.peaks[phase] - apart.peaks[phase] == 3 * self.BOUNDARY + kept

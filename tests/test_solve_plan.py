@@ -80,7 +80,7 @@ def test_all_layers_but_routed_ones_get_the_tokens_of_all_samples(skips: bool, t
     assert least == {0 if skips else labels}
     group = dataclasses.replace(prepared.specs(64, keep_statistics=False)[0].groups[0], min_tokens=0)
     # called more than once, or on a part of the tokens
-    assert prepared.work._counted(group, (), set(), 0).min_tokens == 0
+    assert prepared.workloads._counted(group, (), set(), 0).min_tokens == 0
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,9 @@ def test_every_layout_solves_to_the_same_bits(few: bool, tmp_path: Path, monkeyp
 
 class TestABudgetForSolvingAlone:
     def test_it_is_what_is_left_beside_the_process(self) -> None:
-        assert solve_plan.solve_capacity(6 * GB, [block(28672, 8192)], 8) == 6 * GB - solve_plan.WORKSPACE_BYTES
+        left = 6 * GB - solve_plan.WORKSPACE_BYTES
+        assert solve_plan.solve_capacity(6 * GB, [block(28672, 8192)], 8) == left
+        assert solve_plan.solve_capacity(6 * GB, [block(28672, 8192)], 8, library_bytes=100) == left - 100
 
     def test_one_that_cannot_do_is_refused_with_the_one_that_can(self) -> None:
         spec = block(28672, 8192)

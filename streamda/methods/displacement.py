@@ -99,7 +99,7 @@ class Displacement:
             images: ``D^T vectors`` [d_out, k].
             outside: see `largest_square`, as a share of `scale` squared.
             penalty: likewise.
-            start: [d_in, m], random directions that it is looked for from where it may not be along them.
+            start: [d_in, m], random directions to begin with where it has to be looked for.
             scale: about the size of D.
 
         Raises:

@@ -66,7 +66,7 @@ class SolveStats:
     displacement_norm: float
     """Largest singular value of the displacement before normalization."""
     seconds: float = 0.0
-    """That the layer took, its input group's factor excluded; set by whoever times it."""
+    """From its statistics to its factors, without what its input group's factor took; set by whoever times it."""
 
 
 @dataclass(frozen=True, slots=True)

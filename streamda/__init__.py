@@ -8,13 +8,14 @@ print(report.to_table())
 # later, anywhere: PeftModel.from_pretrained(base, "adapter", is_trainable=True)
 
 A program that imports it keeps its signal handlers (only the command takes them over while it starts); what is asked of
-PyTorch before its first tensor is in `streamda.huge_pages`.
+PyTorch before it is imported is in `streamda.huge_pages` and `streamda.openmp`.
 """
 
-from streamda import huge_pages, stopping
+from streamda import huge_pages, openmp, stopping
 
 stopping.guard_start()  # the imports below take seconds
 huge_pages.request()  # they also make tensors
+openmp.spin_briefly()  # and bring PyTorch's threads with them
 
 from streamda.api import collect, initialize, repair, solve, verify
 from streamda.collected import Statistics, open_statistics

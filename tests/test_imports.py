@@ -20,7 +20,7 @@ MAX_LINES = 350
 LAYERS = (
     {
         "errors", "quoting", "requirements", "files", "sealed_json", "units", "folder_lock", "filesystem", "run_parts",
-        "rundir", "config", "timeline", "stopping", "huge_pages",
+        "rundir", "config", "timeline", "stopping", "huge_pages", "openmp",
         "read_ahead", "processor", "file_reader",
     },
     # pure: tensors and integers
@@ -249,7 +249,11 @@ def test_the_root_holds_no_logic() -> None:
     assert kinds <= {ast.Expr, ast.ImportFrom, ast.Assign}
     assert ast.ImportFrom in kinds
     calls = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    assert calls == ["stopping.guard_start()", "huge_pages.request()"]  # what must be before torch is imported
+    assert calls == [
+        "stopping.guard_start()",
+        "huge_pages.request()",
+        "openmp.spin_briefly()",
+    ]  # what must be before torch is imported
 
 
 def test_the_package_never_reads_the_oracles_nor_they_the_package() -> None:

@@ -71,7 +71,7 @@ class BoundaryWriter:
         if isinstance(self._target, list):
             self._target.append(host)
             return
-        data: Any = host.view(torch.uint8).reshape(-1).numpy()  # an array, of which no copy is made below
+        data = _as_bytes(host)
         self.checksums.append(google_crc32c.value(data))
         self._target.write(data.data)
 
@@ -174,7 +174,7 @@ class BoundaryStore:
         if name in self._held:
             assert len(self._held[name]) == len(self._shapes)
             for states in self._held[name]:
-                yield self._staged(states, device) if self._beside_device else states
+                yield self._buffer(states.shape, device).copy_(states) if self._beside_device else states
             return
         path = self._units.path(name) / STATES_FILE
         checksums = self._units.metadata(name)["checksums"]
@@ -186,8 +186,8 @@ class BoundaryStore:
         with files.closing(opened) as descriptor:
             offset = 0
             for shape, size, checksum in zip(self._shapes, self._sizes, checksums, strict=True):
-                buffer = host_buffer(size, self._room, device)
-                stored: Any = buffer.numpy()
+                states = self._buffer(shape, device)
+                stored = _as_bytes(states)
                 with files.damage_errors(path):
                     count = files.system_calls.preadv(descriptor, [stored.data], offset)
                 if count != size or google_crc32c.value(stored) != checksum:
@@ -195,14 +195,14 @@ class BoundaryStore:
                         f"{path} does not have the bytes that were committed; {self._units.repair(name)}"
                     )
                 offset += size
-                read = [buffer.view(self._dtype).reshape(shape)]
-                del buffer, stored
+                read = [states]
+                del states, stored
                 yield read.pop()  # so that whoever has taken them holds them alone
 
-    def _staged(self, states: torch.Tensor, device: torch.device) -> torch.Tensor:
-        """A copy from which the device copies without the host's help."""
-        buffer = host_buffer(states.numel() * states.element_size(), self._room, device)
-        return buffer.view(states.dtype).reshape(states.shape).copy_(states)
+    def _buffer(self, shape: Sequence[int], device: torch.device) -> torch.Tensor:
+        """Host memory for states on their way to a device; pinned only where that is planned for."""
+        copies = device if self._beside_device else torch.device("cpu")
+        return host_buffer(shape, self._dtype, copies, room=self._room)
 
     def announce(self, name: str) -> None:
         """Asks the system to read the beginning of a boundary into its page cache; nothing where it is not on disk."""
@@ -216,6 +216,11 @@ class BoundaryStore:
         self._held.pop(name, None)
         if name in self._units:
             self._units.drop(name)
+
+
+def _as_bytes(states: torch.Tensor) -> Any:
+    """The bytes of contiguous states as an array over the same memory: neither a checksum nor a file makes a copy."""
+    return states.view(torch.uint8).reshape(-1).numpy()
 
 
 def require_finite_states(units: UnitStore, name: str) -> None:

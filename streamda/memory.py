@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -218,6 +218,26 @@ CopyMark = torch.cuda.Event | None
 """A point behind some copies; None where they are done as soon as they are asked for."""
 
 
+def host_buffer(shape: Sequence[int], dtype: torch.dtype, device: torch.device, *, room: int = 0) -> torch.Tensor:
+    """Host memory for what passes to or from a device: pinned for CUDA, which then copies without the host.
+
+    PyTorch hands pinned memory out again only when the copies into or from it are over, and only for what rounds to the
+    same power of two.
+
+    Args:
+        shape: of what is to pass.
+        dtype: of it.
+        device: that copies.
+        room: bytes of the largest buffer that a run asks for; all are made as large, so that each serves any.
+    """
+    if device.type != "cuda":
+        return torch.empty(tuple(shape), dtype=dtype)
+    num_bytes = torch.Size(shape).numel() * dtype.itemsize
+    with torch.cuda.device(device):  # a thread begins on the first one
+        memory = torch.empty(max(num_bytes, room), dtype=torch.uint8, pin_memory=True)
+    return memory[:num_bytes].view(dtype).reshape(tuple(shape))
+
+
 class DeviceCopier:
     """Brings chunks of weights from host memory to the device.
 
@@ -249,7 +269,7 @@ class DeviceCopier:
         """Host memory [num_bytes] uint8, valid until the next call."""
         if self._buffer is None or self._buffer.numel() < num_bytes:
             self._buffer = None  # never two at a time
-            self._buffer = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self._stream is not None)
+            self._buffer = host_buffer((num_bytes,), torch.uint8, self.device)
         return self._buffer[:num_bytes]
 
     def copy_(self, target: torch.Tensor, chunk: torch.Tensor) -> None:
@@ -266,23 +286,6 @@ class DeviceCopier:
         return None if self._stream is None else self._stream.record_event()
 
 
-def host_buffer(num_bytes: int, room: int, device: torch.device) -> torch.Tensor:
-    """Host memory [num_bytes] uint8 for what passes to or from a device: pinned for CUDA, which then copies alone.
-
-    PyTorch hands pinned memory out again only when the copies into or from it are over, and only for what rounds to the
-    same power of two.
-
-    Args:
-        num_bytes: that are wanted.
-        room: bytes of the largest buffer that a run asks for; all are made as large, so that each serves any.
-        device: that copies.
-    """
-    if device.type != "cuda":
-        return torch.empty(num_bytes, dtype=torch.uint8)
-    with torch.cuda.device(device):  # a thread begins on the first one
-        return torch.empty(max(num_bytes, room), dtype=torch.uint8, pin_memory=True)[:num_bytes]
-
-
 def staged_bytes(state_bytes: int) -> int:
     """Pinned memory that boundary states pass through at most, from the size of the largest of them.
 
@@ -294,8 +297,7 @@ def staged_bytes(state_bytes: int) -> int:
 
 def begin_copy_to_host(states: torch.Tensor, room: int) -> tuple[torch.Tensor, CopyMark]:
     """A contiguous copy in a `host_buffer`, that holds the values once `wait_for_copy` has returned."""
-    buffer = host_buffer(states.numel() * states.element_size(), room, states.device)
-    host = buffer.view(states.dtype).reshape(states.shape)
+    host = host_buffer(states.shape, states.dtype, states.device, room=room)
     host.copy_(states.detach(), non_blocking=True)
     return host, mark_copies(states.device)
 

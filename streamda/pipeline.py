@@ -55,7 +55,6 @@ from streamda.workers import settle_threads
 MEASURED_RUN_SECONDS = 60.0
 """A run that was shorter is not held against the machine's rates unless asked for: measuring them takes a second."""
 
-
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
@@ -209,7 +208,6 @@ def solve(config: RunConfig, *, quiet: bool = False) -> InitReport:
         report.skipped_samples = [dict(entry) for entry in facts.get("skipped_samples", ())]
         report.notices = [*facts["notices"], *map(skip_notice, report.skipped_samples)]
         report.loss = facts.get("loss")
-        report.resumed = any(solver.is_solved(run.units, index) for index in facts["adapted_blocks"])
         with (
             Stopwatch(report, "solve", meter),
             Progress(meter, quiet=quiet).pass_over("solve", len(facts["adapted_blocks"]), 0) as bar,
@@ -217,7 +215,9 @@ def solve(config: RunConfig, *, quiet: bool = False) -> InitReport:
             for index in facts["adapted_blocks"]:
                 stopping.check()
                 bar.working_on(f"block {index}")
-                if not solver.is_solved(run.units, index):
+                if solver.is_solved(run.units, index):
+                    report.resumed = True
+                else:
                     solver.solve(run.units, BlockStatisticsReader(run.units, index))
                 bar.advance()
         report.output_dir, report.statistics_dir = str(output), config.statistics

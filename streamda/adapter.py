@@ -33,6 +33,7 @@ from streamda.units import FileRecord
 __all__ = [
     "OWN_FILES",
     "AdapterFacts",
+    "has_mark",
     "peft_config",
     "relative_change",
     "require_writable_output",
@@ -178,13 +179,16 @@ def _is_own(file: Path) -> bool:
     """
     if file.name == CARD_FILE:
         return CARD_MARK.encode() in files.read_bytes(file)
-    if file.name != WEIGHTS_FILE:
-        return True
+    return file.name != WEIGHTS_FILE or has_mark(file) is True
+
+
+def has_mark(file: Path) -> bool | None:
+    """Whether weights are of an adapter as streamda wrote it; None where they are missing or damaged."""
     try:
         with safe_open(file, framework="pt", backend="pread") as weights:
             return _MARK in (weights.metadata() or {})
-    except SafetensorError:  # damaged: whose it was cannot be told
-        return False
+    except (SafetensorError, OSError):
+        return None
 
 
 def _linears(names: Sequence[str], skeleton: PreTrainedModel) -> list[LinearSpec]:

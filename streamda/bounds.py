@@ -109,7 +109,7 @@ class Bounds:
         return None if compute is None or disk is None else max(compute, disk)
 
     @property
-    def at_most_seconds(self) -> float | None:
+    def in_turn_seconds(self) -> float | None:
         """Nothing overlapped: the sum of both bounds, at full rates."""
         return _sum(self.compute_seconds, self.disk_seconds)
 
@@ -137,7 +137,7 @@ class Bounds:
             "write_seconds": self.write_seconds,
             "disk_seconds": self.disk_seconds,
             "at_least_seconds": self.at_least_seconds,
-            "at_most_seconds": self.at_most_seconds,
+            "in_turn_seconds": self.in_turn_seconds,
         }
         if wall_seconds is not None:
             # without a disk rate the compute bound is still a bound

@@ -1,17 +1,12 @@
-"""The calibration set: which rows of a data set are used, and how a row's columns become a sample.
-
-Rows of unequal form are not guessed at: the columns decide once, or the options of `DataConfig` do.
-"""
+"""The calibration set: which rows of a data set are used, and what is to be told of them."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import importlib.resources
-import re
-import string
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -21,8 +16,9 @@ import torch
 from streamda.bad_rows import BadRowError, BadRows
 from streamda.config import DataConfig
 from streamda.errors import ConfigError, DataError
-from streamda.json_rows import JsonLines, Row
-from streamda.quoting import kind, one_line, quoted
+from streamda.json_rows import JsonLines
+from streamda.quoting import one_line
+from streamda.row_formats import are_tokenized, choose_format
 from streamda.rows import Rows, open_rows
 from streamda.samples import Sample, SampleEncoder, describe_sample
 
@@ -34,9 +30,6 @@ __all__ = ["CalibrationSet", "Sample", "describe_sample", "load_calibration"]
 SHIPPED_FILE = "calibration_set.jsonl"
 SHIPPED_TEMPLATE = "{prompt}\n"
 """The shipped prompts end, and its completions start, without white space."""
-
-COMPLETION_COLUMNS = ("completion", "answer", "output")
-"""Where the completion is looked for if only the prompt is described."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,10 +54,14 @@ class CalibrationSet:
     """Lines of the file, and rows drawn, that were malformed and skipped because the options allow it."""
     first_bad_line: str | None = None
     """What was wrong with the first of them."""
+    is_assumed: bool = False
+    """Whether there was no tokenizer, and all samples are as long as they may be: good for a plan, and no run."""
 
     @property
     def num_duplicates(self) -> int:
-        """How many samples have the tokens and labels of an earlier one."""
+        """How many samples have the tokens and labels of an earlier one; of assumed ones none."""
+        if self.is_assumed:
+            return 0
         return len(self.samples) - len({_digest((sample,)) for sample in self.samples})
 
     @property
@@ -75,6 +72,16 @@ class CalibrationSet:
             found.append(f"bad lines skipped, as --skip-bad-lines allows: {self.num_bad_lines}, {self.first_bad_line}")
         if count := self.num_duplicates:
             found.append(f"{count} of {len(self.samples)} samples repeat an earlier one, and count as often")
+        if self.num_skipped:
+            found.append(
+                "rows drawn with nothing to learn (no completion, or a prompt that fills max_length), passed over: "
+                f"{self.num_skipped}"
+            )
+        if self.is_assumed:
+            found.append(
+                f"the model's folder has no tokenizer: assumed are {len(self.samples)} samples of "
+                f"{self.samples[0].num_tokens} tokens, the most that --num-samples and --max-length allow"
+            )
         return tuple(found)
 
     def digest(self) -> str:
@@ -92,7 +99,12 @@ def _digest(samples: Iterable[Sample]) -> str:
 
 
 def load_calibration(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase | None, *, vocab_size: int, max_positions: int | None
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    vocab_size: int,
+    max_positions: int | None,
+    may_assume: bool = False,
 ) -> CalibrationSet:
     r"""Reads, chooses and tokenizes the calibration samples.
 
@@ -114,6 +126,8 @@ def load_calibration(
         tokenizer: The model's; may be None for rows that are tokenized already.
         vocab_size: Rows of the model's embedding.
         max_positions: Longest sequence that the model knows, if it has a limit; bounds ``max_length``.
+        may_assume: Whether lengths are all that is wanted: rows of text that nothing can tokenize then count as long as
+            they may be.
 
     Raises:
         DataError: The data is missing, malformed or empty, or does not belong to this model.
@@ -126,9 +140,11 @@ def load_calibration(
     num_skipped = num_truncated = 0
     bad = BadRows(config.skip_bad_lines)
     with _open_source(config, bad) as rows:
-        encode = _choose_format(
-            _with_shipped_layout(config), rows, SampleEncoder(tokenizer, vocab_size), one_line(source)
+        encode = choose_format(
+            _with_shipped_layout(config), rows, SampleEncoder(tokenizer, vocab_size), one_line(source), may_assume
         )
+        if tokenizer is None and not are_tokenized(config, rows.columns):
+            return _longest(min(config.num_samples, len(rows)), max_tokens, len(rows), source, config)
         for index in _draw(len(rows), config.num_samples, config.seed):
             row = rows.read(index)
             try:
@@ -165,6 +181,21 @@ def load_calibration(
     )
 
 
+def _longest(count: int, max_tokens: int, population_size: int, source: str, config: DataConfig) -> CalibrationSet:
+    """Samples without a meaning, each as long as one may be and all of it to learn."""
+    tokens = torch.zeros(1, dtype=torch.int64).expand(max_tokens)  # of whatever length, it is one number
+    return CalibrationSet(
+        samples=(Sample(tokens, tokens),) * count,
+        population_size=population_size,
+        num_skipped=0,
+        num_truncated=0,
+        source=source,
+        is_shipped=config.dataset is None,
+        row_numbers=tuple(range(count)),
+        is_assumed=True,
+    )
+
+
 def _placed(error: DataError, place: str) -> DataError:
     return DataError(f"{place}: {error}")
 
@@ -194,118 +225,3 @@ def _draw(num_rows: int, num_samples: int, seed: int) -> Iterable[int]:
         return range(num_rows)
     order: list[int] = torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed)).tolist()
     return order
-
-
-def _choose_format(config: DataConfig, rows: Rows, encoder: SampleEncoder, source: str) -> Callable[[Row], Sample]:
-    """The function that turns a row into a sample."""
-    if len(rows) == 0:
-        raise DataError(f"{source}: no rows")
-    columns = rows.columns
-    is_chosen = (config.template, config.prompt_column, config.completion_column) != (None, None, None)
-    try:
-        if config.text_column is None and not is_chosen and "input_ids" in columns:
-            return lambda row: encoder.encode_tokens(row.get("input_ids"), row.get("labels"), row.get("attention_mask"))
-        _ = encoder.tokenizer  # refused before the first row is read
-        if config.text_column is not None:
-            return _text_format(_known(config.text_column, columns), encoder)
-        if is_chosen:
-            return _chosen_format(config, columns, encoder)
-        return _detected_format(columns, encoder)
-    except DataError as error:
-        raise DataError(f"{source}: {error}") from None
-
-
-def _detected_format(columns: Sequence[str], encoder: SampleEncoder) -> Callable[[Row], Sample]:
-    has = set(columns).issuperset
-    if has({"messages"}):
-        return lambda row: encoder.encode_chat(row.get("messages"))
-    if has({"prompt", "completion"}):
-        return _pair_format("prompt", "completion", encoder)
-    if has({"question", "answer"}):
-        return _layout_format(_Template("{question}\n").fill, "answer", encoder)
-    if has({"instruction", "output"}):
-        return _layout_format(_instruction_prompt, "output", encoder)
-    if has({"text"}):
-        return _text_format("text", encoder)
-    raise DataError(
-        f"no known form of rows; {_listed(columns)}. Name them by --prompt-column and --completion-column, "
-        "by --text-column, or by --template"
-    )
-
-
-def _chosen_format(config: DataConfig, columns: Sequence[str], encoder: SampleEncoder) -> Callable[[Row], Sample]:
-    if config.template is not None and config.prompt_column is not None:
-        raise ConfigError("template and prompt_column both describe the prompt; give one of them")
-    found = config.completion_column or next((name for name in COMPLETION_COLUMNS if name in columns), None)
-    if found is None:
-        raise DataError(f"which column is the completion? {_listed(columns)}; give completion_column")
-    completion = _known(found, columns)
-    if config.template is None:
-        if config.prompt_column is None and "prompt" not in columns:
-            raise DataError(f"which column is the prompt? {_listed(columns)}; give prompt_column or template")
-        return _pair_format(_known(config.prompt_column or "prompt", columns), completion, encoder)
-    template = _Template(config.template)
-    for name in template.columns:
-        _known(name, columns)
-    return _layout_format(template.fill, completion, encoder)
-
-
-def _text_format(column: str, encoder: SampleEncoder) -> Callable[[Row], Sample]:
-    return lambda row: encoder.encode_text(_text(row, column))
-
-
-def _layout_format(prompt: Callable[[Row], str], column: str, encoder: SampleEncoder) -> Callable[[Row], Sample]:
-    return lambda row: encoder.encode_completion(prompt(row), _text(row, column))
-
-
-def _pair_format(prompt: str, completion: str, encoder: SampleEncoder) -> Callable[[Row], Sample]:
-    def encode(row: Row) -> Sample:
-        if isinstance(row.get(prompt), list):
-            return encoder.encode_chat_completion(row[prompt], row.get(completion))
-        return encoder.encode_completion(_text(row, prompt), _text(row, completion))
-
-    return encode
-
-
-def _instruction_prompt(row: Row) -> str:
-    details = _text(row, "input") if row.get("input") is not None else ""
-    return _text(row, "instruction") + "\n" + (details + "\n" if details else "")
-
-
-class _Template:
-    """A prompt with the names of columns in braces. Only names: an attribute or index would run code on data."""
-
-    def __init__(self, template: str) -> None:
-        escapes = {"n": "\n", "t": "\t", "\\": "\\"}
-        text = re.sub(r"\\([nt\\])", lambda match: escapes[match[1]], template)
-        try:
-            self._pieces = list(string.Formatter().parse(text))
-        except ValueError as error:
-            raise ConfigError(f"template {quoted(template)}: {error}; double a brace that stands for itself") from error
-        self.columns = [name for _, name, _, _ in self._pieces if name is not None]
-        if any(spec or conversion for _, _, spec, conversion in self._pieces):
-            raise ConfigError(f"template {quoted(template)}: only the names of columns may stand in braces")
-
-    def fill(self, row: Row) -> str:
-        """The prompt of a row."""
-        return "".join(text + ("" if name is None else _text(row, name, True)) for text, name, _, _ in self._pieces)
-
-
-def _text(row: Row, column: str, accept_numbers: bool = False) -> str:
-    value = row.get(column)
-    if isinstance(value, str):
-        return value
-    if accept_numbers and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return str(value)
-    state = f"holds {kind(value)}, not text" if column in row else "is missing"
-    raise BadRowError(f"column {quoted(column)} {state}")
-
-
-def _known(name: str, columns: Sequence[str]) -> str:
-    if name not in columns:
-        raise DataError(f"no column {quoted(name)}; {_listed(columns)}")
-    return name
-
-
-def _listed(columns: Sequence[str]) -> str:
-    return "the columns are " + one_line(", ".join(map(quoted, columns)))

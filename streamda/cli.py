@@ -1,8 +1,4 @@
-"""The command line: options become a `RunConfig`, a stage runs, its report is printed. Nothing else.
-
-Each command's signature is made from the dataclasses of `streamda.config`, so an option, its default and its help text
-exist once.
-"""
+"""The command line: options become a `RunConfig`, a stage runs, its report is printed. Nothing else."""
 
 from __future__ import annotations
 
@@ -13,23 +9,17 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, get_args, get_type_hints
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperCommand
 
 from streamda import __version__, pipeline, stopping
-from streamda.config import (
-    PRESETS,
-    CollectConfig,
-    DataConfig,
-    RunConfig,
-    SolveConfig,
-    option_fields,
-)
+from streamda.cli_options import TRACEBACKS, command_options
+from streamda.config import RunConfig, option_fields
 from streamda.config_file import read_config_file
 from streamda.errors import StoppedError, StorageError, StreamdaError
 from streamda.inspection import inspect_folder
@@ -50,26 +40,18 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-_SECTIONS = {"": "Run", "data": "Data", "collect": "Statistics", "solve": "Method"}
-_SWITCHES = (
-    "trust_remote_code",
-    "keep_statistics",
-    "spill_statistics",
-    "skip_bad_samples",
-    "skip_bad_layers",
-    "profile",
-    "overwrite",
-    "allow_environment_change",
-    "unsafe_filesystem",
-)
-"""Options that are only ever turned on."""
-_TRACEBACKS = "Tracebacks with errors."
 _METHOD = tuple(entry.name for stage, entry in option_fields() if stage == "solve")
 _FOR_SOLVE = {*_METHOD, "output_dir", "statistics", "max_gpu_mem", "device", "profile", "skip_bad_layers", "seed"}
 _FOR_SOLVE |= {"unsafe_filesystem", "overwrite", "trust_remote_code"}
 _NOT_FOR_PLAN = {*_METHOD, "preset", "skip_bad_layers", "overwrite", "resume", "allow_environment_change", "quiet"}
 _NOT_FOR_PLAN -= {"rank"}
 _NOT_FOR_SOLVE = {entry.name for _, entry in option_fields()} - _FOR_SOLVE
+_SOLVE_TEXTS = {
+    "output_dir": "Where the adapter goes. Required.",
+    "statistics": "Folder of collected statistics. Required.",
+    "max_gpu_mem": "Memory budget of the device, for example 24GB or 22GiB. Default: what it has.",
+}
+_COLLECT_TEXTS = {"statistics": "Where the statistics go. Required."}
 
 
 class _SectionedCommand(TyperCommand):
@@ -85,69 +67,6 @@ class _SectionedCommand(TyperCommand):
         for title, records in sections.items():
             with formatter.section(title):
                 formatter.write_dl(records)
-
-
-def _options(
-    skip: Collection[str] = (), *, hide: Collection[str] = (), shows_sample: bool = True
-) -> list[inspect.Parameter]:
-    """Parameters for Typer, one for each option of `RunConfig` and those of the command line itself.
-
-    All default to None, which is "not given".
-
-    Args:
-        skip: names of options that the command does not take.
-        hide: names of options that it takes, so that one set of them serves several commands, but has no use for: its
-            help leaves them out.
-        shows_sample: whether it shows one of its samples if asked to.
-    """
-    kinds = {"": RunConfig, "data": DataConfig, "collect": CollectConfig, "solve": SolveConfig}
-    hints = {stage: get_type_hints(kind) for stage, kind in kinds.items()}
-    parameters = []
-    for stage, entry in option_fields():
-        if entry.name in skip:
-            continue
-        hint = hints[stage][entry.name]
-        choices = get_args(hint) if "Literal" in str(hint) else ()
-        kind = hint if choices else next((arg for arg in get_args(hint) if arg is not type(None)), hint)
-        name = "--" + (entry.metadata["flag"] or entry.name).replace("_", "-")
-        shown = entry.default if stage and entry.default is not None and kind is not bool else None
-        text = entry.metadata["help"]
-        names = [name]
-        if kind is bool and entry.name not in _SWITCHES:
-            names = [f"{name}/--no-{name[2:]}"]
-            text += f"  [default: {'on' if entry.default else 'off'}]"
-        elif shown is not None:
-            text += f"  [default: {f'{shown:g}' if kind is float else shown}]"
-        option = typer.Option(
-            *names,
-            help=text,
-            show_default=False,
-            rich_help_panel=_SECTIONS[stage],
-            hidden=entry.name in hide,
-        )
-        parameters.append(_parameter(entry.name, kind, option))
-    presets = typer.Option(
-        "--preset",
-        help="Settings of the method by name; options given beside it win.",
-        show_default=False,
-        rich_help_panel="Method",
-        hidden="preset" in hide,
-    )
-    parameters.append(_parameter("preset", Literal.__getitem__(tuple(PRESETS)), presets))
-    config = typer.Option("--config", help="YAML file with options; the command line wins.", show_default=False)
-    parameters.append(_parameter("config", Path, config))
-    verbose = "Show one sample with its mask; tracebacks with errors." if shows_sample else _TRACEBACKS
-    for name, text in {"quiet": "No progress, and no notices before the report.", "verbose": verbose}.items():
-        option = typer.Option(f"--{name}", help=text, show_default=False, hidden=name in hide)
-        parameters.append(_parameter(name, bool, option))
-    machine = typer.Option("--json", help="One JSON object on stdout instead of a table.", show_default=False)
-    parameters.append(_parameter("as_json", bool, machine))
-    return parameters
-
-
-def _parameter(name: str, kind: Any, option: Any) -> inspect.Parameter:
-    annotation = Annotated[kind | None, option]
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
 def _with_options(parameters: list[inspect.Parameter]) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -177,17 +96,19 @@ def _print_report(report: InitReport, as_json: bool) -> None:
         _show(report.to_json())
         return
     _show(report.to_table())
-    if report.already_done:
+    if report.already_done and report.output_dir:
         _show("\nalready done: the adapter is there, checked again and left as it is; --overwrite makes it anew")
     elif report.output_dir:
         _show(f"\ntrain from it: PeftModel.from_pretrained(base, {report.output_dir!r}, is_trainable=True)")
     elif report.statistics_dir:
+        if report.already_done:
+            _show("\nalready done: the statistics are there, and left as they are; --overwrite makes them anew")
         given = shlex.quote(report.statistics_dir)
         _show(f"\nsolve from them, as often as wanted: streamda solve --statistics {given} --output-dir DIR --rank 8")
 
 
 @app.command("init", cls=_SectionedCommand)
-@_with_options(_options(skip=("statistics",)))
+@_with_options(command_options(skip=("statistics",)))
 def init_command(**options: Any) -> None:
     """Compute the starting point of a LoRA adapter. Plans, collects, solves and writes."""
     quiet, verbose, as_json = _take_flags(options)
@@ -195,9 +116,9 @@ def init_command(**options: Any) -> None:
 
 
 @app.command("plan", cls=_SectionedCommand)
-@_with_options(_options(skip=("statistics", "profile"), hide=_NOT_FOR_PLAN, shows_sample=False))
+@_with_options(command_options(skip=("statistics", "profile"), hide=_NOT_FOR_PLAN, shows_sample=False))
 def plan_command(**options: Any) -> None:
-    """Show what `init` would do and need. Reads the model's configuration alone."""
+    """Show what `init` would do and need. Reads the model's configuration and the samples, and no weights."""
     _, _, as_json = _take_flags(options)
     plan, facts = pipeline.plan(_run_config(options))
     if as_json:
@@ -208,9 +129,10 @@ def plan_command(**options: Any) -> None:
 
 @app.command("collect", cls=_SectionedCommand)
 @_with_options(
-    _options(
+    command_options(
         skip=("output_dir", "work_dir", "keep_statistics", "spill_statistics", "rates", "profile"),
         hide={*_METHOD, "preset"} - {"population_size"},  # which statistics remember for `solve`
+        texts=_COLLECT_TEXTS,
     )
 )
 def collect_command(**options: Any) -> None:
@@ -220,7 +142,7 @@ def collect_command(**options: Any) -> None:
 
 
 @app.command("solve", cls=_SectionedCommand)
-@_with_options(_options(skip=_NOT_FOR_SOLVE, shows_sample=False))
+@_with_options(command_options(skip=_NOT_FOR_SOLVE, texts=_SOLVE_TEXTS, shows_sample=False))
 def solve_command(**options: Any) -> None:
     """Solve an adapter from collected statistics, as often as wanted."""
     quiet, _, as_json = _take_flags(options)
@@ -231,7 +153,7 @@ def solve_command(**options: Any) -> None:
 def inspect_command(
     folder: Annotated[Path, typer.Argument(help="Statistics, a work directory, or an adapter.")],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help=_TRACEBACKS)] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help=TRACEBACKS)] = False,
 ) -> None:
     """Show what is in a folder that streamda wrote."""
     facts, text = inspect_folder(folder)
@@ -242,7 +164,7 @@ def inspect_command(
 def verify_command(
     folder: Annotated[Path, typer.Argument(help="Statistics, a work directory, or an adapter.")],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help=_TRACEBACKS)] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help=TRACEBACKS)] = False,
 ) -> None:
     """Check every byte of what streamda wrote. Changes nothing; exit code 10 where anything is damaged."""
     found = verify_folder(folder)
@@ -258,7 +180,7 @@ def repair_command(
         bool, typer.Option("--unsafe-filesystem", help="Go on with a file system that cannot lock or sync.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help=_TRACEBACKS)] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help=TRACEBACKS)] = False,
 ) -> None:
     """Drop damaged parts of a run. The same command as before then makes them again."""
     done = repair_folder(folder, drop, unsafe_filesystem)

@@ -162,10 +162,10 @@ class Collection:
     def _collect(self, solver: Solver | None) -> None:
         for notice in stride_notices(self._plan):
             self._progress.say(f"note: {notice}")
-        top = len(self._specs)
         self._steps = self._missing_steps(solver)
         following = max(self._steps, default=self._lowest - 1)  # the block that comes next on the way down
-        if self._run.units.names():
+        self._report.already_done = solver is None and not self._steps
+        if self._run.units.names() and not self._report.already_done:
             self._progress.say(f"note: {continuation_notice(self._where(following), self._run.was_killed)}")
         if self._steps:
             self._checkpoint.load(self._prepared.stack.small_names)
@@ -173,7 +173,7 @@ class Collection:
         solved: HeldStatistics | None = None  # statistics whose memory the next block's take
         unsolved: int | None = None  # what is committed while it waits is solved while the next one is committed
         with self._progress.pass_over("backward", len(self._steps), self._num_tokens) as bar:
-            for index in range(top - 1, self._lowest - 1, -1):
+            for index in range(len(self._specs) - 1, self._lowest - 1, -1):
                 bar.working_on(f"block {index}")
                 committed: Future[None] | None = None
                 held: HeldStatistics | None = None

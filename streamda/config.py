@@ -238,8 +238,7 @@ class RunConfig:
         known = {entry.name: (stage, entry) for stage, entry in option_fields()}
         for name, value in given.items():
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                raise ConfigError(f"unknown option {quoted(name)}" + (f"; did you mean {near[0]!r}?" if near else ""))
+                raise ConfigError(unknown_option(name))
             stage, entry = known[name]
             stages[stage][name] = _coerce(entry, value)
         return cls(
@@ -252,6 +251,23 @@ class RunConfig:
     def to_dict(self) -> dict[str, Any]:
         """The nested configuration as plain JSON values."""
         return dataclasses.asdict(self)
+
+    def given(self) -> dict[str, Any]:
+        """The options that are not at their defaults, flat: `from_options` makes this configuration of them."""
+        stages = {"": self, "data": self.data, "collect": self.collect, "solve": self.solve}
+        values = ((entry, getattr(stages[stage], entry.name)) for stage, entry in option_fields())
+        return {entry.name: value for entry, value in values if value != entry.default}
+
+
+def flag(entry: dataclasses.Field[Any]) -> str:
+    """The name of an option on the command line."""
+    return "--" + (entry.metadata["flag"] or entry.name).replace("_", "-")
+
+
+def unknown_option(name: str) -> str:
+    """That there is no such option, with the nearest one, for a message."""
+    near = difflib.get_close_matches(name, [entry.name for _, entry in option_fields()], n=1)
+    return f"unknown option {quoted(name)}" + (f"; did you mean {near[0]!r}?" if near else "")
 
 
 def option_fields() -> Iterator[tuple[str, dataclasses.Field[Any]]]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from streamda.config import option_fields
+from streamda.config import option_fields, unknown_option
 from streamda.errors import ConfigError
 from streamda.quoting import one_line, printable, quoted
 
@@ -57,6 +57,8 @@ def read_config_file(path: Path) -> dict[str, Any]:
         # YAML 1.1 reads 0755, 1_000 and 1:30 as numbers, which a revision or a name would not survive
         is_text = "str" in kinds.get(name, "") and name not in _NUMBERS_AS_TEXT
         options[name] = _plain_value(value, f"{place}: {quoted(name)}", is_text)
+        if name not in (*kinds, "preset"):
+            raise ConfigError(f"{place}: {unknown_option(name)} (line {_line(key.start_mark)})")
     return options
 
 

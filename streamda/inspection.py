@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from streamda import files
+from streamda.commands import begun_with
 from streamda.errors import ConfigError, LockedError
 from streamda.files import shown
 from streamda.memory import format_size
@@ -111,6 +112,7 @@ def _describe(
         "model": settings["model"],
         "data": settings["data"],
         "method": dict(parts["method"]),
+        "command": begun_with(settings),
         "loss": settings.get("loss"),
         "adapted_blocks": blocks,
         "collected_blocks": collected,
@@ -118,8 +120,10 @@ def _describe(
         "units": dict(sizes),
     }
     data = settings["data"]
+    command = facts["command"]
     lines = [
         f"streamda run  {path}" + (", at work" if at_work else state),
+        *([f"  command      {command}"] if command is not None else []),
         f"  model        {settings['model']['name']}  ({settings['model']['num_blocks']} blocks)",
         f"  data         {data['source']}  ({data['num_samples']} samples, {data['num_tokens']} tokens)",
         f"  layers       {len(parts['method']['modules'])}",

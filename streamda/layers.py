@@ -25,7 +25,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from streamda.errors import ConfigError
-from streamda.quoting import quoted
+from streamda.quoting import counted, quoted
 
 ALL_LINEAR = "all-linear"
 REGEX_SECONDS = 5
@@ -255,11 +255,13 @@ def require_rank(linears: Sequence[LinearSpec], rank: int) -> None:
     """Refuses a rank above the smaller side of any adapted layer.
 
     Raises:
-        ConfigError: naming the first such module and its shape.
+        ConfigError: naming the narrowest such module and its shape.
     """
-    for spec in linears:
-        if rank > min(spec.d_in, spec.d_out):
-            raise ConfigError(
-                f"rank {rank} is above the smaller side of {spec.name} [{spec.d_out}, {spec.d_in}]; "
-                f"use --rank {min(spec.d_in, spec.d_out)} or less, or leave it out of --target-modules"
-            )
+    narrow = [spec for spec in linears if rank > min(spec.d_in, spec.d_out)]
+    if narrow:
+        spec = min(narrow, key=lambda linear: min(linear.d_in, linear.d_out))
+        raise ConfigError(
+            f"rank {rank} is above the smaller side of {counted(len(narrow), 'layer')}, narrowest {spec.name} "
+            f"[{spec.d_out}, {spec.d_in}]; use --rank {min(spec.d_in, spec.d_out)} or less, or leave them out of "
+            "--target-modules"
+        )

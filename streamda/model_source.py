@@ -61,10 +61,12 @@ def find_model(model: str, revision: str | None, *, weights: bool, code: bool = 
         ) from error
     repositories = [model] if model.endswith("-hf") else [model, model + "-hf"]
     reasons: list[str] = []
+    is_reachable = True
     for repository in repositories:
         try:
-            reason = _has_config(repository, revision)
+            reason = _has_config(repository, revision, is_reachable)
         except LocalEntryNotFoundError as error:
+            is_reachable = False  # found out by half a minute of attempts; the sibling may still be in the cache
             if repository != repositories[-1]:
                 continue
             raise ModelError(_offline(repositories)) from error
@@ -97,14 +99,14 @@ def _find_locally(model: str) -> ModelSource | None:
     return None
 
 
-def _has_config(repository: str, revision: str | None) -> str | None:
+def _has_config(repository: str, revision: str | None, is_reachable: bool) -> str | None:
     """None if the repository has a config.json, else one clause that says why it cannot be used.
 
     Raises:
         LocalEntryNotFoundError: that cannot be told, being offline.
     """
     try:
-        hf_hub_download(repository, "config.json", revision=revision)
+        hf_hub_download(repository, "config.json", revision=revision, local_files_only=not is_reachable)
     except LocalEntryNotFoundError:
         raise
     except GatedRepoError:

@@ -112,13 +112,13 @@ class OutputFolder:
             if not found:
                 return
             foreign = [files.shown(name) for name in found if not self._is_own(folder / name)]
-        if not self.overwrite:
-            raise ConfigError(f"{shown} is not empty; give another --output-dir, or add --overwrite")
         if foreign:
             raise ConfigError(
-                f"{shown} holds {named(foreign)}, not written by streamda or changed since; --overwrite replaces only "
-                "streamda's own files: move it away, or give another --output-dir"
+                f"{shown} holds {named(foreign)}, not written by streamda or changed since, and --overwrite replaces "
+                "only streamda's own files: give another --output-dir, or move it away"
             )
+        if not self.overwrite:
+            raise ConfigError(f"{shown} is not empty; give another --output-dir, or add --overwrite")
 
     def _is_own(self, file: Path) -> bool:
         return file.name in self.names and stat.S_ISREG(files.system_calls.lstat(file).st_mode) and self.is_own(file)

@@ -40,14 +40,23 @@ from streamda.progress import Progress
 from streamda.rates import ProductRates, measure_rates
 from streamda.report import InitReport
 from streamda.rundir import MODEL_FOLDER, RunDirectory
-from streamda.session import finished_report, new_report, open_run, remove_leftover, resume_notices, run_digest
+from streamda.session import (
+    finished_report,
+    new_report,
+    open_run,
+    remove_leftover,
+    require_complete,
+    require_free_output,
+    resume_notices,
+    run_digest,
+)
 from streamda.setup import Prepared, choose_device, fingerprint_parts, prepare, versions
 from streamda.skeleton import build_skeleton, load_config
 from streamda.solutions import SolvedFactors, read_summaries, skipped_layers
 from streamda.solve_plan import solve_capacity
 from streamda.solve_stage import Solver
 from streamda.stopwatch import RunMeter, Stopwatch
-from streamda.store import BlockStatisticsReader, stats_unit
+from streamda.store import BlockStatisticsReader
 from streamda.timeline import Timeline
 from streamda.trace import write_profile
 from streamda.workers import settle_threads
@@ -100,7 +109,7 @@ def initialize(config: RunConfig, *, quiet: bool = False, verbose: bool = False)
     if not config.overwrite and (done := finished_report(output, digest, prepared)) is not None:
         remove_leftover(work, parts)
         return done
-    require_writable_output(output, config.overwrite)
+    require_free_output(output, config)
     with _meter(prepared, timeline) as meter:
         progress = Progress(meter, quiet=quiet)
         _announce(progress, prepared, verbose)
@@ -117,7 +126,7 @@ def initialize(config: RunConfig, *, quiet: bool = False, verbose: bool = False)
             keeps = bool(run.settings["keeps_statistics"])
             report.statistics_dir = str(work) if keeps else None
             report.model["fingerprint"] = digest
-            _record_time(report, timeline)
+            report.wall_seconds, report.busy = timeline.now(), timeline.busy()
             if config.profile or config.rates is not None or report.wall_seconds >= MEASURED_RUN_SECONDS:
                 try:
                     with timeline.span("measure rates"), limit_errors():
@@ -155,7 +164,7 @@ def collect(config: RunConfig, *, quiet: bool = False, verbose: bool = False) ->
             _announce_resumed(progress, report, prepared, run, parts)
             Collection(prepared, checkpoint, run, made, meter, progress, report).collect(None)
             report.statistics_dir = str(work)
-            _record_time(report, timeline)
+            report.wall_seconds, report.busy = timeline.now(), timeline.busy()
     return report
 
 
@@ -187,12 +196,7 @@ def solve(config: RunConfig, *, quiet: bool = False) -> InitReport:
     ):
         facts = run.settings
         check_configuration(run.path, facts.get("model_files", {}))
-        missing = [index for index in facts["adapted_blocks"] if stats_unit(index) not in run.units]
-        if missing:
-            raise ConfigError(
-                f"{config.statistics} lacks the statistics of {len(missing)} blocks; finish `collect` with the same "
-                "options first"
-            )
+        require_complete(run)
         specs = [BlockStatisticsReader(run.units, index).spec for index in facts["adapted_blocks"]]
         for spec in specs:
             require_rank(spec.linears, config.solve.rank)
@@ -222,7 +226,7 @@ def solve(config: RunConfig, *, quiet: bool = False) -> InitReport:
                 bar.advance()
         report.output_dir, report.statistics_dir = str(output), config.statistics
         report.model["fingerprint"] = run_digest(run.parts, solver.settings)
-        _record_time(report, timeline)
+        report.wall_seconds, report.busy = timeline.now(), timeline.busy()
         model_config = load_config(run.path / MODEL_FOLDER, config.trust_remote_code)
         with timeline.span("write adapter"):
             _write_adapter(
@@ -265,11 +269,6 @@ def plan(config: RunConfig) -> tuple[Plan, dict[str, Any]]:
         "bounds": bounds.to_dict(),
         "notices": [*prepared.notices, *([reason] if reason is not None else [])],
     }
-
-
-def _record_time(report: InitReport, timeline: Timeline) -> None:
-    """What is known of the time before the report is written with the adapter."""
-    report.wall_seconds, report.busy = timeline.now(), timeline.busy()
 
 
 def _record_bounds(report: InitReport, prepared: Prepared, made: Plan, rates: Rates, work: Path) -> None:

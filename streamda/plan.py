@@ -151,11 +151,11 @@ def make_plan(
         if ahead is not None and ahead.num_replays == best.num_replays:
             best = best if ahead.spill_statistics and not best.spill_statistics else ahead
     if best is None:
-        smallest = minimum_bytes(workload_at(candidates[-1]), rank, budget.host_bytes if host_is_device else 0)
+        host = budget.host_bytes if host_is_device else 0
+        megabytes = -(-minimum_bytes(workload_at(candidates[-1]), rank, host) // 10**6)
         raise BudgetError(
-            f"the budget of {format_size(budget.device_bytes)} is too small: this model and data need "
-            f"{format_size(smallest)} at least; use --max-gpu-mem {-(-smallest // 1_000_000)}MB or more, or a smaller "
-            "--max-length"
+            f"the budget of {format_size(budget.device_bytes)} is too small: this model and data need {megabytes}MB at "
+            f"least; use --max-gpu-mem {megabytes}MB or more, or a smaller --max-length"
         )
     if budget.disk_bytes is not None and best.disk_bytes > budget.disk_bytes:
         raise StorageError(

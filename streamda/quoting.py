@@ -41,6 +41,11 @@ def named(names: Sequence[str]) -> str:
     return ", ".join(names[:NUM_NAMED]) + more
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things, such as ``1 layer`` and ``2 layers``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def quoted(value: object, limit: int = 80) -> str:
     """A value from someone else as Python would write it, printable and of bounded length."""
     if isinstance(value, str):

@@ -1,4 +1,4 @@
-"""Dropping damaged units of a run, so that the same command makes them again."""
+"""Dropping damaged units of a run, and what then makes them again."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from streamda.commands import begun_with, collecting
 from streamda.errors import ConfigError
 from streamda.files import shown
 from streamda.filesystem import tolerated
@@ -33,6 +34,8 @@ class Repair:
     """Units that were asked for."""
     dependents: tuple[str, ...]
     """Units that were made from those, and dropped with them."""
+    next_steps: tuple[str, ...]
+    """What to run for it to be made again, one after another."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON."""
@@ -45,11 +48,7 @@ class Repair:
             lines.append(f"dropped with it, because made from it: {', '.join(self.dependents)}")
         kinds = {name.partition("-")[0] for name in (*self.dropped, *self.dependents)}
         lines += [text for kind, text in _AGAIN.items() if kind in kinds]
-        lines.append(
-            f"the same command (init or collect, then solve) now continues {shown(self.folder)}; where init has made "
-            f"its adapter already, collect --statistics {shown(self.folder)} with the same options completes it"
-        )
-        return "\n".join(lines)
+        return "\n".join([*lines, "to run next, from where it was begun:", *(f"  {step}" for step in self.next_steps)])
 
 
 def repair_folder(folder: Path, drop: Sequence[str], unsafe_filesystem: bool = False) -> Repair:
@@ -78,13 +77,31 @@ def repair_folder(folder: Path, drop: Sequence[str], unsafe_filesystem: bool = F
         if not wanted:
             raise ConfigError("no unit is named; use --drop UNIT, with the name that `streamda verify` gives")
         dependents: tuple[str, ...] = ()
+        steps: tuple[str, ...] = (begun_with(run.settings) or "the same command as before",)
         if run.settings.get("keeps_statistics", True):
             made = {stats_unit(index): solve_unit(index) for index in run.settings.get("adapted_blocks", [])}
+            steps = _steps_to_statistics(run, wanted, solved=set(units).issuperset(made.values()))
             dependents = tuple(made[name] for name in wanted if made.get(name) in units and made[name] not in wanted)
         # what was asked for goes last: interrupted before that, the same repair is asked for again
         for name in (*dependents, *wanted):
             run.units.drop(name)
-    return Repair(str(run.path), wanted, dependents)
+    return Repair(str(run.path), wanted, dependents, steps)
+
+
+def _steps_to_statistics(run: RunDirectory, dropped: Sequence[str], *, solved: bool) -> tuple[str, ...]:
+    """What to run where statistics are kept.
+
+    Args:
+        run: of which units are to be dropped.
+        dropped: their names.
+        solved: whether all was: `init` may have put its adapter in place, and has then nothing to continue.
+    """
+    solving = "the same `streamda solve`, or `streamda init`, as before"
+    if not solved and run.settings.get("stage") == "init":
+        return (begun_with(run.settings) or solving,)
+    if all(name.startswith("solve-") for name in dropped):
+        return (solving,)
+    return (collecting(run.settings, run.path) or "the same `streamda collect` as before", solving)
 
 
 def _unknown(path: Path, name: str, units: Sequence[str]) -> str:

@@ -128,12 +128,12 @@ class RunDirectory:
         path = Path(os.path.realpath(path))
         if not os.path.lexists(path / _RECORD):
             _require_no_lost_record(path)
-            raise ConfigError(f"there is no streamda run in {shown(path)}")
+            raise ConfigError(_no_run(path))
         with ExitStack() as undo:
             lock, record = _locked(path, exclusive=exclusive)
             undo.callback(lock.release)
             if record is None:
-                raise ConfigError(f"there is no streamda run in {shown(path)}")
+                raise ConfigError(_no_run(path))
             run = cls(path, lock, record)
             if exclusive:
                 lock.sign()
@@ -241,6 +241,14 @@ def find_record(path: Path) -> dict[str, Any] | None:
     if not os.path.isdir(path / _UNITS):
         raise DamagedError(f"{shown(path / _UNITS)} is missing; {_start_over(path)}")
     return record
+
+
+def _no_run(path: Path) -> str:
+    """Why a folder cannot be opened as a run, with what it seems to be instead."""
+    if not os.path.lexists(path):
+        return f"{shown(path)} does not exist"
+    is_adapter = os.path.lexists(path / "adapter_config.json")
+    return f"there is no streamda run in {shown(path)}" + (", but an adapter" if is_adapter else "")
 
 
 def unit_names(path: Path) -> list[str]:

@@ -82,7 +82,10 @@ class SampleEncoder:
             DataError: There is none.
         """
         if self._tokenizer is None:
-            raise DataError("a tokenizer is needed for rows of text, and the model has none; give input_ids and labels")
+            raise DataError(
+                "a tokenizer is needed for rows of text, and the model's folder has none: put its tokenizer files "
+                "there, or give a --dataset of input_ids and labels"
+            )
         return self._tokenizer
 
     def encode_text(self, text: str) -> Sample:

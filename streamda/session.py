@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from streamda import files
+from streamda import commands, files
+from streamda.adapter import require_writable_output
 from streamda.adapter_check import check_adapter, check_recorded
 from streamda.config import RunConfig
 from streamda.disk_plan import stride_text
@@ -20,6 +21,7 @@ from streamda.limits import limit_errors
 from streamda.memory import format_size
 from streamda.model_copy import copy_configuration
 from streamda.plan import Plan
+from streamda.quoting import counted, named
 from streamda.report import REPORT_FILE, InitReport, read_report
 from streamda.run_parts import canonical_digest, differences
 from streamda.rundir import RunDirectory
@@ -75,7 +77,7 @@ def open_run(
     with RunDirectory.open(
         work,
         parts,
-        settings={"overwriting": mark},
+        settings={"overwriting": mark, **commands.record("init" if solves else "collect", config.given())},
         new=begin,
         resume=config.resume,
         restart=starts_over,
@@ -219,6 +221,29 @@ def finished_report(output: Path, digest: str, prepared: Prepared) -> InitReport
     check_adapter(output, prepared.stack.model)
     report.already_done = True
     return report
+
+
+def require_complete(run: RunDirectory) -> None:
+    """Refuses statistics of which some are missing, with what collects them."""
+    missing = [index for index in run.settings["adapted_blocks"] if stats_unit(index) not in run.units]
+    if missing:
+        command = commands.collecting(run.settings, run.path) or "`streamda collect` with the same options"
+        raise ConfigError(
+            f"{shown(run.path)} lacks the statistics of {counted(len(missing), 'block')}; first run: {command}"
+        )
+
+
+def require_free_output(output: Path, config: RunConfig) -> None:
+    """Refuses an output folder as `require_writable_output` does; of another run's adapter it says what differs."""
+    try:
+        require_writable_output(output, config.overwrite)
+    except ConfigError as error:
+        if config.overwrite or not os.path.isfile(output / REPORT_FILE):
+            raise
+        settings = (read_report(output).config, config.to_dict())
+        old, new = ({name: values.get(name) for name in ("model", "data", "collect", "solve")} for values in settings)
+        found = named(list(differences(old, new))) or "its model or its samples have changed since"
+        raise ConfigError(f"{error}: it has the adapter of another run, where {found}") from error
 
 
 def _has_statistics(report: InitReport) -> bool:

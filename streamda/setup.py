@@ -194,7 +194,11 @@ def prepare(config: RunConfig, *, weights: bool, solves: bool = True) -> Prepare
         require_rank(targets.linears, config.solve.rank)
     tokenizer = load_tokenizer(source.folder, config.trust_remote_code)
     calibration = load_calibration(
-        config.data, tokenizer, vocab_size=stack.vocab_size, max_positions=stack.max_positions
+        config.data,
+        tokenizer,
+        vocab_size=stack.vocab_size,
+        max_positions=stack.max_positions,
+        may_assume=not weights,
     )
     num_labels = sum(sample.num_label_tokens for sample in calibration.samples)
     lengths = [sample.num_tokens for sample in calibration.samples]

@@ -110,7 +110,7 @@ def _is_command() -> bool:
 def _leave_start(number: int, _frame: FrameType | None) -> None:
     """Nothing is begun, so nothing is to be tidied; an exception would be a traceback out of some library."""
     with suppress(OSError):
-        os.write(2, f"streamda: error: stopped by {signal.Signals(number).name} before anything was begun\n".encode())
+        os.write(2, f"streamda: error: stopped by {signal.Signals(number).name} before it did anything\n".encode())
     os._exit(StoppedError.exit_code)
 
 

@@ -302,7 +302,7 @@ class UnitStore:
     def repair(self, name: str) -> str:
         """What to do about a damaged unit, for the message."""
         run = shlex.quote(shown(self.folder.parent))
-        return f"run `streamda repair {run} --drop {name}`, then the same command again"
+        return f"run `streamda repair {run} --drop {name}`, then what it names"
 
     @contextmanager
     def _damage_of(self, name: str) -> Iterator[None]:

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from streamda import files
-from streamda.adapter import OWN_FILES
+from streamda.adapter import OWN_FILES, has_mark
 from streamda.adapter_check import WEIGHTS_FILE, verify_adapter
 from streamda.block_statistics import TILE
 from streamda.boundary import require_finite_states
-from streamda.errors import DamagedError
+from streamda.errors import ConfigError, DamagedError
 from streamda.files import shown
 from streamda.inspection import UNIT_KINDS, collected_blocks, require_readable, unit_rows
 from streamda.memory import format_size
@@ -88,6 +88,11 @@ def verify_folder(folder: Path) -> Verification:
         DamagedError: the record of a run is damaged, without which nothing else can be judged.
     """
     require_readable(folder)
+    if not (folder / REPORT_FILE).is_file() and has_mark(folder / WEIGHTS_FILE) is False:
+        raise ConfigError(
+            f"{shown(folder)} holds an adapter that streamda did not write, such as training saves; there is nothing "
+            "to check it against"
+        )
     if any((folder / name).is_file() for name in (REPORT_FILE, WEIGHTS_FILE)):
         return _verify_adapter(folder)
     with RunDirectory.open_existing(folder, exclusive=False) as run:

@@ -18,7 +18,7 @@ def test_each_phase_has_the_rate_of_its_precision() -> None:
     assert BOUNDS.phase_seconds == {"forward": 20.0, "solve": 20.0}
     assert BOUNDS.compute_seconds == 40.0
     assert (BOUNDS.read_seconds, BOUNDS.write_seconds, BOUNDS.disk_seconds) == (4.0, 5.0, 9.0)
-    assert (BOUNDS.at_least_seconds, BOUNDS.at_most_seconds) == (40.0, 49.0)
+    assert (BOUNDS.at_least_seconds, BOUNDS.in_turn_seconds) == (40.0, 49.0)
 
 
 @pytest.mark.parametrize(("flops", "larger", "times"), [(2 * 10**12, "compute", 1.5), (0, "disk", 60 / 24)])
@@ -42,7 +42,7 @@ def test_float32_beside_another_dtype_has_the_higher_rate(
 def test_what_is_not_known_is_none_and_not_zero() -> None:
     values = Bounds(Rates(flops=1e9, flops64=1e9), {"forward": 10**10}, 10**9, 10**9).to_dict(20.0)
     assert values["compute_seconds"] == 10.0
-    assert values["disk_seconds"] is values["at_least_seconds"] is values["at_most_seconds"] is None
+    assert values["disk_seconds"] is values["at_least_seconds"] is values["in_turn_seconds"] is None
     assert (values["larger"], values["times_the_bound"]) == ("compute", 2.0)
 
 

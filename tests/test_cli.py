@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from streamda.rundir import RunDirectory
 from tests.command_line import flags, run
 from tests.conftest import GOLDEN
 from tests.golden_options import golden_options
+
+_INIT_ONLY = ("output_dir", "spill_statistics")
 
 
 def test_init_inspect_solve_and_back(
@@ -88,6 +91,81 @@ def test_plan_needs_no_weights(
     assert "holds no model.safetensors" in capsys.readouterr().err
 
 
+def test_a_plan_needs_no_tokenizer_either_and_says_what_it_took_samples_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_bytes((GOLDEN / "model" / "config.json").read_bytes())
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "q", "answer": "a"}\n' * 9)
+    options = ["--model", str(model), "--max-gpu-mem", "400MB", "--max-length", "50"]
+    for data, count in (([], 256), (["--dataset", str(rows)], 9), (["--dataset", str(rows), "--num-samples", "4"], 4)):
+        assert run(monkeypatch, "plan", *options, *data, "--json") == 0
+        facts = json.loads(capsys.readouterr().out)
+        assert (facts["num_samples"], facts["num_tokens"]) == (count, 50 * count)
+        assert f"no tokenizer: assumed are {count} samples of 50 tokens, the most that" in " ".join(facts["notices"])
+        assert not any("repeat" in notice for notice in facts["notices"])
+    assert run(monkeypatch, "plan", *options, "--dataset", str(rows), "--text-column", "body") == 4  # is still refused
+    assert "no column 'body'" in capsys.readouterr().err
+    options[1] = str(GOLDEN / "model")
+    assert run(monkeypatch, "init", *options, "--output-dir", str(tmp_path / "adapter")) == 4
+    assert "the model's folder has none: put its tokenizer files there" in capsys.readouterr().err
+
+
+def test_a_run_tells_the_command_that_began_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {name: value for name, value in golden_options(tmp_path).items() if name not in _INIT_ONLY}
+    given = [*flags(options), "--rank", "4", "--num-samples", "3", "--statistics", str(tmp_path / "statistics")]
+    assert run(monkeypatch, "collect", *given) == 0
+    capsys.readouterr()
+    assert run(monkeypatch, "inspect", str(tmp_path / "statistics")) == 0
+    command = re.search(r"^  command +streamda (.*)$", capsys.readouterr().out, re.MULTILINE)
+    assert command is not None
+    again = shlex.split(command[1])
+    assert again[0] == "collect"
+    assert sorted(again[1:]) == sorted(given)
+    assert run(monkeypatch, *again) == 0
+    shown = capsys.readouterr()
+    assert "already done: the statistics are there" in shown.out
+    assert "continuing" not in shown.err
+
+
+def test_a_repair_names_the_commands_that_make_everything_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work, adapter = tmp_path / "adapter.work", tmp_path / "adapter" / "adapter_model.safetensors"
+    assert run(monkeypatch, "init", *flags(golden_options(tmp_path)), "--keep-statistics", "--quiet") == 0
+    before = adapter.read_bytes()
+    assert run(monkeypatch, "repair", str(work), "--drop", "stats-0001") == 0
+    collect, solve = re.findall(r"^  (.*streamda .*)$", capsys.readouterr().out, re.MULTILINE)
+    assert solve == "the same `streamda solve`, or `streamda init`, as before"
+    solving = ["solve", "--statistics", str(work), "--output-dir", str(tmp_path / "again")]
+    assert run(monkeypatch, *solving) == 2
+    assert f"lacks the statistics of 1 block; first run: {collect}" in capsys.readouterr().err
+    assert run(monkeypatch, *shlex.split(collect)[1:], "--quiet") == 0
+    assert run(monkeypatch, *solving) == 0
+    assert (tmp_path / "again" / adapter.name).read_bytes() == before
+    capsys.readouterr()
+    assert run(monkeypatch, "repair", str(work), "--drop", "solve-0001") == 0
+    assert re.findall(r"^  (.*streamda .*)$", capsys.readouterr().out, re.MULTILINE) == [solve]
+
+
+def test_another_run_s_adapter_is_refused_with_what_differs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [*flags(golden_options(tmp_path)), "--num-samples", "3", "--quiet"]
+    assert run(monkeypatch, "init", *options) == 0
+    assert run(monkeypatch, "init", *options, "--rank", "4") == 2
+    error = capsys.readouterr().err
+    assert "add --overwrite: it has the adapter of another run, where solve.rank was 8 and is now 4" in error
+    (tmp_path / "adapter" / "mine.txt").write_text("mine")
+    assert run(monkeypatch, "init", *options, "--rank", "4") == 2
+    assert "holds mine.txt, not written by streamda" in (error := capsys.readouterr().err)
+    assert "add --overwrite" not in error
+
+
 def test_a_plan_at_given_rates_measures_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -103,7 +181,7 @@ def test_a_plan_at_given_rates_measures_nothing(
     read = plan["weight_bytes_read"] + sum(plan["bytes_read"].values())
     assert bounds["read_seconds"] == pytest.approx(read / 1e6)
     assert bounds["write_seconds"] == pytest.approx(sum(plan["bytes_written"].values()) / 2e6)
-    assert bounds["at_most_seconds"] == pytest.approx(sum(seconds.values()) + bounds["disk_seconds"])
+    assert bounds["in_turn_seconds"] == pytest.approx(sum(seconds.values()) + bounds["disk_seconds"])
     assert run(monkeypatch, "plan", *flags(golden_options(tmp_path)), *rates) == 0
     text = capsys.readouterr().out
     assert "at 1 GFLOP/s, 0.5 GFLOP/s in float64" in text
@@ -141,8 +219,10 @@ def test_profile_writes_a_trace_and_a_drawing_which_overwriting_replaces(
         (["--model", "/nowhere/at/all"], 3, "is not a folder"),
         (["--max-gpu-mem", "24 bananas"], 2, "--max-gpu-mem is '24 bananas'"),
         (["--max-gpu-mem", "5MB"], 8, "smallest|at least"),
-        (["--rank", "49"], 2, r"above the smaller side of model\.layers\.0"),
+        (["--rank", "49"], 2, r"of 21 layers, narrowest model\.layers\.0.*; use --rank \d+ or less"),
         (["--rank", "0"], 2, "rank is 0"),
+        (["--preset", "bare"], 2, "preset is 'bare'; allowed is released, theorem"),
+        (["--token-mask", "all"], 2, "token_mask is 'all'; allowed is attention or labels"),
         (["--target-modules", "nothing"], 2, "matches no linear layer; this model has"),
         (["--target-modules", "lm_head"], 2, "outside the decoder blocks"),
         (["--dataset", "missing.jsonl"], 4, r"missing\.jsonl"),
@@ -229,7 +309,7 @@ def test_a_config_file_gives_options_and_the_command_line_wins(
     assert config["collect"]["target_modules"] == "q_proj,v_proj"
     file.write_text("rnak: 4\n")
     assert run(monkeypatch, "init", "--config", str(file), *flags(golden_options(tmp_path))) == 2
-    assert "did you mean 'rank'" in capsys.readouterr().err
+    assert f"{file}: unknown option 'rnak'; did you mean 'rank'? (line 1)" in capsys.readouterr().err
 
 
 def test_verbose_shows_one_sample_with_its_mask(

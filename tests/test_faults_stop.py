@@ -229,7 +229,7 @@ def test_a_signal_while_libraries_are_imported_ends_the_command_in_one_line(
     script.write_text("import sys\nfrom streamda.cli import main\nsys.exit(main())\n")
     ended = import_streamda(tmp_path, *{"module": ["-m", "streamda", "plan"], "script": [str(script), "plan"]}[start])
     assert ended.returncode == 75
-    assert ended.stderr == f"streamda: error: stopped by {number.name} before anything was begun\n"
+    assert ended.stderr == f"streamda: error: stopped by {number.name} before it did anything\n"
 
 
 def test_other_programs_that_import_streamda_keep_their_signals(tmp_path: Path) -> None:

@@ -782,7 +782,7 @@ def test_a_shard_that_is_replaced_by_a_copy_of_itself_stops_no_run(
         ({"target_modules": f"q_proj{TERMINAL}|x"}, "target_modules"),
         ({"rank": 0}, "rank is 0; allowed is 1 or more"),
         ({"rank": -8}, "rank is -8; allowed is 1 or more"),
-        ({"rank": 49}, r"rank 49 is above the smaller side of model\.layers\.0\.self_attn\.q_proj \[48, 48\]"),
+        ({"rank": 49}, r"rank 49 is above the smaller side of \d+ layers, narrowest model\.layers\.0\.self_attn"),
         ({"rank": 10**12}, "rank .*1000000000000"),
     ],
 )

@@ -20,7 +20,7 @@ MAX_LINES = 350
 LAYERS = (
     {
         "errors", "quoting", "requirements", "files", "sealed_json", "units", "folder_lock", "filesystem", "run_parts",
-        "rundir", "config", "timeline", "stopping", "huge_pages", "openmp",
+        "rundir", "config", "commands", "timeline", "stopping", "huge_pages", "openmp",
         "read_ahead", "processor", "file_reader",
     },
     # pure: tensors and integers
@@ -33,7 +33,7 @@ LAYERS = (
     # edges: files, data sets, the hub
     {
         "model_source", "model_copy", "shards", "shard_values", "skeleton", "weight_map", "checkpoint", "prefetch",
-        "bad_rows", "json_rows", "rows", "samples", "calibration", "config_file", "disk_space",
+        "bad_rows", "json_rows", "rows", "samples", "row_formats", "calibration", "config_file", "disk_space",
         "limits", "boundary", "statistics_codecs", "store", "collected", "scratch", "solutions", "adapter",
         "adapter_check", "output", "model_card", "report", "rates", "gantt", "trace",
     },
@@ -44,7 +44,7 @@ LAYERS = (
     {"places", "setup", "session", "solve_reading", "solve_stage", "collect_stage"},
     {"pipeline"},
     {"api", "inspection", "repair", "verification"},
-    {"cli", "__init__"},
+    {"cli", "cli_options", "__init__"},
     {"__main__"},
 )  # fmt: skip
 
@@ -58,6 +58,7 @@ WITHIN = {
     "run_parts": {"errors", "files", "quoting"},
     "rundir": {"errors", "files", "filesystem", "folder_lock", "run_parts", "sealed_json", "units"},
     "config": {"errors", "quoting"},
+    "commands": {"config"},
     "requirements": {"errors"},
     "stopping": {"errors"},
     "panels": {"layers"},
@@ -84,7 +85,8 @@ WITHIN = {
     "json_rows": {"bad_rows"},
     "rows": {"bad_rows", "json_rows"},
     "samples": {"bad_rows"},
-    "calibration": {"bad_rows", "json_rows", "rows", "samples"},
+    "row_formats": {"bad_rows", "json_rows", "rows", "samples"},
+    "calibration": {"bad_rows", "json_rows", "row_formats", "rows", "samples"},
     "checkpoint": {"shard_values", "shards", "weight_map"},
     "shard_values": {"shards"},
     "weight_map": {"shards"},
@@ -110,7 +112,7 @@ WITHIN = {
     "collect_stage": {"session", "setup", "solve_stage"},
     "api": {"pipeline", "repair", "verification"},
     "verification": {"inspection"},
-    "cli": {"__init__"},
+    "cli": {"__init__", "cli_options"},
 }
 
 HOMES = {
@@ -135,7 +137,7 @@ HOMES = {
         "skeleton",
         "weight_map",
     },
-    "typer": {"cli"},
+    "typer": {"cli", "cli_options"},
     "yaml": {"config_file"},
     "zarr": {"statistics_codecs", "store"},  # and numcodecs, through it
 }

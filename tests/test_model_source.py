@@ -12,7 +12,13 @@ from typing import Any
 
 import huggingface_hub.constants
 import pytest
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from streamda import model_source
 from streamda.errors import ModelError
@@ -172,6 +178,20 @@ def test_a_cache_that_cannot_be_read_is_said_in_one_line(cache: Path, monkeypatc
     monkeypatch.setattr(model_source, "hf_hub_download", refuse)
     with pytest.raises(ModelError, match=r"^org/model-hf cannot be looked up: .*Permission denied: 'hub'$"):
         find_model("org/model-hf", None, weights=True)
+
+
+def test_a_hub_out_of_reach_is_tried_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each attempt takes the hub's client half a minute of its own attempts."""
+    asked = []
+
+    def refuse(repository: str, _file: str, *, local_files_only: bool, **_: Any) -> str:
+        asked.append((repository, local_files_only))
+        raise LocalEntryNotFoundError("no connection")
+
+    monkeypatch.setattr(model_source, "hf_hub_download", refuse)
+    with pytest.raises(ModelError, match=r"^neither org/model nor org/model-hf is in the local cache"):
+        find_model("org/model", None, weights=True)
+    assert asked == [("org/model", False), ("org/model-hf", True)]
 
 
 @pytest.mark.parametrize(

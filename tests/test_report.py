@@ -287,7 +287,7 @@ def test_a_plan_is_shown_with_all_its_phases() -> None:
         "13.00 GB",
         "statistics         go to disk",
         "boundaries kept    every 3rd; weights are read 2.9 times (26.00 GB)",
-        "time               at least unknown",
+        "time at full rates unknown with disk and compute overlapped, unknown one after the other",
         "compute          40 s at 100 GFLOP/s, 1 GFLOP/s in float64",
         "reading          5 s: 5.00 GB at 1.00 GB/s",
         "writing          unknown: 1.00 GB at an unknown rate",
@@ -300,6 +300,6 @@ def test_a_plan_is_shown_with_all_its_phases() -> None:
     assert ["forward", "3", "bfloat16", "30", "s"] in rows
     assert ["solve", "0.01", "float64", "10", "s"] in rows
     known = Bounds(Rates(10**11, 10**9, 10**9, 10**8), plan["flops"], 5 * 10**9, 10**9).to_dict()
-    times = "time               at least 40 s (disk and compute overlapped), at most 55 s (one after the other)"
+    times = "time at full rates 40 s with disk and compute overlapped, 55 s one after the other"
     assert times in plan_table(plan, facts | {"bounds": known})
     assert "replays per block  2\n" in plan_table(plan | {"replays": [2, 2, 0]}, facts)

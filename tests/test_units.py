@@ -56,7 +56,7 @@ def assert_damaged(store: UnitStore, name: str, file: str = "") -> None:
         assert len(message.splitlines()) == 1
         assert file in message
         assert message.startswith(f"unit {name} is")
-        assert f"run `streamda repair {store.folder.parent} --drop {name}`, then the same command again" in message
+        assert f"run `streamda repair {store.folder.parent} --drop {name}`, then what it names" in message
 
 
 def test_a_committed_unit_is_found_again_with_its_files_metadata_and_fingerprint(tmp_path: Path) -> None:

@@ -321,7 +321,7 @@ def test_a_folder_that_is_not_ours_is_refused(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(ConfigError, match=r"is not a folder|no streamda run"):
             streamda.verify(folder)
-        with pytest.raises(ConfigError, match="no streamda run"):
+        with pytest.raises(ConfigError, match=r"no streamda run|nowhere does not exist"):
             streamda.repair(folder, drop=["acts-0000"])
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
@@ -440,7 +440,7 @@ class TestCommands:
         assert "did you mean stats-0000" in capsys.readouterr().err
         assert self.command(monkeypatch, "repair", str(run)) == 2
         assert self.command(monkeypatch, "repair", str(run), "--drop", "stats-0000", "--drop", "acts-0000") == 0
-        assert "now continues" in capsys.readouterr().out
+        assert "to run next, from where it was begun:\n  the same `streamda collect`" in capsys.readouterr().out
         assert self.command(monkeypatch, "verify", str(run)) == 0
 
 
@@ -520,6 +520,15 @@ class TestAdapter:
         save_file({name: tensor + 1e-3 for name, tensor in load_file(weights).items()}, weights)
         with pytest.raises(DamagedError, match=r"was changed since, as by training that saves here; move .* away"):
             streamda.verify(adapter)
+
+    def test_an_adapter_saved_by_training_is_nobody_s_damage(self, adapter: Path) -> None:
+        (adapter / "streamda_report.json").unlink()
+        weights = adapter / "adapter_model.safetensors"
+        save_file(load_file(weights), weights, metadata={"format": "pt"})
+        with pytest.raises(ConfigError, match="an adapter that streamda did not write, such as training saves"):
+            streamda.verify(adapter)
+        with pytest.raises(ConfigError, match=r"there is no streamda run in .*, but an adapter"):
+            streamda.repair(adapter, drop=["stats-0000"])
 
     def test_without_its_report_nobody_knows_what_was_written(self, adapter: Path) -> None:
         (adapter / "streamda_report.json").unlink()

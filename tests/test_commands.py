@@ -1,0 +1,68 @@
+"""The command that a run keeps says the same options, whatever they are."""
+
+import random
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from streamda import cli, commands
+from streamda.config import RunConfig
+from streamda.report import InitReport
+from tests.command_line import run
+
+VALUES: dict[str, list[Any]] = {
+    "model": ["org/model", "./a b/c'd", "-x"],
+    "output_dir": ["out", "--out"],
+    "dataset": ["rows.jsonl", "$HOME/`x`.jsonl"],
+    "template": ["Q: {question}\\nA: ", "\n{a}"],
+    "prompt_column": ["-"],
+    "num_samples": [1, 4096],
+    "max_gpu_mem": ["24GB"],
+    "rank": [1, 64],
+    "lora_alpha": [0.1 + 0.2, 32.0, 1e-6, 123456789.123],
+    "variance_weight": [1e-30, 0.5],
+    "damping": [1e-7, 1e12],
+    "a_norm": [None, 1.0],
+    "rslora": [False],
+    "normalize": [False],
+    "balance": [False],
+    "resume": [False],
+    "use_fisher": [True],
+    "profile": [True],
+    "keep_statistics": [True],
+    "skip_bad_samples": [True],
+    "target_modules": ["q_proj,v_proj", r".*\.(q|k)_proj"],
+}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_command_read_again_gives_the_options_that_it_was_made_from(
+    seed: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chance = random.Random(seed)
+    chosen = {name: chance.choice(values) for name, values in VALUES.items() if chance.random() < 0.7}
+    config = RunConfig.from_options(chosen)
+    assert RunConfig.from_options(config.given()) == config
+    command = commands.begun_with(commands.record("init", config.given()))
+    assert command is not None
+    seen: list[RunConfig] = []
+
+    def initialize(given: RunConfig, **_: Any) -> InitReport:
+        seen.append(given)
+        return InitReport()
+
+    monkeypatch.setattr(cli.pipeline, "initialize", initialize)
+    assert run(monkeypatch, *shlex.split(command)[1:]) == 0, capsys.readouterr().err
+    assert seen == [config]
+
+
+def test_no_command_is_made_up() -> None:
+    assert commands.begun_with({}) is None
+
+
+def test_statistics_are_collected_by_what_init_was_given_but_for_what_collect_does_not_take() -> None:
+    config = RunConfig(model="m", output_dir="out", max_gpu_mem="1GB", keep_statistics=True, profile=True)
+    found = commands.collecting(commands.record("init", config.given()), Path("out.work"))
+    assert found == "streamda collect --model m --statistics out.work --max-gpu-mem 1GB"

@@ -11,6 +11,7 @@ and one for what is written, a micro-batch behind. Some more of them are in host
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -24,6 +25,7 @@ from streamda import files, read_ahead
 from streamda.disk_space import require_room
 from streamda.errors import DamagedError
 from streamda.memory import CopyMark, begin_copy_to_host, host_buffer, mark_copies, wait_for_copy
+from streamda.timeline import Timeline
 from streamda.units import UnitDraft, UnitStore
 from streamda.workers import DoneBehind, taken_ahead
 
@@ -37,16 +39,22 @@ class BoundaryWriter:
     """Takes the micro-batches of one boundary, in order."""
 
     def __init__(
-        self, target: files.FileWriter | list[torch.Tensor], behind: DoneBehind | None = None, room: int = 0
+        self,
+        target: files.FileWriter | list[torch.Tensor],
+        timeline: Timeline,
+        behind: DoneBehind | None = None,
+        room: int = 0,
     ) -> None:
         """Takes nothing yet.
 
         Args:
             target: where they go.
+            timeline: records what is done behind.
             behind: brings them there while the next one is made; None for doing so at once.
             room: bytes of the largest of them, if they are brought there behind.
         """
         self._target = target
+        self._timeline = timeline
         self._behind = behind
         self._room = room
         self.checksums: list[int] = []
@@ -63,9 +71,10 @@ class BoundaryWriter:
         self._take(host)
 
     def _take_copy(self, host: torch.Tensor, copied: CopyMark) -> None:
-        wait_for_copy(copied)
-        # what is held is not to be pinned: the system could not page it out, and PyTorch rounds it up
-        self._take(host.clone() if isinstance(self._target, list) else host)
+        with self._timeline.span("write boundary", "boundary writer"):
+            wait_for_copy(copied)
+            # what is held is not to be pinned: the system could not page it out, and PyTorch rounds it up
+            self._take(host.clone() if isinstance(self._target, list) else host)
 
     def _take(self, host: torch.Tensor) -> None:
         if isinstance(self._target, list):
@@ -86,6 +95,7 @@ class BoundaryStore:
         dtype: torch.dtype,
         slots: int,
         *,
+        timeline: Timeline | None = None,
         beside_device: bool = False,
     ) -> None:
         """Makes the store.
@@ -95,6 +105,7 @@ class BoundaryStore:
             shapes: per micro-batch, [batch, tokens, hidden].
             dtype: of the states.
             slots: boundaries that may be held in memory at a time.
+            timeline: records what threads do, each in a lane of its own.
             beside_device: reads and writes in threads; without an accelerator they would take its cores from a run.
         """
         self._units = units
@@ -103,6 +114,7 @@ class BoundaryStore:
         self._room = max(self._sizes, default=0)
         self._dtype = dtype
         self._slots = slots
+        self._timeline = Timeline() if timeline is None else timeline
         self._beside_device = beside_device
         self._held: dict[str, list[torch.Tensor]] = {}
         self.bytes_written = 0
@@ -153,7 +165,7 @@ class BoundaryStore:
         stored = self._stored(name, device)
         counted = name not in self._held
         if self._beside_device:
-            stored = taken_ahead(stored, "streamda-boundary")
+            stored = taken_ahead(self._recorded(stored, f"{name.partition('-')[0]} reader"), "streamda-boundary")
         copied: CopyMark = None
         for states in stored:
             wait_for_copy(copied)  # of the one before, whose buffer the one after next takes
@@ -167,7 +179,16 @@ class BoundaryStore:
     @contextmanager
     def _writing_to(self, target: files.FileWriter | list[torch.Tensor]) -> Iterator[BoundaryWriter]:
         with DoneBehind("streamda-boundary") if self._beside_device else nullcontext() as behind:
-            yield BoundaryWriter(target, behind, self._room)
+            yield BoundaryWriter(target, self._timeline, behind, self._room)
+
+    def _recorded(self, stored: Iterator[torch.Tensor], lane: str) -> Iterator[torch.Tensor]:
+        """The same, with a span for each; a block reads states and gradients at a time, and has a lane for either."""
+        while True:
+            with self._timeline.span("read boundary", lane):
+                read = list(itertools.islice(stored, 1))
+            if not read:
+                return
+            yield read.pop()
 
     def _stored(self, name: str, device: torch.device) -> Iterator[torch.Tensor]:
         """The micro-batches of a boundary in host memory, from which a device takes them."""

@@ -15,7 +15,7 @@ from streamda.boundary import BoundaryStore
 from streamda.checkpoint import Checkpoint
 from streamda.disk_plan import needed_boundaries, solution_bytes
 from streamda.disk_space import require_room
-from streamda.errors import MismatchError, NumericalError
+from streamda.errors import NumericalError
 from streamda.files import reached
 from streamda.heap import bound_allocator, reuse_heap
 from streamda.kept_memory import REUSING_PHASES
@@ -54,11 +54,6 @@ class Collection:
         self._keeps = bool(run.settings["keeps_statistics"])
         self._specs = prepared.specs(plan.micro_batch_tokens, keep_statistics=self._keeps)
         self._statistics_written = 0
-        if run.settings.get("skipped_samples") and not prepared.config.skip_bad_samples:
-            raise MismatchError(
-                f"{run.path}: this run has left out samples that became NaN or Inf; give --skip-bad-samples again, or "
-                "--overwrite to start over"
-            )
 
     def collect(self, solver: Solver | None) -> None:
         """Runs both passes from wherever an earlier run stopped.
@@ -98,7 +93,9 @@ class Collection:
             self._batches.append(collate(ids, labels, prepared.config.collect.token_mask, prepared.device, indices))
         shapes = [(*batch.shape, prepared.stack.hidden_size) for batch in self._batches]
         held, threads = self._plan.boundaries_in_memory, self._plan.boundary_threads
-        self._boundaries = BoundaryStore(self._run.units, shapes, prepared.dtype, held, beside_device=threads)
+        self._boundaries = BoundaryStore(
+            self._run.units, shapes, prepared.dtype, held, timeline=self._meter.timeline, beside_device=threads
+        )
         self._sweep = Sweep(
             prepared.stack,
             self._checkpoint,

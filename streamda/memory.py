@@ -214,6 +214,9 @@ def blas_workspace_bytes(device: torch.device) -> int:
         return 2 * (MOST_BLAS_BYTES if ask is None else int(ask()))
 
 
+RING_BUFFERS = 2
+"""Of `READ_CHUNK_BYTES` each: the disk is slower than the bus, so a third would never be waited for."""
+
 CopyMark = torch.cuda.Event | None
 """A point behind some copies; None where they are done as soon as they are asked for."""
 
@@ -241,13 +244,15 @@ def host_buffer(shape: Sequence[int], dtype: torch.dtype, device: torch.device, 
 class DeviceCopier:
     """Brings chunks of weights from host memory to the device.
 
-    On a CPU that is a copy. On CUDA chunks pass through one pinned buffer and a stream of their own, so that they
-    travel while the main stream computes; used by one thread at a time.
+    On a CPU that is a copy. On CUDA chunks pass through a ring of pinned buffers and a stream of their own: one is
+    filled while another travels and the main stream computes. Used by one thread at a time.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._buffer: torch.Tensor | None = None
+        self._ring: list[torch.Tensor | None] = [None] * (RING_BUFFERS if device.type == "cuda" else 1)
+        self._copied: list[CopyMark] = [None] * len(self._ring)
+        self._turn = 0
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch has no types for it
@@ -263,23 +268,26 @@ class DeviceCopier:
     ) -> None:
         self._entered.__exit__(kind, error, trace)
         if self._stream is None:
-            self._buffer = None  # the pinned one is expensive to make and stays
+            self._ring = [None]  # pinned ones are expensive to make and stay
 
     def buffer(self, num_bytes: int) -> torch.Tensor:
         """Host memory [num_bytes] uint8, valid until the next call."""
-        if self._buffer is None or self._buffer.numel() < num_bytes:
-            self._buffer = None  # never two at a time
-            self._buffer = host_buffer((num_bytes,), torch.uint8, self.device)
-        return self._buffer[:num_bytes]
+        self._turn = (self._turn + 1) % len(self._ring)
+        wait_for_copy(self._copied[self._turn])
+        buffer = self._ring[self._turn]
+        if buffer is None or buffer.numel() < num_bytes:
+            self._ring[self._turn] = buffer = None  # or its memory would be there twice
+            self._ring[self._turn] = buffer = host_buffer((num_bytes,), torch.uint8, self.device)
+        return buffer[:num_bytes]
 
     def copy_(self, target: torch.Tensor, chunk: torch.Tensor) -> None:
-        """Copies a chunk of `buffer` into a tensor of the same shape on the device, cast to its dtype."""
+        """Copies a chunk of the last `buffer` into a tensor of the same shape on the device, cast to its dtype."""
         if self._stream is None:
             target.copy_(chunk)
             return
         # cast on the device: a copy that also casts would do so in pageable host memory
         target.copy_(chunk.to(self.device, non_blocking=True))
-        self._stream.synchronize()  # the buffer is filled again next; this thread has nothing else to do
+        self._copied[self._turn] = self.mark()  # until then the buffer may not be filled again
 
     def mark(self) -> CopyMark:
         """Behind all copies so far."""

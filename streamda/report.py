@@ -57,10 +57,7 @@ class InitReport:
     wall_seconds: float = 0.0
     """From the start until the adapter is written (its writing excluded): preparation and all phases."""
     busy: dict[str, float] = field(default_factory=dict)
-    """Seconds by kind of work, whatever the phase; work beside the main thread has its thread behind it in brackets.
-
-    Of the threads that move boundary states beside a GPU only what the main thread waited for them is in it.
-    """
+    """Seconds by kind of work, whatever the phase; work beside the main thread has its thread behind it in brackets."""
     bounds: dict[str, Any] = field(default_factory=dict)
     """How near the machine's limits the run was, see `streamda.bounds`; empty for a short or a resumed run."""
     bytes: dict[str, int] = field(default_factory=dict)

@@ -14,7 +14,7 @@ from streamda.adapter_check import check_adapter, check_recorded
 from streamda.config import RunConfig
 from streamda.disk_plan import stride_text
 from streamda.disk_space import START_RESERVE_BYTES, room_for_run
-from streamda.errors import ConfigError, StorageError
+from streamda.errors import ConfigError, MismatchError, StorageError
 from streamda.files import shown
 from streamda.layers import BlockSpec
 from streamda.limits import limit_errors
@@ -83,6 +83,11 @@ def open_run(
         restart=starts_over,
         ignore_parts=("numerics",) if config.allow_environment_change else (),
     ) as run:
+        if run.settings.get("skipped_samples") and not config.skip_bad_samples:
+            raise MismatchError(
+                f"{shown(run.path)}: this run has left out samples that became NaN or Inf; give --skip-bad-samples "
+                "again, or --overwrite to start over"
+            )
         # the bits of a run depend on its micro-batches, so a continued one keeps them under any budget; statistics
         # that were once to be kept are never freed behind their owner's back
         chosen, kept = run.settings["micro_batch_tokens"], bool(run.settings["keeps_statistics"])

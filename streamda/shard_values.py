@@ -87,7 +87,7 @@ def read_tensor(
     # past the page cache only into memory that is aligned
     in_place = copier.device.type == "cpu" and dtype == tensor.dtype and not reader.is_direct
     largest = min(torch.finfo(dtype).max, torch.finfo(tensor.dtype).max)
-    rows = _values_per_chunk(tensor)
+    rows = values_per_chunk(tensor)
     checksum = 0
     for start in range(0, flat.numel(), rows):
         target = flat[start : start + rows]
@@ -107,7 +107,7 @@ def read_tensor(
 
 def _count_not_within(largest: float, reader: FileReader, tensor: StoredTensor) -> int:
     count, numel = 0, torch.Size(tensor.shape).numel()
-    rows = _values_per_chunk(tensor)
+    rows = values_per_chunk(tensor)
     memory = torch.empty(rows * tensor.dtype.itemsize + READ_MARGIN, dtype=torch.uint8)
     for start in range(0, numel, rows):
         part = _read_values(reader, tensor, start, min(rows, numel - start), memory)
@@ -115,8 +115,10 @@ def _count_not_within(largest: float, reader: FileReader, tensor: StoredTensor) 
     return count
 
 
-def _values_per_chunk(tensor: StoredTensor) -> int:
-    return max(1, READ_CHUNK_BYTES // tensor.dtype.itemsize)
+def values_per_chunk(tensor: StoredTensor) -> int:
+    """How many values of a tensor are read at a time."""
+    # with its margin no more than that: pinned memory rounds up to a power of two
+    return max(1, (READ_CHUNK_BYTES - READ_MARGIN) // tensor.dtype.itemsize)
 
 
 def _read_values(

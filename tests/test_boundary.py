@@ -17,6 +17,7 @@ import torch
 from streamda.boundary import STATES_FILE, BoundaryStore
 from streamda.errors import DamagedError, StorageError
 from streamda.files import FileWriter
+from streamda.timeline import Timeline
 from streamda.units import UnitStore
 
 CPU = torch.device("cpu")
@@ -288,3 +289,16 @@ def test_a_boundary_of_another_number_of_micro_batches_is_damaged(
     store = make_store(units, [*SHAPES, SHAPES[0]][:count], torch.float32, slots=0)
     with pytest.raises(DamagedError, match=r"another number of micro-batches.*streamda repair .* --drop acts-0001"):
         next(store.read("acts-0001", CPU))
+
+
+def test_what_threads_do_is_on_the_timeline_each_in_its_own_lane(units: UnitStore) -> None:
+    timeline = Timeline()
+    store = BoundaryStore(units, SHAPES, torch.float32, 0, timeline=timeline, beside_device=True)
+    for name in ("acts-0001", "grads-0001"):
+        write(store, name, states(torch.float32))
+    for _ in zip(store.read("acts-0001", CPU), store.read("grads-0001", CPU), strict=True):
+        pass
+    lanes = [(span.lane, span.name) for span in timeline.spans()]
+    assert lanes.count(("boundary writer", "write boundary")) == 2 * len(SHAPES)
+    for kind in ("acts", "grads"):  # and one for finding out that there are no more
+        assert lanes.count((f"{kind} reader", "read boundary")) == len(SHAPES) + 1

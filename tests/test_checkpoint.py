@@ -116,7 +116,7 @@ def test_what_memory_cannot_hold_is_read_past_the_cache_with_the_same_bits(
     dtype: torch.dtype, shift: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Cast on the way or not, in chunks that begin anywhere, from files whose tensors may lie at odd places."""
-    monkeypatch.setattr(shard_values, "READ_CHUNK_BYTES", 4 * ALIGNMENT + 8)
+    monkeypatch.setattr(shard_values, "READ_CHUNK_BYTES", shard_values.READ_MARGIN + 4 * ALIGNMENT + 8)
     folder = write_checkpoint(tmp_path, "llama", dtype=torch.bfloat16, hidden_size=128, intermediate_size=200)
     for shard in folder.glob("*.safetensors"):  # its header may end in spaces
         content = shard.read_bytes()
@@ -181,7 +181,10 @@ def test_a_large_tensor_read_by_bands_is_the_same(
     kept: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_checkpoint(tmp_path, "llama", dtype=kept)
-    monkeypatch.setattr(shard_values, "READ_CHUNK_BYTES", 1000)  # of the 3584 or 7168 bytes of up_proj
+    # of the 3584 or 7168 bytes of up_proj
+    monkeypatch.setattr(
+        shard_values, "READ_CHUNK_BYTES", shard_values.READ_MARGIN + 1000
+    )  # of the 3584 or 7168 bytes of up_proj
     checkpoint = opened(tmp_path)
     checkpoint.load(["model.layers.0"])
     for name, value in stored(tmp_path).items():

@@ -128,8 +128,8 @@ def test_the_factor_and_its_products_are_those_of_the_cpu() -> None:
         torch.testing.assert_close(on_gpu, on_cpu, rtol=1e-9, atol=1e-9 * float(on_cpu.abs().max()))
 
 
-def test_chunks_that_pass_through_the_pinned_buffer_arrive_whole_and_in_order() -> None:
-    """The buffer is filled again at once, and the main stream reads right after the hand-over."""
+def test_chunks_that_pass_through_the_pinned_ring_arrive_whole_and_in_order() -> None:
+    """Each buffer is filled again at its next turn, and the main stream reads right after the hand-over."""
     device = torch.device("cuda")
     chunks = [torch.randn(4 * MIB, generator=torch.Generator().manual_seed(seed)).bfloat16() for seed in range(8)]
     targets = []

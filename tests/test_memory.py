@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from streamda import memory, shard_values
 from streamda.errors import ConfigError
 from streamda.memory import (
+    READ_CHUNK_BYTES,
+    RING_BUFFERS,
+    DeviceCopier,
     PeakMeter,
     anonymous_bytes,
     device_limit,
@@ -20,6 +25,7 @@ from streamda.memory import (
     parse_size,
     release_unused,
 )
+from streamda.shards import StoredTensor
 
 CPU = torch.device("cpu")
 MIB = 1 << 20
@@ -213,3 +219,66 @@ def test_on_cuda_the_meter_reads_the_allocator_s_reserved_peak() -> None:
         release_unused(device)
         assert meter.take_peak() == before + 64 * MIB
         assert meter.take_peak() == torch.cuda.memory_reserved(device)
+
+
+class TestDeviceCopier:
+    def test_on_a_cpu_there_is_one_buffer_for_as_long_as_something_is_read(self) -> None:
+        copier = DeviceCopier(CPU)
+        with copier:
+            first = copier.buffer(100)
+            assert copier.buffer(50).data_ptr() == first.data_ptr()
+        assert copier.mark() is None
+        with copier:
+            target = torch.empty(3, dtype=torch.float64)
+            chunk = copier.buffer(12).view(torch.float32)
+            copier.copy_(target, chunk.fill_(7))
+            assert target.tolist() == [7.0] * 3
+
+    def test_no_buffer_is_filled_again_before_its_copy_is_done(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """With a stream that copies nothing until it is waited for, as a device may."""
+        under_way: dict[object, tuple[torch.Tensor, torch.Tensor]] = {}
+        asked: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+        class Stream:
+            def record_event(self) -> object:
+                mark = object()
+                under_way[mark] = asked.pop()
+                return mark
+
+        def wait(mark: object) -> None:
+            if mark is not None:
+                target, chunk = under_way.pop(mark)
+                target.copy_(chunk)
+
+        copier = DeviceCopier(CPU)
+        monkeypatch.setattr(copier, "_ring", [None] * RING_BUFFERS)
+        monkeypatch.setattr(copier, "_copied", [None] * RING_BUFFERS)
+        monkeypatch.setattr(copier, "_stream", Stream())
+        monkeypatch.setattr(memory, "wait_for_copy", wait)
+
+        class Late:
+            """A target on the device: what is copied into it arrives when that is waited for."""
+
+            def __init__(self, target: torch.Tensor) -> None:
+                self.target = target
+
+            def copy_(self, chunk: torch.Tensor) -> None:
+                asked.append((self.target, chunk))
+
+        targets = [torch.empty(5) for _ in range(9)]
+        places = set()
+        for number, target in enumerate(targets):
+            chunk = copier.buffer(20).view(torch.float32)
+            places.add(chunk.data_ptr())
+            chunk.fill_(number)
+            copier.copy_(Late(target), chunk)  # type: ignore[arg-type]  # all that it asks of a target
+            assert len(under_way) <= RING_BUFFERS
+        for mark in list(under_way):
+            wait(mark)
+        assert [float(target.mean()) for target in targets] == list(range(9))
+        assert len(places) == RING_BUFFERS
+
+    def test_a_chunk_with_its_margin_wastes_nothing_of_a_power_of_two(self) -> None:
+        """As which PyTorch allocates pinned memory."""
+        tensor = StoredTensor("a", Path("x"), (1,), torch.bfloat16, 0, "a", converted=False)
+        assert 2 * shard_values.values_per_chunk(tensor) + shard_values.READ_MARGIN <= READ_CHUNK_BYTES == 1 << 25

@@ -36,7 +36,7 @@ class FileReader:
                     self._direct = os.open(path, os.O_RDONLY | os.O_CLOEXEC | _O_DIRECT)
                     if not os.path.sameopenfile(self.descriptor, self._direct):  # it was replaced in between
                         self._drop_direct()
-        except BaseException:
+        except BaseException:  # a stop, too, leaves no open file behind; it is raised again
             self.close()
             raise
 

@@ -40,7 +40,7 @@ def one_core_worker(name: str) -> ThreadPoolExecutor:
     worker = ThreadPoolExecutor(1, name, _compute_alone)
     try:
         worker.submit(int).result()  # until then it has not begun
-    except BaseException:
+    except BaseException:  # a stop, too, leaves no thread behind; it is raised again
         worker.shutdown(wait=True, cancel_futures=True)
         raise
     finally:

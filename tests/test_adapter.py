@@ -47,9 +47,6 @@ from streamda.model_card import model_card
 from streamda.output import OutputFolder, resolved
 from streamda.trace import PROFILE_FILES, write_profile
 
-# PEFT asks transformers 5.23 for an attribute by its old name whenever it wraps a model
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
 Factors = dict[str, tuple[Tensor, Tensor]]
 
 LLAMA = LlamaConfig(

@@ -29,9 +29,6 @@ from tests.models import make_samples, write_checkpoint, write_samples
 
 NUM_BLOCKS = 9
 
-# PEFT asks transformers 5.23 for an attribute by its old name whenever it wraps a model
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
 
 @dataclass
 class Case:

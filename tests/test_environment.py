@@ -33,9 +33,6 @@ from streamda.memory import MemoryBudget, anonymous_bytes
 from tests.killed import PROCESSES, weights
 from tests.models import SMALL, make_samples, run_options, write_inputs, write_samples
 
-# PEFT asks transformers 5.23 for an attribute by its old name whenever it wraps a model
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
 IS_ROOT = os.geteuid() == 0
 NOBODY = 65534
 

@@ -23,9 +23,6 @@ from streamda.errors import ConfigError, MismatchError
 from tests.killed import run_until, weights
 from tests.models import SMALL, make_samples, run_options, write_inputs, write_samples
 
-# PEFT asks transformers 5.23 for an attribute by its old name whenever it wraps a model
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
 NUM_BLOCKS = 3
 
 

@@ -17,9 +17,6 @@ import streamda
 from streamda.memory import anonymous_bytes, release_unused
 from tests.models import SMALL, run_options, write_inputs
 
-# PEFT asks transformers 5.23 for an attribute by its old name whenever it wraps a model
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
 MAX_GROWTH_BYTES = 2_000_000
 """Of 80 runs. What one run holds while it goes is several times that."""
 MAX_OBJECTS_PER_RUN = 50

@@ -31,8 +31,6 @@ from streamda.errors import ConfigError, MismatchError, ModelError, NumericalErr
 from streamda.nonfinite import bad_samples
 from tests.models import make_config, make_model, make_samples, run_options, write_samples
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
 MARKED = 7  # the token that sets a fault off
 LENGTHS = (9, 12, 9, 12, 6, 9)
 BAD = (1, 2)  # each shares its micro-batch with a good sample

@@ -34,9 +34,6 @@ MANY_LENGTHS = (17, 5, 16, 2, 9, 20, 20, 19, 13, 12, 7, 20, 18, 11, 8, 15)
 Statistics = dict[str, streamda.LayerStatistics]
 Samples = list[tuple[Tensor, Tensor]]
 
-# PEFT asks transformers 5.23 for an attribute by its old name whenever it wraps a model
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
 
 @dataclasses.dataclass(frozen=True)
 class Case:

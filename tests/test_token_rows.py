@@ -35,9 +35,6 @@ from tests.killed import recorded_points, run_until, weights
 from tests.models import make_samples, run_options, write_checkpoint, write_samples
 from tests.oracles import dense_lora_da
 
-# PEFT asks transformers 5.23 for an attribute by its old name whenever it wraps a model
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
 LENGTHS = (7, 4, 7, 5)
 ROWS = {"input_rows", "output_rows"}
 

@@ -187,7 +187,7 @@ def has_mark(file: Path) -> bool | None:
     try:
         with safe_open(file, framework="pt", backend="pread") as weights:
             return _MARK in (weights.metadata() or {})
-    except (SafetensorError, OSError):
+    except (SafetensorError, FileNotFoundError):
         return None
 
 

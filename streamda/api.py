@@ -73,12 +73,15 @@ def verify(folder: str | Path, *, strict: bool = True) -> Verification:
 
 
 def repair(folder: str | Path, *, drop: Sequence[str], unsafe_filesystem: bool = False) -> Repair:
-    """Drops units of a run, damaged or not, so that the same call as before makes them again, with the same bits.
+    """Drops units of a run, damaged or not, so that they are made again, with the same bits.
 
     Args:
         folder: statistics, or a run's work directory.
         drop: names of units, as `verify` gives them.
         unsafe_filesystem: goes on with a file system that cannot lock or sync.
+
+    Returns:
+        What was dropped, and in ``next_steps`` what to run to have it made again.
 
     Raises:
         ConfigError: a name that is no unit; nothing is dropped then.

@@ -19,6 +19,7 @@ from typer.core import TyperCommand
 
 from streamda import __version__, pipeline, stopping
 from streamda.cli_options import TRACEBACKS, command_options
+from streamda.commands import NOT_FOR_COLLECT
 from streamda.config import RunConfig, option_fields
 from streamda.config_file import read_config_file
 from streamda.errors import StoppedError, StorageError, StreamdaError
@@ -130,7 +131,7 @@ def plan_command(**options: Any) -> None:
 @app.command("collect", cls=_SectionedCommand)
 @_with_options(
     command_options(
-        skip=("output_dir", "work_dir", "keep_statistics", "spill_statistics", "rates", "profile"),
+        skip=NOT_FOR_COLLECT,
         hide={*_METHOD, "preset"} - {"population_size"},  # which statistics remember for `solve`
         texts=_COLLECT_TEXTS,
     )
@@ -182,7 +183,7 @@ def repair_command(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help=TRACEBACKS)] = False,
 ) -> None:
-    """Drop damaged parts of a run. The same command as before then makes them again."""
+    """Drop damaged parts of a run, and say what makes them again."""
     done = repair_folder(folder, drop, unsafe_filesystem)
     _show(json.dumps(done.to_dict(), indent=2, sort_keys=True) if as_json else done.to_text())
 

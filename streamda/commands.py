@@ -14,34 +14,45 @@ NOT_FOR_COLLECT = ("output_dir", "work_dir", "keep_statistics", "spill_statistic
 
 
 def record(stage: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run's settings keep of its command.
+    """What a run's settings keep of the command that is at work there; its end sets ``finished``.
 
     Args:
         stage: ``init`` or ``collect``.
         options: `RunConfig.given`.
     """
-    return {"stage": stage, "options": dict(options)}
+    return {"stage": stage, "options": dict(options), "finished": False}
 
 
-def begun_with(settings: Mapping[str, Any]) -> str | None:
-    """The command of a run, or of the last process that continued it; None where that was not recorded."""
+def continuing(settings: Mapping[str, Any]) -> str | None:
+    """The command of a run, such that it continues the run; None where that was not recorded."""
     if "stage" not in settings:
         return None
-    return _text(settings["stage"], settings["options"])
+    # an overwriting that was stopped is continued by its own command, one that is done would be begun again
+    left_out = {"resume"} if settings.get("overwriting") is not None else {"resume", "overwrite"}
+    return _text(settings["stage"], settings["options"], left_out)
 
 
 def collecting(settings: Mapping[str, Any], folder: Path) -> str | None:
-    """The command that collects what is missing among the statistics of a folder; None as for `begun_with`."""
+    """The command that collects what is missing among the statistics of a folder; None as for `continuing`."""
     if "stage" not in settings:
         return None
-    kept = {name: value for name, value in settings["options"].items() if name not in NOT_FOR_COLLECT}
-    return _text("collect", kept | {"statistics": str(folder)})
+    options = {**settings["options"], "statistics": str(folder)}
+    return _text("collect", options, {"resume", "overwrite", *NOT_FOR_COLLECT})
 
 
-def _text(stage: str, options: Mapping[str, Any]) -> str:
+def completing(settings: Mapping[str, Any], folder: Path) -> str:
+    """What makes what a run's folder lacks: the command, or where that was not recorded words for it."""
+    # an adapter that is there already is nothing that `init` would continue
+    only_collects = settings.get("stage") == "collect" or settings.get("finished", False)
+    if settings.get("keeps_statistics", True) and only_collects:
+        return collecting(settings, folder) or "the same `streamda collect` as before"
+    return continuing(settings) or "the same command as before"
+
+
+def _text(stage: str, options: Mapping[str, Any], left_out: set[str]) -> str:
     flags = {entry.name: flag(entry) for _, entry in option_fields()}
     words = ["streamda", stage]
-    for name in sorted(options, key=list(flags).index):  # in the order in which help shows them
+    for name in sorted(options.keys() - left_out, key=list(flags).index):  # in the order in which help shows them
         value, written = options[name], flags[name]
         if isinstance(value, bool):
             words.append(written if value else f"--no-{written[2:]}")

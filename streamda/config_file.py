@@ -52,13 +52,13 @@ def read_config_file(path: Path) -> dict[str, Any]:
         # without its dashes, as on the command line; a key that is a list names nothing
         written = key.value.removeprefix("--").replace("-", "_") if isinstance(key, yaml.ScalarNode) else str(key.tag)
         name = flags.get(written, written)
+        if name not in (*kinds, "preset"):
+            raise ConfigError(f"{place}: {unknown_option(name)} (line {_line(key.start_mark)})")
         if name in options:
             raise ConfigError(f"{place} gives {quoted(name)} twice, again in line {_line(key.start_mark)}")
         # YAML 1.1 reads 0755, 1_000 and 1:30 as numbers, which a revision or a name would not survive
         is_text = "str" in kinds.get(name, "") and name not in _NUMBERS_AS_TEXT
         options[name] = _plain_value(value, f"{place}: {quoted(name)}", is_text)
-        if name not in (*kinds, "preset"):
-            raise ConfigError(f"{place}: {unknown_option(name)} (line {_line(key.start_mark)})")
     return options
 
 

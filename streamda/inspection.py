@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from streamda import files
-from streamda.commands import begun_with
+from streamda.commands import completing, continuing
 from streamda.errors import ConfigError, LockedError
 from streamda.files import shown
 from streamda.memory import format_size
@@ -106,13 +106,16 @@ def _describe(
     blocks = settings["adapted_blocks"]
     solved = [index for index in blocks if solve_unit(index) in sizes]
     collected = collected_blocks(blocks, sizes)
-    state = ", interrupted: the same command continues" if len(collected) < len(blocks) else ""
+    is_whole = len(collected) == len(blocks)
+    state = "" if is_whole else ", incomplete" if settings.get("finished", False) else ", interrupted"
+    next_command = None if is_whole or at_work else completing(settings, path)
     facts: dict[str, Any] = {
         "at_work": at_work,
         "model": settings["model"],
         "data": settings["data"],
         "method": dict(parts["method"]),
-        "command": begun_with(settings),
+        "command": continuing(settings),
+        "next": next_command,
         "loss": settings.get("loss"),
         "adapted_blocks": blocks,
         "collected_blocks": collected,
@@ -124,6 +127,7 @@ def _describe(
     lines = [
         f"streamda run  {path}" + (", at work" if at_work else state),
         *([f"  command      {command}"] if command is not None else []),
+        *([f"  to continue  {next_command}"] if next_command is not None else []),
         f"  model        {settings['model']['name']}  ({settings['model']['num_blocks']} blocks)",
         f"  data         {data['source']}  ({data['num_samples']} samples, {data['num_tokens']} tokens)",
         f"  layers       {len(parts['method']['modules'])}",

@@ -251,8 +251,13 @@ def _require_peft_adapts(model: nn.Module, names: Sequence[str]) -> None:
         )
 
 
-def require_rank(linears: Sequence[LinearSpec], rank: int) -> None:
+def require_rank(linears: Sequence[LinearSpec], rank: int, *, may_leave_out: bool = True) -> None:
     """Refuses a rank above the smaller side of any adapted layer.
+
+    Args:
+        linears: the layers.
+        rank: of the adapter.
+        may_leave_out: whether other layers can still be chosen.
 
     Raises:
         ConfigError: naming the narrowest such module and its shape.
@@ -262,6 +267,6 @@ def require_rank(linears: Sequence[LinearSpec], rank: int) -> None:
         spec = min(narrow, key=lambda linear: min(linear.d_in, linear.d_out))
         raise ConfigError(
             f"rank {rank} is above the smaller side of {counted(len(narrow), 'layer')}, narrowest {spec.name} "
-            f"[{spec.d_out}, {spec.d_in}]; use --rank {min(spec.d_in, spec.d_out)} or less, or leave them out of "
-            "--target-modules"
+            f"[{spec.d_out}, {spec.d_in}]; use --rank {min(spec.d_in, spec.d_out)} or less"
+            + (", or leave them out of --target-modules" if may_leave_out else "")
         )

@@ -215,7 +215,7 @@ def blas_workspace_bytes(device: torch.device) -> int:
 
 
 RING_BUFFERS = 2
-"""Of `READ_CHUNK_BYTES` each: the disk is slower than the bus, so a third would never be waited for."""
+"""Of `READ_CHUNK_BYTES` each: the disk is slower than the bus, so a third would never be needed."""
 
 CopyMark = torch.cuda.Event | None
 """A point behind some copies; None where they are done as soon as they are asked for."""

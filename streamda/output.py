@@ -24,6 +24,10 @@ from streamda.errors import ConfigError, StorageError
 from streamda.quoting import named
 
 
+class NotEmptyError(ConfigError):
+    """The folder holds what may be replaced, and was not allowed to be."""
+
+
 @dataclass(frozen=True, slots=True)
 class OutputFolder:
     """Where the result goes, and what may be replaced there."""
@@ -114,11 +118,11 @@ class OutputFolder:
             foreign = [files.shown(name) for name in found if not self._is_own(folder / name)]
         if foreign:
             raise ConfigError(
-                f"{shown} holds {named(foreign)}, not written by streamda or changed since, and --overwrite replaces "
-                "only streamda's own files: give another --output-dir, or move it away"
+                f"{shown} is not empty; it holds {named(foreign)}, not written by streamda or changed since, and "
+                "--overwrite replaces only streamda's own files: give another --output-dir, or move it away"
             )
         if not self.overwrite:
-            raise ConfigError(f"{shown} is not empty; give another --output-dir, or add --overwrite")
+            raise NotEmptyError(f"{shown} is not empty; give another --output-dir, or add --overwrite")
 
     def _is_own(self, file: Path) -> bool:
         return file.name in self.names and stat.S_ISREG(files.system_calls.lstat(file).st_mode) and self.is_own(file)

@@ -19,7 +19,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import torch
 
 from streamda import stopping
-from streamda.adapter import AdapterFacts, require_writable_output, write_adapter
+from streamda.adapter import AdapterFacts, write_adapter
 from streamda.bounds import Bounds, Rates, parse_rates
 from streamda.calibration import describe_sample
 from streamda.collect_stage import Collection
@@ -186,7 +186,7 @@ def solve(config: RunConfig, *, quiet: bool = False) -> InitReport:
     timeline = Timeline()
     output = Path(config.output_dir)
     require_places(config, Path(config.statistics), output)
-    require_writable_output(output, config.overwrite)
+    require_free_output(output, config)
     device = choose_device(config.device)
     with (
         stopping.deferred(),
@@ -199,7 +199,7 @@ def solve(config: RunConfig, *, quiet: bool = False) -> InitReport:
         require_complete(run)
         specs = [BlockStatisticsReader(run.units, index).spec for index in facts["adapted_blocks"]]
         for spec in specs:
-            require_rank(spec.linears, config.solve.rank)
+            require_rank(spec.linears, config.solve.rank, may_leave_out=False)
         bound_allocator(device)
         solver = _solver(config, config.solve.population_size or facts["population_size"], device, timeline)
         if config.max_gpu_mem is not None:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from streamda.commands import begun_with, collecting
+from streamda.commands import completing
 from streamda.errors import ConfigError
 from streamda.files import shown
 from streamda.filesystem import tolerated
@@ -77,31 +77,17 @@ def repair_folder(folder: Path, drop: Sequence[str], unsafe_filesystem: bool = F
         if not wanted:
             raise ConfigError("no unit is named; use --drop UNIT, with the name that `streamda verify` gives")
         dependents: tuple[str, ...] = ()
-        steps: tuple[str, ...] = (begun_with(run.settings) or "the same command as before",)
+        steps = [completing(run.settings, run.path)]
         if run.settings.get("keeps_statistics", True):
             made = {stats_unit(index): solve_unit(index) for index in run.settings.get("adapted_blocks", [])}
-            steps = _steps_to_statistics(run, wanted, solved=set(units).issuperset(made.values()))
             dependents = tuple(made[name] for name in wanted if made.get(name) in units and made[name] not in wanted)
+            if run.settings.get("stage") == "collect" or run.settings.get("finished", False):
+                steps = steps if {*wanted} - {*made.values()} else []
+                steps.append("the same `streamda solve` as before, if its adapter is wanted again")
         # what was asked for goes last: interrupted before that, the same repair is asked for again
         for name in (*dependents, *wanted):
             run.units.drop(name)
-    return Repair(str(run.path), wanted, dependents, steps)
-
-
-def _steps_to_statistics(run: RunDirectory, dropped: Sequence[str], *, solved: bool) -> tuple[str, ...]:
-    """What to run where statistics are kept.
-
-    Args:
-        run: of which units are to be dropped.
-        dropped: their names.
-        solved: whether all was: `init` may have put its adapter in place, and has then nothing to continue.
-    """
-    solving = "the same `streamda solve`, or `streamda init`, as before"
-    if not solved and run.settings.get("stage") == "init":
-        return (begun_with(run.settings) or solving,)
-    if all(name.startswith("solve-") for name in dropped):
-        return (solving,)
-    return (collecting(run.settings, run.path) or "the same `streamda collect` as before", solving)
+    return Repair(str(run.path), wanted, dependents, tuple(steps))
 
 
 def _unknown(path: Path, name: str, units: Sequence[str]) -> str:

@@ -34,10 +34,10 @@ def choose_format(
 
     Args:
         config: The options that may describe rows.
-        rows: Of them the columns count, and that there are any.
+        rows: Where they come from; none is read.
         encoder: Makes samples.
         source: Name of the rows, for messages.
-        may_assume: Whether the function is not called where there is no tokenizer.
+        may_assume: Accept text without a tokenizer; the function must not be called then.
 
     Raises:
         DataError: No rows, or none of a form that is known or described, or text without a tokenizer.

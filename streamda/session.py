@@ -20,6 +20,7 @@ from streamda.layers import BlockSpec
 from streamda.limits import limit_errors
 from streamda.memory import format_size
 from streamda.model_copy import copy_configuration
+from streamda.output import NotEmptyError
 from streamda.plan import Plan
 from streamda.quoting import counted, named
 from streamda.report import REPORT_FILE, InitReport, read_report
@@ -59,6 +60,7 @@ def open_run(
     solves = solver_settings is not None
     keeps = config.keep_statistics or not solves
     mark = _restart_mark(config, parts, solver_settings) if config.overwrite else None
+    own = {"overwriting": mark, **commands.record("init" if solves else "collect", config.given())}
     there = (work / "run.json").exists()
     if not there:
         _require_space(work, made)
@@ -66,7 +68,7 @@ def open_run(
     def begin() -> dict[str, Any]:
         if there:  # and is to be thrown away
             _require_space(work, made)
-        return _run_facts(prepared, made) | {"keeps_statistics": keeps}
+        return _run_facts(prepared, made) | {"keeps_statistics": keeps} | own
 
     def starts_over(record: Mapping[str, Any]) -> bool:
         if mark is None or not config.resume or record["settings"].get("overwriting") != mark:
@@ -77,7 +79,7 @@ def open_run(
     with RunDirectory.open(
         work,
         parts,
-        settings={"overwriting": mark, **commands.record("init" if solves else "collect", config.given())},
+        settings={},
         new=begin,
         resume=config.resume,
         restart=starts_over,
@@ -99,11 +101,13 @@ def open_run(
         if keeps and not kept:  # once it is known that the run fits with them
             _drop_made_from_rows(run, prepared.specs(chosen, keep_statistics=False))
         copies = copy_configuration(prepared.source.folder, run.path, config.trust_remote_code)
-        run.update_settings({"keeps_statistics": keeps, "model_files": copies})
+        # what `init` began is still to become an adapter when `collect` has been there
+        is_ours = solves or run.settings.get("stage") != "init"
+        run.update_settings({"keeps_statistics": keeps, "model_files": copies, **(own if is_ours else {})})
         with limit_errors(prepared.budget.device_bytes, made.peak_bytes):
             yield run, made
-        if run.settings["keeps_statistics"]:  # else it is gone
-            run.update_settings({"overwriting": None})
+        if is_ours and run.settings["keeps_statistics"]:  # else it is gone
+            run.update_settings({"overwriting": None, "finished": True})
 
 
 def _drop_made_from_rows(run: RunDirectory, specs: Sequence[BlockSpec]) -> None:
@@ -234,7 +238,8 @@ def require_complete(run: RunDirectory) -> None:
     if missing:
         command = commands.collecting(run.settings, run.path) or "`streamda collect` with the same options"
         raise ConfigError(
-            f"{shown(run.path)} lacks the statistics of {counted(len(missing), 'block')}; first run: {command}"
+            f"{shown(run.path)} lacks the statistics of {counted(len(missing), 'block')}; first run, from where it was "
+            f"begun: {command}"
         )
 
 
@@ -242,13 +247,22 @@ def require_free_output(output: Path, config: RunConfig) -> None:
     """Refuses an output folder as `require_writable_output` does; of another run's adapter it says what differs."""
     try:
         require_writable_output(output, config.overwrite)
-    except ConfigError as error:
-        if config.overwrite or not os.path.isfile(output / REPORT_FILE):
+    except NotEmptyError as error:
+        if not os.path.isfile(output / REPORT_FILE):
             raise
-        settings = (read_report(output).config, config.to_dict())
-        old, new = ({name: values.get(name) for name in ("model", "data", "collect", "solve")} for values in settings)
-        found = named(list(differences(old, new))) or "its model or its samples have changed since"
-        raise ConfigError(f"{error}: it has the adapter of another run, where {found}") from error
+        raise ConfigError(f"{error}: it has {_other_adapter(read_report(output).config, config.to_dict())}") from error
+
+
+def _other_adapter(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """What an adapter is, by the options it was made with and those that are asked for now."""
+    if old.get("model") is None or new.get("model") is None:  # `solve` knows neither model nor data
+        names = ["solve"]
+    else:
+        names = ["model", "revision", "skip_bad_samples", "skip_bad_layers", "data", "collect", "solve"]
+    found = list(differences({name: old.get(name) for name in names}, {name: new[name] for name in names}))
+    if found:
+        return f"the adapter of another run, where {named(found)}"
+    return "an adapter with the same settings" + (", of another model or other samples" if len(names) > 1 else "")
 
 
 def _has_statistics(report: InitReport) -> bool:

@@ -17,6 +17,7 @@ from streamda.adapter import OWN_FILES, has_mark
 from streamda.adapter_check import WEIGHTS_FILE, verify_adapter
 from streamda.block_statistics import TILE
 from streamda.boundary import require_finite_states
+from streamda.commands import completing
 from streamda.errors import ConfigError, DamagedError
 from streamda.files import shown
 from streamda.inspection import UNIT_KINDS, collected_blocks, require_readable, unit_rows
@@ -88,7 +89,7 @@ def verify_folder(folder: Path) -> Verification:
         DamagedError: the record of a run is damaged, without which nothing else can be judged.
     """
     require_readable(folder)
-    if not (folder / REPORT_FILE).is_file() and has_mark(folder / WEIGHTS_FILE) is False:
+    if not (folder / REPORT_FILE).is_file() and _is_foreign(folder / WEIGHTS_FILE):
         raise ConfigError(
             f"{shown(folder)} holds an adapter that streamda did not write, such as training saves; there is nothing "
             "to check it against"
@@ -97,6 +98,11 @@ def verify_folder(folder: Path) -> Verification:
         return _verify_adapter(folder)
     with RunDirectory.open_existing(folder, exclusive=False) as run:
         return _verify_run(run)
+
+
+def _is_foreign(weights: Path) -> bool:
+    with files.storage_errors("look at", weights):
+        return has_mark(weights) is False
 
 
 def _verify_adapter(folder: Path) -> Verification:
@@ -140,7 +146,8 @@ def _verify_run(run: RunDirectory) -> Verification:
     wanted = run.settings.get("adapted_blocks", [])
     collected = len(collected_blocks(wanted, names))
     if collected < len(wanted):
-        notes.append(f"not finished: {collected} of {len(wanted)} blocks are collected; the same command continues")
+        command = completing(run.settings, run.path)
+        notes.append(f"not finished: {collected} of {len(wanted)} blocks are collected; to continue: {command}")
     return Verification(str(run.path), "run", sizes, tuple(damages), tuple(notes))
 
 

@@ -182,9 +182,7 @@ def test_a_large_tensor_read_by_bands_is_the_same(
 ) -> None:
     write_checkpoint(tmp_path, "llama", dtype=kept)
     # of the 3584 or 7168 bytes of up_proj
-    monkeypatch.setattr(
-        shard_values, "READ_CHUNK_BYTES", shard_values.READ_MARGIN + 1000
-    )  # of the 3584 or 7168 bytes of up_proj
+    monkeypatch.setattr(shard_values, "READ_CHUNK_BYTES", shard_values.READ_MARGIN + 1000)
     checkpoint = opened(tmp_path)
     checkpoint.load(["model.layers.0"])
     for name, value in stored(tmp_path).items():

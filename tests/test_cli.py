@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from streamda import cli
+from streamda import cli, pipeline, session
 from streamda.config import PRESETS, option_fields
+from streamda.errors import StorageError
+from streamda.report import InitReport
 from streamda.rundir import RunDirectory
 from tests.command_line import flags, run
 from tests.conftest import GOLDEN
@@ -70,7 +72,7 @@ def test_inspect_tells_how_far_a_run_at_work_is(
     with RunDirectory.open_existing(work, exclusive=True) as at_work:
         at_work.units.drop("stats-0000")
     assert run(monkeypatch, "inspect", str(work)) == 0
-    assert "interrupted: the same command continues" in capsys.readouterr().out
+    assert "adapter.work, incomplete\n" in capsys.readouterr().out
     shutil.rmtree(tmp_path / "adapter")  # as before the end of a first run
     assert run(monkeypatch, "inspect", str(tmp_path / "adapter")) == 2
     assert f"is not a folder; the run that makes it is in {work}" in capsys.readouterr().err
@@ -104,7 +106,7 @@ def test_a_plan_needs_no_tokenizer_either_and_says_what_it_took_samples_for(
         assert run(monkeypatch, "plan", *options, *data, "--json") == 0
         facts = json.loads(capsys.readouterr().out)
         assert (facts["num_samples"], facts["num_tokens"]) == (count, 50 * count)
-        assert f"no tokenizer: assumed are {count} samples of 50 tokens, the most that" in " ".join(facts["notices"])
+        assert f"no tokenizer: assumed are {count} samples of 50 tokens, as many and" in " ".join(facts["notices"])
         assert not any("repeat" in notice for notice in facts["notices"])
     assert run(monkeypatch, "plan", *options, "--dataset", str(rows), "--text-column", "body") == 4  # is still refused
     assert "no column 'body'" in capsys.readouterr().err
@@ -132,24 +134,99 @@ def test_a_run_tells_the_command_that_began_it(
     assert "continuing" not in shown.err
 
 
-def test_a_repair_names_the_commands_that_make_everything_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    work, adapter = tmp_path / "adapter.work", tmp_path / "adapter" / "adapter_model.safetensors"
-    assert run(monkeypatch, "init", *flags(golden_options(tmp_path)), "--keep-statistics", "--quiet") == 0
-    before = adapter.read_bytes()
-    assert run(monkeypatch, "repair", str(work), "--drop", "stats-0001") == 0
-    collect, solve = re.findall(r"^  (.*streamda .*)$", capsys.readouterr().out, re.MULTILINE)
-    assert solve == "the same `streamda solve`, or `streamda init`, as before"
-    solving = ["solve", "--statistics", str(work), "--output-dir", str(tmp_path / "again")]
-    assert run(monkeypatch, *solving) == 2
-    assert f"lacks the statistics of 1 block; first run: {collect}" in capsys.readouterr().err
-    assert run(monkeypatch, *shlex.split(collect)[1:], "--quiet") == 0
-    assert run(monkeypatch, *solving) == 0
-    assert (tmp_path / "again" / adapter.name).read_bytes() == before
-    capsys.readouterr()
-    assert run(monkeypatch, "repair", str(work), "--drop", "solve-0001") == 0
-    assert re.findall(r"^  (.*streamda .*)$", capsys.readouterr().out, re.MULTILINE) == [solve]
+class TestRepair:
+    """What `repair` says to run makes everything again, whatever the run was begun with, and nothing else."""
+
+    @staticmethod
+    def repaired(
+        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path, *units: str
+    ) -> list[str]:
+        """Drops units one by one; what the last repair says to run."""
+        for unit in units:
+            capsys.readouterr()
+            assert run(monkeypatch, "repair", str(folder), "--drop", unit) == 0
+        told = capsys.readouterr().out
+        return told.partition("to run next, from where it was begun:\n  ")[2].rstrip().split("\n  ")
+
+    @pytest.mark.parametrize("more", [[], ["--overwrite"], ["--no-resume"]])
+    def test_statistics_of_a_finished_run_are_collected(
+        self, more: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        work, adapter = tmp_path / "adapter.work", tmp_path / "adapter" / "adapter_model.safetensors"
+        given = [*flags(golden_options(tmp_path)), "--keep-statistics", "--quiet", *more]
+        assert run(monkeypatch, "init", *given) == 0
+        before = adapter.read_bytes()
+        collect, solve = self.repaired(monkeypatch, capsys, work, "stats-0000", "stats-0001")
+        assert solve == "the same `streamda solve` as before, if its adapter is wanted again"
+        kept = (work / "units" / "stats-0002").stat().st_ino
+        assert run(monkeypatch, "inspect", str(work)) == 0
+        shown = capsys.readouterr().out
+        assert "adapter.work, incomplete\n" in shown
+        assert f"  to continue  {collect}\n" in shown
+        assert run(monkeypatch, "verify", str(work)) == 0
+        assert f"1 of 3 blocks are collected; to continue: {collect}\n" in capsys.readouterr().out
+        solving = ["solve", "--statistics", str(work), "--output-dir", str(tmp_path / "again"), "--quiet"]
+        assert run(monkeypatch, *solving) == 2
+        assert f"of 2 blocks; first run, from where it was begun: {collect}\n" in capsys.readouterr().err
+        assert run(monkeypatch, *shlex.split(collect)[1:], "--quiet") == 0
+        assert (work / "units" / "stats-0002").stat().st_ino == kept
+        assert run(monkeypatch, *solving) == 0
+        assert (tmp_path / "again" / adapter.name).read_bytes() == before
+        assert self.repaired(monkeypatch, capsys, work, "solve-0001") == [solve]
+
+    @pytest.mark.parametrize("more", [[], ["--keep-statistics"], ["--keep-statistics", "--overwrite"]])
+    def test_a_run_without_its_adapter_is_continued_though_all_is_solved(
+        self, more: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        def fail(*_: object) -> None:
+            raise StorageError("disk full")
+
+        given = [*flags(golden_options(tmp_path)), "--quiet", *more]
+        with monkeypatch.context() as patched:
+            patched.setattr(pipeline, "_write_adapter", fail)
+            assert run(patched, "init", *given) == 7
+        work = tmp_path / "adapter.work"
+        unit = "stats-0001" if more else "solve-0001"
+        (again,) = self.repaired(monkeypatch, capsys, work, unit)
+        kept = (work / "units" / "solve-0002").stat().st_ino
+        if more:  # another command that only helps does not take its place
+            collect = [part for part in given if part not in ("--keep-statistics", "--overwrite", "--spill-statistics")]
+            place = collect.index("--output-dir")
+            collect[place : place + 2] = ["--statistics", str(work)]
+            assert run(monkeypatch, "collect", *collect) == 0
+            assert (work / "units" / "solve-0002").stat().st_ino == kept
+            assert self.repaired(monkeypatch, capsys, work, unit) == [again]
+        assert shlex.split(again)[:2] == ["streamda", "init"]
+        assert run(monkeypatch, *shlex.split(again)[1:], "--quiet") == 0
+        assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+    def test_of_collected_statistics_nothing_names_init(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        options = {name: value for name, value in golden_options(tmp_path).items() if name not in _INIT_ONLY}
+        folder = tmp_path / "statistics"
+        assert run(monkeypatch, "collect", *flags(options), "--statistics", str(folder), "--quiet", "--overwrite") == 0
+        collect, solve = self.repaired(monkeypatch, capsys, folder, "stats-0002")
+        assert "init" not in solve
+        kept = (folder / "units" / "stats-0001").stat().st_ino
+        assert run(monkeypatch, *shlex.split(collect)[1:], "--quiet") == 0
+        assert (folder / "units" / "stats-0001").stat().st_ino == kept
+        assert run(monkeypatch, "verify", str(folder)) == 0
+
+    def test_a_command_that_was_refused_is_not_remembered(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        given = [*flags(golden_options(tmp_path)), "--keep-statistics", "--quiet"]
+        assert run(monkeypatch, "init", *given) == 0
+        work = tmp_path / "adapter.work"
+        with RunDirectory.open_existing(work, exclusive=True) as opened:
+            opened.update_settings({"skipped_samples": [{"sample": 0, "row": 0, "reason": "NaN"}]})
+        before = json.loads((work / "run.json").read_text())["settings"]
+        other = ["--rank", "4", "--output-dir", str(tmp_path / "b"), "--work-dir", str(work)]
+        assert run(monkeypatch, "init", *given, *other) == 5
+        assert "give --skip-bad-samples again" in capsys.readouterr().err
+        after = json.loads((work / "run.json").read_text())["settings"]
+        assert (after["stage"], after["options"]) == (before["stage"], before["options"])
 
 
 def test_another_run_s_adapter_is_refused_with_what_differs(
@@ -160,6 +237,19 @@ def test_another_run_s_adapter_is_refused_with_what_differs(
     assert run(monkeypatch, "init", *options, "--rank", "4") == 2
     error = capsys.readouterr().err
     assert "add --overwrite: it has the adapter of another run, where solve.rank was 8 and is now 4" in error
+    skipping = [*options, "--skip-bad-samples"]
+    report = json.loads((tmp_path / "adapter" / "streamda_report.json").read_text())
+    solve = ["solve", "--statistics", str(tmp_path / "s"), "--output-dir", str(tmp_path / "adapter")]
+    assert run(monkeypatch, *solve) == 2
+    assert "it has an adapter with the same settings\n" in capsys.readouterr().err
+    with monkeypatch.context() as patched:  # as where a sample was left out
+        skipped = InitReport.from_dict({**report, "skipped_samples": [{"sample": 0, "row": 0, "reason": "NaN"}]})
+        patched.setattr(session, "read_report", lambda _: skipped)
+        assert run(patched, "init", *skipping) == 0  # already done
+        skipped.config["skip_bad_samples"] = True
+        capsys.readouterr()
+        assert run(patched, "init", *options) == 2
+    assert "adapter of another run, where skip_bad_samples was true and is now false\n" in capsys.readouterr().err
     (tmp_path / "adapter" / "mine.txt").write_text("mine")
     assert run(monkeypatch, "init", *options, "--rank", "4") == 2
     assert "holds mine.txt, not written by streamda" in (error := capsys.readouterr().err)

@@ -29,7 +29,10 @@ VALUES: dict[str, list[Any]] = {
     "normalize": [False],
     "balance": [False],
     "resume": [False],
-    "use_fisher": [True],
+    "statistics": ["stats"],
+    "work_dir": ["w"],
+    "allow_environment_change": [True],
+    "unsafe_filesystem": [True],
     "profile": [True],
     "keep_statistics": [True],
     "skip_bad_samples": [True],
@@ -45,7 +48,9 @@ def test_the_command_read_again_gives_the_options_that_it_was_made_from(
     chosen = {name: chance.choice(values) for name, values in VALUES.items() if chance.random() < 0.7}
     config = RunConfig.from_options(chosen)
     assert RunConfig.from_options(config.given()) == config
-    command = commands.begun_with(commands.record("init", config.given()))
+    options = {name: value for name, value in config.given().items() if name not in ("resume", "statistics")}
+    config = RunConfig.from_options(options)
+    command = commands.continuing(commands.record("init", options))
     assert command is not None
     seen: list[RunConfig] = []
 
@@ -59,7 +64,19 @@ def test_the_command_read_again_gives_the_options_that_it_was_made_from(
 
 
 def test_no_command_is_made_up() -> None:
-    assert commands.begun_with({}) is None
+    assert commands.continuing({}) is commands.collecting({}, Path("s")) is None
+    assert commands.completing({}, Path("s")) == "the same command as before"
+    assert commands.completing({"finished": True}, Path("s")) == "the same `streamda collect` as before"
+
+
+def test_an_overwriting_is_told_only_until_it_is_done() -> None:
+    settings = commands.record("init", {"model": "m", "overwrite": True, "resume": False})
+    assert commands.continuing(settings) == "streamda init --model m"
+    assert commands.continuing({**settings, "overwriting": "mark"}) == "streamda init --model m --overwrite"
+    assert (
+        commands.collecting({**settings, "overwriting": "mark"}, Path("s"))
+        == "streamda collect --model m --statistics s"
+    )
 
 
 def test_statistics_are_collected_by_what_init_was_given_but_for_what_collect_does_not_take() -> None:

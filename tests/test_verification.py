@@ -77,7 +77,7 @@ def test_a_sound_run_is_said_to_be_sound_and_is_not_changed(run: Path) -> None:
     found = streamda.verify(str(run))
     assert found.is_sound
     assert set(found.units) == {"acts-0000", "grads-0001", "stats-0000", "solve-0000"}
-    assert found.notes == ("not finished: 1 of 2 blocks are collected; the same command continues",)
+    assert found.notes == ("not finished: 1 of 2 blocks are collected; to continue: the same command as before",)
     text = found.to_table()
     assert "boundary gradients  1" in text
     assert "every file is what was written" in text
@@ -440,7 +440,7 @@ class TestCommands:
         assert "did you mean stats-0000" in capsys.readouterr().err
         assert self.command(monkeypatch, "repair", str(run)) == 2
         assert self.command(monkeypatch, "repair", str(run), "--drop", "stats-0000", "--drop", "acts-0000") == 0
-        assert "to run next, from where it was begun:\n  the same `streamda collect`" in capsys.readouterr().out
+        assert "to run next, from where it was begun:\n  the same command as before" in capsys.readouterr().out
         assert self.command(monkeypatch, "verify", str(run)) == 0
 
 

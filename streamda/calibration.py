@@ -48,6 +48,8 @@ class CalibrationSet:
     """Hub id, path, or the name of the shipped file."""
     is_shipped: bool
     """Whether this is the general set that comes with streamda."""
+    max_tokens: int
+    """The most that a sample may have: of the options, or of the positions that the model knows."""
     row_numbers: tuple[int, ...] = ()
     """Of each sample the row that it was made of, from 0."""
     num_bad_lines: int = 0
@@ -72,6 +74,10 @@ class CalibrationSet:
             found.append(f"bad lines skipped, as --skip-bad-lines allows: {self.num_bad_lines}, {self.first_bad_line}")
         if count := self.num_duplicates:
             found.append(f"{count} of {len(self.samples)} samples repeat an earlier one, and count as often")
+        if self.num_truncated:
+            found.append(
+                f"{self.num_truncated} of {len(self.samples)} samples are longer than {self.max_tokens} tokens, and cut"
+            )
         if self.num_skipped:
             found.append(
                 "rows drawn with nothing to learn (no completion, or a prompt that fills max_length), passed over: "
@@ -175,6 +181,7 @@ def load_calibration(
         num_truncated=num_truncated,
         source=source,
         is_shipped=config.dataset is None,
+        max_tokens=max_tokens,
         row_numbers=tuple(sorted(samples)),
         num_bad_lines=bad.count,
         first_bad_line=bad.first,
@@ -191,6 +198,7 @@ def _longest(count: int, max_tokens: int, population_size: int, source: str, con
         num_truncated=0,
         source=source,
         is_shipped=config.dataset is None,
+        max_tokens=max_tokens,
         row_numbers=tuple(range(count)),
         is_assumed=True,
     )

@@ -414,6 +414,8 @@ def test_long_samples_are_cut_on_the_right_and_counted(tmp_path: Path) -> None:
     chosen = load(dataset, max_length=4)
     assert [parts(sample) for sample in chosen.samples] == [("abcd", "cd"), ("ab</s>", "b</s>")]
     assert (chosen.num_truncated, chosen.num_skipped, chosen.population_size) == (1, 0, 2)
+    assert chosen.notices == ("1 of 2 samples are longer than 4 tokens, and cut",)
+    assert load(dataset, max_positions=4).notices == chosen.notices
     assert load(dataset, max_positions=4).digest() == chosen.digest()
     assert load(dataset, max_length=4, max_positions=1000).digest() == chosen.digest()
 
@@ -429,6 +431,7 @@ def test_rows_without_label_token_are_skipped_and_counted(tmp_path: Path) -> Non
     chosen = load(dataset, max_length=5)
     assert [parts(sample) for sample in chosen.samples] == [("pc</s>", "c</s>")]
     assert (chosen.num_skipped, chosen.num_truncated, chosen.population_size) == (3, 0, 4)
+    assert [notice.endswith("passed over: 3") for notice in chosen.notices] == [True]
 
 
 @pytest.mark.parametrize(
@@ -526,7 +529,7 @@ def token_samples(draw: st.DrawFn) -> list[tuple[tuple[int, ...], tuple[int, ...
 def test_digest_is_equal_exactly_for_equal_tokens_labels_and_order(first: Any, second: Any) -> None:
     def digest(rows: Any, source: str) -> str:
         samples = tuple(Sample(*(torch.tensor(part, dtype=torch.int64) for part in row)) for row in rows)
-        return CalibrationSet(samples, 10, 0, 0, source, False).digest()
+        return CalibrationSet(samples, 10, 0, 0, source, False, 1024).digest()
 
     assert (digest(first, "a") == digest(second, "b")) == (first == second)
 

@@ -25,9 +25,10 @@ from streamda.config_file import read_config_file
 from streamda.errors import StoppedError, StorageError, StreamdaError
 from streamda.inspection import inspect_folder
 from streamda.limits import limit_errors
+from streamda.plan_table import plan_table
 from streamda.quoting import printable, printable_lines
 from streamda.repair import repair_folder
-from streamda.report import InitReport, plan_table
+from streamda.report import InitReport
 from streamda.requirements import require_platform
 from streamda.verification import verify_folder
 
@@ -104,8 +105,9 @@ def _print_report(report: InitReport, as_json: bool) -> None:
     elif report.statistics_dir:
         if report.already_done:
             _show("\nalready done: the statistics are there, and left as they are; --overwrite makes them anew")
-        given = shlex.quote(report.statistics_dir)
-        _show(f"\nsolve from them, as often as wanted: streamda solve --statistics {given} --output-dir DIR --rank 8")
+        given, rank = shlex.quote(report.statistics_dir), report.config["solve"]["rank"]
+        command = f"streamda solve --statistics {given} --output-dir DIR --rank {rank}"
+        _show(f"\nsolve from them, as often as wanted: {command}")
 
 
 @app.command("init", cls=_SectionedCommand)

@@ -23,10 +23,12 @@ def record(stage: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return {"stage": stage, "options": dict(options), "finished": False}
 
 
-def continuing(settings: Mapping[str, Any]) -> str | None:
-    """The command of a run, such that it continues the run; None where that was not recorded."""
+def continuing(settings: Mapping[str, Any], folder: Path) -> str | None:
+    """The command of a run, such that it continues the run in a folder; None where that was not recorded."""
     if "stage" not in settings:
         return None
+    if settings["stage"] == "collect":
+        return collecting(settings, folder)
     # an overwriting that was stopped is continued by its own command, one that is done would be begun again
     left_out = {"resume"} if settings.get("overwriting") is not None else {"resume", "overwrite"}
     return _text(settings["stage"], settings["options"], left_out)
@@ -46,7 +48,7 @@ def completing(settings: Mapping[str, Any], folder: Path) -> str:
     only_collects = settings.get("stage") == "collect" or settings.get("finished", False)
     if settings.get("keeps_statistics", True) and only_collects:
         return collecting(settings, folder) or "the same `streamda collect` as before"
-    return continuing(settings) or "the same command as before"
+    return continuing(settings, folder) or "the same command as before"
 
 
 def _text(stage: str, options: Mapping[str, Any], left_out: set[str]) -> str:

@@ -66,7 +66,9 @@ class DataConfig:
     )
     dataset_config: str | None = option(None, "Name of the dataset's configuration on the hub.")
     split: str = option("train", "Split of the dataset.")
-    num_samples: int = option(256, "Samples used; if there are more, a seeded random choice in file order.")
+    num_samples: int = option(
+        256, "Samples used, at most 4096; of more rows a seeded random choice is taken, in file order."
+    )
     max_length: int = option(1024, "Tokens per sample; longer samples are cut, and counted.")
     skip_bad_lines: int = option(
         0, "Malformed lines, and rows without their columns, that are skipped and counted; one more ends the run."
@@ -177,7 +179,9 @@ class RunConfig:
         None, "Memory budget of the device, for example 24GB or 22GiB. Required, but for `solve`."
     )
     max_host_mem: str | None = option(
-        None, "Host memory for boundary states beside a GPU, and for buffers that they pass through while it computes."
+        None,
+        "Host memory for boundary states beside a GPU, and for buffers that they pass through while it computes. "
+        "Without a GPU it is a part of --max-gpu-mem.",
     )
     max_disk: str | None = option(None, "Disk that the work directory may take.")
     keep_statistics: bool = option(False, "Keep the statistics of all blocks, for `solve`.")

@@ -141,6 +141,11 @@ def stride_text(stride: int) -> str:
     return "all" if stride == 1 else f"every {stride}{ending}"
 
 
+def thinned_out(stride: int) -> str:
+    """For messages on a disk that is too small: that fewer boundaries were tried, if they were."""
+    return f", even if of the boundary states it keeps {stride_text(stride)}" if stride > 1 else ""
+
+
 def choose_stride(work: DiskWork, *limits: int | None) -> DiskUse:
     """The smallest stride that fits all limits in bytes; where none does, the one that takes the least disk."""
     limit = min((limit for limit in limits if limit is not None), default=None)

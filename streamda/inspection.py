@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,8 @@ from streamda.commands import completing, continuing
 from streamda.errors import ConfigError, LockedError
 from streamda.files import shown
 from streamda.memory import format_size
-from streamda.places import WORK_SUFFIX
 from streamda.report import REPORT_FILE, read_report, table
-from streamda.rundir import RunDirectory, find_record, unit_names
+from streamda.rundir import WORK_SUFFIX, RunDirectory, find_record, unit_names
 from streamda.solutions import solve_unit
 from streamda.store import stats_unit
 from streamda.units import UnitStore
@@ -69,10 +68,12 @@ def require_readable(folder: Path) -> None:
             raise ConfigError(f"{shown(folder)} is not a folder{run}") from error
 
 
-def collected_blocks(blocks: Iterable[int], units: Container[str]) -> list[int]:
-    """Of some blocks those whose statistics were finished, by the names of a run's units."""
+def collected_blocks(settings: Mapping[str, Any], units: Container[str]) -> list[int]:
+    """The adapted blocks of a run whose statistics were finished, by the names of its units."""
     # where statistics stay in memory, or are freed, what is solved is all that is seen of them
-    return [index for index in blocks if stats_unit(index) in units or solve_unit(index) in units]
+    kept = settings.get("keeps_statistics", True)
+    wanted = settings.get("adapted_blocks", [])
+    return [index for index in wanted if stats_unit(index) in units or (not kept and solve_unit(index) in units)]
 
 
 def unit_rows(sizes: Mapping[str, int | None]) -> list[list[str]]:
@@ -105,7 +106,7 @@ def _describe(
     """Of a run, as `inspect_folder`; sizes of units are None where nothing is known of them but their names."""
     blocks = settings["adapted_blocks"]
     solved = [index for index in blocks if solve_unit(index) in sizes]
-    collected = collected_blocks(blocks, sizes)
+    collected = collected_blocks(settings, sizes)
     is_whole = len(collected) == len(blocks)
     state = "" if is_whole else ", incomplete" if settings.get("finished", False) else ", interrupted"
     next_command = None if is_whole or at_work else completing(settings, path)
@@ -114,7 +115,7 @@ def _describe(
         "model": settings["model"],
         "data": settings["data"],
         "method": dict(parts["method"]),
-        "command": continuing(settings),
+        "command": continuing(settings, path),
         "next": next_command,
         "loss": settings.get("loss"),
         "adapted_blocks": blocks,

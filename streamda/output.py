@@ -116,6 +116,8 @@ class OutputFolder:
             if not found:
                 return
             foreign = [files.shown(name) for name in found if not self._is_own(folder / name)]
+        if {"run.json", "units"} <= set(found):
+            raise ConfigError(f"{shown} is not empty; it holds a run, or its statistics: give another --output-dir")
         if foreign:
             raise ConfigError(
                 f"{shown} is not empty; it holds {named(foreign)}, not written by streamda or changed since, and "

@@ -38,9 +38,10 @@ from streamda.plan import Plan
 from streamda.precision import full_precision
 from streamda.progress import Progress
 from streamda.rates import ProductRates, measure_rates
-from streamda.report import InitReport
-from streamda.rundir import MODEL_FOLDER, RunDirectory
+from streamda.report import InitReport, large_change_notices
+from streamda.rundir import MODEL_FOLDER, RunDirectory, require_run
 from streamda.session import (
+    disk_notices,
     finished_report,
     new_report,
     open_run,
@@ -119,7 +120,7 @@ def initialize(config: RunConfig, *, quiet: bool = False, verbose: bool = False)
         ):
             require_output_room(output, run.path, made.bytes_written["solutions"])
             report = new_report(prepared, made)
-            _announce_resumed(progress, report, prepared, run, parts)
+            report.notices += progress.tell(resume_notices(prepared, run, parts))
             solver = dataclasses.replace(solver, capacity_bytes=made.solve_capacity)
             Collection(prepared, checkpoint, run, made, meter, progress, report).collect(solver)
             report.output_dir = str(output)
@@ -161,7 +162,7 @@ def collect(config: RunConfig, *, quiet: bool = False, verbose: bool = False) ->
         _announce(progress, prepared, verbose)
         with stopping.deferred(), open_run(work, prepared, parts, made) as (run, made):
             report = new_report(prepared, made)
-            _announce_resumed(progress, report, prepared, run, parts)
+            report.notices += progress.tell(resume_notices(prepared, run, parts))
             Collection(prepared, checkpoint, run, made, meter, progress, report).collect(None)
             report.statistics_dir = str(work)
             report.wall_seconds, report.busy = timeline.now(), timeline.busy()
@@ -185,6 +186,7 @@ def solve(config: RunConfig, *, quiet: bool = False) -> InitReport:
         raise ConfigError("no folder for the adapter is given; use --output-dir DIR")
     timeline = Timeline()
     output = Path(config.output_dir)
+    require_run(config.statistics)
     require_places(config, Path(config.statistics), output)
     require_free_output(output, config)
     device = choose_device(config.device)
@@ -247,6 +249,7 @@ def plan(config: RunConfig) -> tuple[Plan, dict[str, Any]]:
     rates = parse_rates(config.rates)
     prepared = prepare(config, weights=False)
     made = prepared.plan(solves=True, keep_statistics=config.keep_statistics)
+    notices = [*prepared.notices, *disk_notices(prepared, made, room_for_run(work_dir(config)))]
     rates, reason = measure_rates(prepared.device, prepared.dtype, work_dir(config), rates)
     specs = prepared.specs(made.micro_batch_tokens, keep_statistics=config.keep_statistics)
     bounds = Bounds(
@@ -267,7 +270,7 @@ def plan(config: RunConfig) -> tuple[Plan, dict[str, Any]]:
         "num_tokens": sum(prepared.lengths),
         "num_rows": prepared.num_rows(made.micro_batch_tokens),
         "bounds": bounds.to_dict(),
-        "notices": [*prepared.notices, *([reason] if reason is not None else [])],
+        "notices": [*notices, *([reason] if reason is not None else [])],
     }
 
 
@@ -304,18 +307,9 @@ def _meter(prepared: Prepared, timeline: Timeline) -> Iterator[RunMeter]:
 
 
 def _announce(progress: Progress, prepared: Prepared, verbose: bool) -> None:
-    for notice in prepared.notices:
-        progress.say(f"note: {notice}")
+    progress.tell(prepared.notices)
     if verbose:
         progress.say(describe_sample(prepared.calibration.samples[0], prepared.tokenizer))
-
-
-def _announce_resumed(
-    progress: Progress, report: InitReport, prepared: Prepared, run: RunDirectory, parts: dict[str, dict[str, Any]]
-) -> None:
-    for notice in resume_notices(prepared, run, parts):
-        progress.say(f"note: {notice}")
-        report.notices.append(notice)
 
 
 def _write_adapter(output: Path, run: RunDirectory, report: InitReport, config: RunConfig, skeleton: Any) -> None:
@@ -323,6 +317,7 @@ def _write_adapter(output: Path, run: RunDirectory, report: InitReport, config: 
     stopping.check()  # from here on it is done before a stop would be
     for index in run.settings["adapted_blocks"]:
         report.modules |= read_summaries(run.units, index)
+    report.notices += large_change_notices(report.modules)
     factors = SolvedFactors(run.units, run.settings["adapted_blocks"])
     skipped = skipped_layers(report.modules)
     report.notices += (f"{name} is left without adapter: {reason}" for name, reason in skipped.items())

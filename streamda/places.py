@@ -13,10 +13,7 @@ from streamda.files import shown
 from streamda.filesystem import clear_probes, require_safe
 from streamda.output import resolved
 from streamda.report import REPORT_FILE
-from streamda.rundir import RunDirectory, find_record
-
-WORK_SUFFIX = ".work"
-"""Behind the adapter's folder: where its run lies unless told otherwise."""
+from streamda.rundir import WORK_SUFFIX, RunDirectory, find_record
 
 
 def output_dir(config: RunConfig) -> Path:

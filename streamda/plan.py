@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from streamda.costs import BlockCost, Workload
-from streamda.disk_plan import DiskUse, choose_stride, disk_work, stride_text
+from streamda.disk_plan import DiskUse, choose_stride, disk_work, thinned_out
 from streamda.errors import BudgetError, StorageError
 from streamda.flops import count_flops
 from streamda.kept_memory import between_micro_batches, room_bytes, spare_bytes, stretch_bytes
@@ -156,12 +156,12 @@ def make_plan(
         raise BudgetError(
             f"the budget of {format_size(budget.device_bytes)} is too small: this model and data need {megabytes}MB at "
             f"least; use --max-gpu-mem {megabytes}MB or more, or a smaller --max-length"
+            + (", or leave out --max-host-mem, which is a part of it without a GPU" if host else "")
         )
     if budget.disk_bytes is not None and best.disk_bytes > budget.disk_bytes:
         raise StorageError(
-            f"the run needs {format_size(best.disk_bytes)} of disk and --max-disk allows "
-            f"{format_size(budget.disk_bytes)}, even if of the boundary states it keeps "
-            f"{stride_text(best.boundary_stride)}; allow more, or use fewer or shorter samples"
+            f"the run needs {format_size(best.disk_bytes)} of disk{thinned_out(best.boundary_stride)}, and --max-disk "
+            f"allows {format_size(budget.disk_bytes)}; allow more, or use fewer or shorter samples"
             + (", or leave out --keep-statistics" if keep_statistics and rank else "")
         )
     return best

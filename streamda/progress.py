@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Never
 
@@ -105,6 +105,13 @@ class Progress:
         log = PassLog(name, num_steps, self.say) if self._silent and not self._quiet else None
         with tqdm(total=num_steps, desc=name, unit=unit, disable=self._silent, leave=True) as bar:
             yield PassBar(bar, self._meter, tokens, log, measures_rates=measures_rates)
+
+    def tell(self, notices: Iterable[str]) -> list[str]:
+        """Says each, and gives them back."""
+        told = list(notices)
+        for notice in told:
+            self.say(f"note: {notice}")
+        return told
 
     def say(self, line: str) -> None:
         """One line on stderr, unless quiet."""

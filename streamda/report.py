@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from streamda.config import SolveConfig
-from streamda.disk_plan import stride_text
 from streamda.errors import DamagedError
 from streamda.files import shown
 from streamda.memory import format_size
@@ -22,6 +21,8 @@ from streamda.units import FileRecord
 REPORT_FILE = "streamda_report.json"
 _SHOWN_MODULES = 5
 _BAR = 24
+LARGE_CHANGE = 0.5
+"""Of a weight's norm. Starts by the published settings come to a thousandth."""
 _SHOWN_SHARE = 0.005
 """Of the wall clock: less would be shown as 0 %."""
 
@@ -103,7 +104,9 @@ class InitReport:
 
     def to_table(self) -> str:
         """The report for people."""
-        return "\n".join([*self._overview(), *self._memory(), *self._time(), *self._layers(), *_notes(self.notices)])
+        return "\n".join(
+            [*self._overview(), *self._memory(), *self._time(), *self._layers(), *note_lines(self.notices)]
+        )
 
     def _overview(self) -> list[str]:
         lines = ["streamda: LoRA-DA initialization"]
@@ -134,7 +137,7 @@ class InitReport:
         if self.statistics_dir:
             lines.append(f"  statistics   {printable(self.statistics_dir)}")
         if self.resumed:
-            lines.append("  (an earlier process began this run: memory, times and bytes are of the last one)")
+            lines.append("  (an earlier process did a part of it: memory, times and bytes are of the last one)")
         return lines
 
     def _memory(self) -> list[str]:
@@ -209,6 +212,23 @@ def _module_row(name: str, facts: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def large_change_notices(modules: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Says where an adapter adds so much to the weights that nothing of the model would be left.
+
+    Args:
+        modules: `InitReport.modules`.
+    """
+    changes = {name: facts.get("step_zero_change") or 0.0 for name, facts in modules.items()}
+    large = [name for name, change in changes.items() if change > LARGE_CHANGE]
+    if not large:
+        return []
+    worst = max(large, key=changes.__getitem__)
+    return [
+        f"of {len(large)} layers the weight is changed by more than {LARGE_CHANGE:.0%} before the first step ({worst}: "
+        f"{changes[worst]:.1e} times its norm), which undoes the model: use --normalize, or a larger --gamma"
+    ]
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of a plain text table, columns padded to their widest cell."""
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
@@ -219,78 +239,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [line(header), line(["-" * width for width in widths]), *map(line, rows)]
 
 
-def _notes(notices: Sequence[str]) -> list[str]:
+def note_lines(notices: Sequence[str]) -> list[str]:
+    """The end of a table: notices, one to a line."""
     return ["", *(f"note: {notice}" for notice in notices)] if notices else []
-
-
-def plan_table(plan: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
-    """A plan for people.
-
-    Args:
-        plan: `Plan.to_dict`.
-        facts: what was planned: model, samples, budget, bounds, notices; see `streamda.pipeline.plan`.
-    """
-    replays = plan["replays"]
-    adapted = [count for count in replays if count]
-    spread = f"{min(adapted)}" if min(adapted) == max(adapted) else f"{min(adapted)} to {max(adapted)}"
-    rows = [[phase, format_size(peak)] for phase, peak in plan["peaks"].items()]
-    bounds = facts["bounds"]
-    flops = [
-        [
-            phase,
-            f"{count / 1e12:.3g}",
-            facts["dtype"] if bounds["precision"][phase] == "compute" else bounds["precision"][phase],
-            format_seconds(bounds["phase_seconds"][phase]),
-        ]
-        for phase, count in plan["flops"].items()
-        if count
-    ]
-    statistics = "go to disk" if plan["spill_statistics"] else "stay in memory until their block is solved"
-    if facts["num_layers_from_rows"]:
-        statistics += f"; few tokens: their rows stand for the sums of {facts['num_layers_from_rows']} layers"
-    lines = [
-        f"plan for {printable(facts['model'])}  ({facts['num_blocks']} blocks, {facts['num_layers']} adapted layers, "
-        f"{facts['dtype']})",
-        f"  budget             {format_size(facts['budget_bytes'])}; smallest that would do "
-        f"{format_size(facts['smallest_budget_bytes'])}",
-        f"  data               {facts['num_samples']} samples, {facts['num_tokens']} tokens, "
-        f"{facts['num_rows']} with padding",
-        f"  micro-batch        {plan['micro_batch_tokens']} tokens",
-        f"  replays per block  {spread}",
-        f"  statistics         {statistics}",
-        f"  boundaries in RAM  {plan['boundaries_in_memory']}",
-        f"  disk               {format_size(plan['disk_bytes'])}",
-        f"  boundaries kept    {stride_text(plan['boundary_stride'])}; weights are read {plan['weight_passes']:.1f} "
-        f"times ({format_size(plan['weight_bytes_read'])})",
-        *_estimate(bounds),
-        "",
-        *table(["phase", "peak"], rows),
-        "",
-        *table(["phase", "TFLOP", "precision", "compute time"], flops),
-        *_notes(facts["notices"]),
-    ]
-    return "\n".join(lines)
-
-
-def _estimate(bounds: Mapping[str, Any]) -> list[str]:
-    rates = bounds["rates"]
-    read, write = (
-        "an unknown rate" if rates[name] is None else f"{format_size(rates[name])}/s" for name in ("read", "write")
-    )
-    return [
-        f"  time at full rates {format_seconds(bounds['at_least_seconds'])} with disk and compute overlapped, "
-        f"{format_seconds(bounds['in_turn_seconds'])} one after the other",
-        "    on CPUs a run took 1.3 times the first of these (a 13B model) to 3 times (135M weights, few samples)",
-        f"    compute          {format_seconds(bounds['compute_seconds'])} at {_flop_rate(rates['flops'])}, "
-        f"{_flop_rate(rates['flops64'])} in float64",
-        f"    reading          {format_seconds(bounds['read_seconds'])}: {format_size(bounds['bytes_read'])} at {read}",
-        f"    writing          {format_seconds(bounds['write_seconds'])}: {format_size(bounds['bytes_written'])} at "
-        f"{write}",
-    ]
-
-
-def _flop_rate(rate: float) -> str:
-    return f"{rate / 1e12:.3g} TFLOP/s" if rate >= 1e12 else f"{rate / 1e9:.3g} GFLOP/s"
 
 
 def bound_lines(bounds: Mapping[str, Any]) -> list[str]:

@@ -30,7 +30,7 @@ def require_equal(path: Path, old: Mapping[str, Any], new: Mapping[str, Any], ig
         accept = ", or accept other numbers with --allow-environment-change" if _are_of(found, "numerics") else ""
         raise MismatchError(
             f"{shown(path)} belongs to another run: {named(found)}; "
-            f"choose another --work-dir, or --overwrite to start over{accept}"
+            f"choose another folder, or --overwrite to start over{accept}"
         )
 
 

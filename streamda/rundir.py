@@ -34,6 +34,8 @@ FORMAT = "streamda-run"
 VERSION = 1
 
 _LOCK, _RECORD, _UNITS, MODEL_FOLDER = "LOCK", "run.json", "units", "model"
+WORK_SUFFIX = ".work"
+"""Behind the adapter's folder: where its run lies unless told otherwise."""
 OWN_NAMES = (_LOCK, _RECORD, _UNITS, MODEL_FOLDER)
 """All that streamda puts at the top of a run's folder."""
 _LOCK_TEXT_START = b'{"format":"%b"' % LOCK_FORMAT.encode()
@@ -126,9 +128,7 @@ class RunDirectory:
             check: False opens a run with damaged units.
         """
         path = Path(os.path.realpath(path))
-        if not os.path.lexists(path / _RECORD):
-            _require_no_lost_record(path)
-            raise ConfigError(_no_run(path))
+        require_run(path)
         with ExitStack() as undo:
             lock, record = _locked(path, exclusive=exclusive)
             undo.callback(lock.release)
@@ -243,12 +243,22 @@ def find_record(path: Path) -> dict[str, Any] | None:
     return record
 
 
+def require_run(path: Path | str) -> None:
+    """Refuses a folder that holds no run (`ConfigError`, with what it is instead), or one without its record."""
+    path = Path(os.path.realpath(path))
+    if not os.path.lexists(path / _RECORD):
+        _require_no_lost_record(path)
+        raise ConfigError(_no_run(path))
+
+
 def _no_run(path: Path) -> str:
     """Why a folder cannot be opened as a run, with what it seems to be instead."""
     if not os.path.lexists(path):
-        return f"{shown(path)} does not exist"
+        return f"there is no streamda run in {shown(path)}, which does not exist"
     is_adapter = os.path.lexists(path / "adapter_config.json")
-    return f"there is no streamda run in {shown(path)}" + (", but an adapter" if is_adapter else "")
+    work = f"{path}{WORK_SUFFIX}"
+    beside = f"; there is one in {shown(work)}" if os.path.lexists(f"{work}/{_RECORD}") else ""
+    return f"there is no streamda run in {shown(path)}" + (", but an adapter" if is_adapter else "") + beside
 
 
 def unit_names(path: Path) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ from streamda import commands, files
 from streamda.adapter import require_writable_output
 from streamda.adapter_check import check_adapter, check_recorded
 from streamda.config import RunConfig
-from streamda.disk_plan import stride_text
+from streamda.disk_plan import stride_text, thinned_out
 from streamda.disk_space import START_RESERVE_BYTES, room_for_run
 from streamda.errors import ConfigError, MismatchError, StorageError
 from streamda.files import shown
@@ -85,6 +86,11 @@ def open_run(
         restart=starts_over,
         ignore_parts=("numerics",) if config.allow_environment_change else (),
     ) as run:
+        if not solves and run.settings.get("stage") == "init" and not run.settings["keeps_statistics"]:
+            raise MismatchError(
+                f"{shown(run.path)} is the work directory of an `init` that keeps no statistics; finish that, or give "
+                "another --statistics"
+            )
         if run.settings.get("skipped_samples") and not config.skip_bad_samples:
             raise MismatchError(
                 f"{shown(run.path)}: this run has left out samples that became NaN or Inf; give --skip-bad-samples "
@@ -204,6 +210,26 @@ def stride_notices(made: Plan) -> list[str]:
     ]
 
 
+def disk_notices(prepared: Prepared, planned: Plan, room: int) -> list[str]:
+    """Says what a run would do on a disk that has no room for the plan.
+
+    Args:
+        prepared: the run.
+        planned: for any disk.
+        room: in bytes, of the work directory's file system.
+    """
+    if planned.disk_bytes <= room:
+        return []
+    here = prepared.plan(solves=True, keep_statistics=prepared.config.keep_statistics, disk_room=room)
+    fits = (
+        f"a run would keep {stride_text(here.boundary_stride)} of the boundary states and read weights "
+        f"{here.weight_passes:.1f} times"
+        if here.disk_bytes <= room
+        else f"a run needs {format_size(here.disk_bytes)} at least, and is refused"
+    )
+    return [f"the disk has room for {format_size(room)} beside a reserve of {format_size(START_RESERVE_BYTES)}: {fits}"]
+
+
 def finished_report(output: Path, digest: str, prepared: Prepared) -> InitReport | None:
     """The report of a finished run with these very settings, its adapter checked again; None if there is none.
 
@@ -250,7 +276,13 @@ def require_free_output(output: Path, config: RunConfig) -> None:
     except NotEmptyError as error:
         if not os.path.isfile(output / REPORT_FILE):
             raise
-        raise ConfigError(f"{error}: it has {_other_adapter(read_report(output).config, config.to_dict())}") from error
+        report = read_report(output)
+        hint = (
+            f"; `streamda solve --statistics {shlex.quote(shown(report.statistics_dir))}` makes others like it"
+            if report.statistics_dir is not None and _has_statistics(report)
+            else ""
+        )
+        raise ConfigError(f"{error}: it has {_other_adapter(report.config, config.to_dict())}{hint}") from error
 
 
 def _other_adapter(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
@@ -299,8 +331,8 @@ def _require_space(work: Path, made: Plan) -> None:
     room = room_for_run(work)
     if room < made.disk_bytes:
         raise StorageError(
-            f"the run needs {format_size(made.disk_bytes)} of disk, even if of the boundary states it keeps "
-            f"{stride_text(made.boundary_stride)}, and a reserve of {format_size(START_RESERVE_BYTES)}; {work} has "
+            f"the run needs {format_size(made.disk_bytes)} of disk{thinned_out(made.boundary_stride)}, and a reserve "
+            f"of {format_size(START_RESERVE_BYTES)}; {work} has "
             f"{format_size(files.free_bytes(work))} free: give --work-dir on a larger disk, more --max-host-mem, or "
             "fewer or shorter samples"
         )

@@ -37,6 +37,7 @@ from streamda.errors import DamagedError
 from streamda.factors import is_finite, mirror_lower_
 from streamda.layers import BlockSpec, InputGroup, LinearSpec
 from streamda.panels import FLOAT32_BYTES, Panel, panel_tokens
+from streamda.quoting import printable
 from streamda.statistics_codecs import zarr_codecs
 from streamda.units import UnitStore
 
@@ -262,21 +263,21 @@ class BlockStatisticsReader(BlockStatistics):
     def _read(self, array: zarr.Array[Any], *where: slice) -> torch.Tensor:
         shape = [len(range(side)[each]) for each, side in zip(where, array.shape, strict=True)]
         values = torch.empty(shape)  # not NumPy's, whose alignment varies, and with it the bits of a product
-        with self._reading():
+        with self._reading(array.name):
             array.get_basic_selection(where, out=NDBuffer.from_numpy_array(values.numpy()))
         if not is_finite(values):  # as all was when it was written
             raise self._damage(f"{array.name} holds values that were never written; a chunk is missing")
         return values
 
     @contextmanager
-    def _reading(self) -> Iterator[None]:
+    def _reading(self, array: str = "") -> Iterator[None]:
         """Zarr raises ValueError, RuntimeError and KeyError for damage, without the file's name."""
         try:
             with _zarr_limits():
                 yield
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise self._damage(f"it cannot be read ({reason})") from error
+            raise self._damage(f"{array.lstrip('/') or 'it'} cannot be read ({printable(reason)})") from error
 
     def _damage(self, what: str) -> DamagedError:
         return DamagedError(f"{self._path}: {what}; {self._units.repair(self._unit)}")

@@ -27,6 +27,7 @@ from streamda.report import REPORT_FILE, read_report, table
 from streamda.rundir import OWN_NAMES, RunDirectory
 from streamda.solutions import is_skipped, read_factors, read_summaries
 from streamda.store import BlockStatisticsReader
+from streamda.trace import PROFILE_FILES
 from streamda.units import LEFTOVER_SUFFIXES
 
 _MOST_DAMAGES = 20  # lines for people: beyond that it is the disk, and no list of files
@@ -123,7 +124,8 @@ def _verify_adapter(folder: Path) -> Verification:
         sizes = {name: record.size for name, record in report.written.items()}
     except DamagedError as error:
         damages.append(str(error))
-    return Verification(str(folder), "adapter", sizes, tuple(damages), (*notes, *_strangers(folder, OWN_FILES)))
+    notes += _strangers(folder, (*OWN_FILES, *PROFILE_FILES))
+    return Verification(str(folder), "adapter", sizes, tuple(damages), tuple(notes))
 
 
 def _verify_run(run: RunDirectory) -> Verification:
@@ -144,7 +146,7 @@ def _verify_run(run: RunDirectory) -> Verification:
         *_strangers(run.units.folder, names),
     ]
     wanted = run.settings.get("adapted_blocks", [])
-    collected = len(collected_blocks(wanted, names))
+    collected = len(collected_blocks(run.settings, names))
     if collected < len(wanted):
         command = completing(run.settings, run.path)
         notes.append(f"not finished: {collected} of {len(wanted)} blocks are collected; to continue: {command}")

@@ -7,11 +7,13 @@ import re
 import shlex
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from streamda import cli, pipeline, session
-from streamda.config import PRESETS, option_fields
+from streamda.config import PRESETS, RunConfig, option_fields
 from streamda.errors import StorageError
 from streamda.report import InitReport
 from streamda.rundir import RunDirectory
@@ -229,19 +231,72 @@ class TestRepair:
         assert (after["stage"], after["options"]) == (before["stage"], before["options"])
 
 
+def test_collect_leaves_the_work_directory_of_an_init_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise StorageError("disk full")
+
+    options = golden_options(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline, "_write_adapter", fail)
+        assert run(patched, "init", *flags(options), "--quiet") == 7
+    record = (tmp_path / "adapter.work" / "run.json").read_bytes()
+    given = {name: value for name, value in options.items() if name not in _INIT_ONLY}
+    assert run(monkeypatch, "collect", *flags(given), "--statistics", str(tmp_path / "adapter.work")) == 5
+    assert "is the work directory of an `init` that keeps no statistics" in capsys.readouterr().err
+    assert (tmp_path / "adapter.work" / "run.json").read_bytes() == record
+
+
+def test_a_start_that_undoes_the_model_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "init", *flags(golden_options(tmp_path)), "--preset", "theorem", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    large = [facts for facts in report["modules"].values() if facts["step_zero_change"] > 0.5]
+    assert large
+    assert any(f"of {len(large)} layers the weight is changed by more than 50%" in line for line in report["notices"])
+    assert run(monkeypatch, "init", *flags(golden_options(tmp_path)), "--overwrite", "--json") == 0
+    assert not any("undoes" in line for line in json.loads(capsys.readouterr().out)["notices"])
+
+
+def test_a_plan_says_what_a_run_would_do_on_this_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [*flags(golden_options(tmp_path)), "--json"]
+    assert run(monkeypatch, "plan", *options) == 0
+    plan = json.loads(capsys.readouterr().out)
+    need = plan["plan"]["disk_bytes"]
+    assert not any("the disk has room" in notice for notice in plan["notices"])
+    monkeypatch.setattr(pipeline, "room_for_run", lambda _: 1)
+    assert run(monkeypatch, "plan", *options) == 0
+    there = json.loads(capsys.readouterr().out)
+    assert there["plan"] == plan["plan"]
+    assert re.search(r"the disk has room for 1 B .*: a run needs .* at least, and is refused", there["notices"][-1])
+    thinned = SimpleNamespace(boundary_stride=2, weight_passes=2.4, disk_bytes=need - 1)
+    prepared: Any = SimpleNamespace(plan=lambda **_: thinned, config=RunConfig())
+    planned: Any = SimpleNamespace(disk_bytes=need)
+    assert session.disk_notices(prepared, planned, need) == []
+    (notice,) = session.disk_notices(prepared, planned, need - 1)
+    assert notice.endswith("a run would keep every 2nd of the boundary states and read weights 2.4 times")
+
+
 def test_another_run_s_adapter_is_refused_with_what_differs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = [*flags(golden_options(tmp_path)), "--num-samples", "3", "--quiet"]
+    options = [*flags(golden_options(tmp_path)), "--num-samples", "3", "--keep-statistics", "--quiet"]
     assert run(monkeypatch, "init", *options) == 0
     assert run(monkeypatch, "init", *options, "--rank", "4") == 2
     error = capsys.readouterr().err
     assert "add --overwrite: it has the adapter of another run, where solve.rank was 8 and is now 4" in error
+    assert f"; `streamda solve --statistics {tmp_path}/adapter.work` makes others like it\n" in error
     skipping = [*options, "--skip-bad-samples"]
     report = json.loads((tmp_path / "adapter" / "streamda_report.json").read_text())
-    solve = ["solve", "--statistics", str(tmp_path / "s"), "--output-dir", str(tmp_path / "adapter")]
+    solve = ["solve", "--statistics", str(tmp_path / "adapter.work"), "--output-dir", str(tmp_path / "adapter")]
     assert run(monkeypatch, *solve) == 2
-    assert "it has an adapter with the same settings\n" in capsys.readouterr().err
+    assert "it has an adapter with the same settings; `streamda" in capsys.readouterr().err
+    assert run(monkeypatch, *solve[:2], str(tmp_path / "adapter"), *solve[3:]) == 2
+    assert re.search("there is no streamda run in .*, but an adapter; there is one in .*work", capsys.readouterr().err)
     with monkeypatch.context() as patched:  # as where a sample was left out
         skipped = InitReport.from_dict({**report, "skipped_samples": [{"sample": 0, "row": 0, "reason": "NaN"}]})
         patched.setattr(session, "read_report", lambda _: skipped)
@@ -249,11 +304,13 @@ def test_another_run_s_adapter_is_refused_with_what_differs(
         skipped.config["skip_bad_samples"] = True
         capsys.readouterr()
         assert run(patched, "init", *options) == 2
-    assert "adapter of another run, where skip_bad_samples was true and is now false\n" in capsys.readouterr().err
+    assert "adapter of another run, where skip_bad_samples was true and is now false; `" in capsys.readouterr().err
     (tmp_path / "adapter" / "mine.txt").write_text("mine")
     assert run(monkeypatch, "init", *options, "--rank", "4") == 2
     assert "holds mine.txt, not written by streamda" in (error := capsys.readouterr().err)
     assert "add --overwrite" not in error
+    assert run(monkeypatch, "init", *options, "--output-dir", str(tmp_path / "adapter.work")) == 2
+    assert "it holds a run, or its statistics: give another --output-dir" in capsys.readouterr().err
 
 
 def test_a_plan_at_given_rates_measures_nothing(

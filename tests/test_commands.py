@@ -50,7 +50,7 @@ def test_the_command_read_again_gives_the_options_that_it_was_made_from(
     assert RunConfig.from_options(config.given()) == config
     options = {name: value for name, value in config.given().items() if name not in ("resume", "statistics")}
     config = RunConfig.from_options(options)
-    command = commands.continuing(commands.record("init", options))
+    command = commands.continuing(commands.record("init", options), Path("w"))
     assert command is not None
     seen: list[RunConfig] = []
 
@@ -64,15 +64,15 @@ def test_the_command_read_again_gives_the_options_that_it_was_made_from(
 
 
 def test_no_command_is_made_up() -> None:
-    assert commands.continuing({}) is commands.collecting({}, Path("s")) is None
+    assert commands.continuing({}, Path("s")) is commands.collecting({}, Path("s")) is None
     assert commands.completing({}, Path("s")) == "the same command as before"
     assert commands.completing({"finished": True}, Path("s")) == "the same `streamda collect` as before"
 
 
 def test_an_overwriting_is_told_only_until_it_is_done() -> None:
     settings = commands.record("init", {"model": "m", "overwrite": True, "resume": False})
-    assert commands.continuing(settings) == "streamda init --model m"
-    assert commands.continuing({**settings, "overwriting": "mark"}) == "streamda init --model m --overwrite"
+    assert commands.continuing(settings, Path("w")) == "streamda init --model m"
+    assert commands.continuing({**settings, "overwriting": "mark"}, Path("w")) == "streamda init --model m --overwrite"
     assert (
         commands.collecting({**settings, "overwriting": "mark"}, Path("s"))
         == "streamda collect --model m --statistics s"

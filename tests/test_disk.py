@@ -317,7 +317,7 @@ class TestFreeSpace:
             streamda.initialize(**case.options(tmp_path))
         assert caught.value.exit_code == 7
         assert list(tmp_path.iterdir()) == []
-        with pytest.raises(StorageError, match=r"the run needs .* and --max-disk allows .* keeps every 3rd"):
+        with pytest.raises(StorageError, match=r"the run needs .* keeps every 3rd, and --max-disk allows"):
             streamda.initialize(**case.options(tmp_path, max_disk=min(case.limits.values()) - 1))
         assert list(tmp_path.iterdir()) == []
 

@@ -93,7 +93,7 @@ def read(folder: Path, content: str | bytes) -> RunConfig:
         ('model: "a\\0b"', "model is 'a\\x00b'; allowed is text without zero bytes"),
         ('model: ""', "model is ''; allowed is a name"),
     ],
-    ids=range(46),
+    ids=range(47),
 )
 def test_a_mistake_in_a_config_file_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str | bytes, says: str

@@ -35,7 +35,7 @@ LAYERS = (
         "model_source", "model_copy", "shards", "shard_values", "skeleton", "weight_map", "checkpoint", "prefetch",
         "bad_rows", "json_rows", "rows", "samples", "row_formats", "calibration", "config_file", "disk_space",
         "limits", "boundary", "statistics_codecs", "store", "collected", "scratch", "solutions", "adapter",
-        "adapter_check", "output", "model_card", "report", "rates", "gantt", "trace",
+        "adapter_check", "output", "model_card", "report", "plan_table", "rates", "gantt", "trace",
     },
     {
         "block_calls", "blocks", "unread", "probe", "workload", "hooks", "loss", "nonfinite", "passes", "sweep",
@@ -97,6 +97,7 @@ WITHIN = {
     "collected": {"store"},
     "adapter": {"adapter_check", "output", "model_card", "report", "trace"},
     "adapter_check": {"output"},
+    "plan_table": {"report"},
     "trace": {"gantt"},
     # the two passes, from the bottom up
     "blocks": {"block_calls"},

@@ -486,7 +486,7 @@ class TestRefusals:
     def test_too_little_disk_is_refused_with_need_and_have_and_enough_is_not(self) -> None:
         need = plan_for("Llama-2-7B", 24 * GB).disk_bytes
         assert plan_for("Llama-2-7B", 24 * GB, disk=need).disk_bytes == need
-        with pytest.raises(StorageError, match=r"needs .* GB of disk and --max-disk allows 1\.00 GB"):
+        with pytest.raises(StorageError, match=r"needs .* GB of disk.*, and --max-disk allows 1\.00 GB"):
             plan_for("Llama-2-7B", 24 * GB, disk=GB)
 
 

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from streamda.bounds import Bounds, Rates
 from streamda.methods import SolveStatus
 from streamda.methods.solution import SolveStats
-from streamda.report import REPORT_FILE, InitReport, format_seconds, plan_table, read_report, table
+from streamda.plan_table import plan_table
+from streamda.report import REPORT_FILE, InitReport, format_seconds, read_report, table
 
 
 def solved(change: float, **other: Any) -> dict[str, Any]:
@@ -125,7 +126,7 @@ class TestTable:
         assert "adapter      out" in text
         assert "statistics   stats" in text
         assert "method       rank 4, alpha 16 (rank-stabilized, scaling 8), 14 layers" in text
-        assert "(an earlier process began this run: memory, times and bytes are of the last one)" in text
+        assert "(an earlier process did a part of it: memory, times and bytes are of the last one)" in text
         assert "weights read 26.00 GB, 2.00 times the checkpoint" in text
         assert self.lines[-2:] == ["note: one thing", "note: another thing"]
 

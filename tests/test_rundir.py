@@ -465,7 +465,7 @@ def test_other_parts_are_refused_with_fields_and_both_values_unless_ignored_or_s
     assert "method.rank was 8 and is now 8.0" in message
     assert f'model.id was "m" and is now "{"x" * 29}...{"y" * 29}"' in message
     assert "model.revision was absent and is now true" in message
-    assert "model.sizes was [1,2] and is now absent; choose another --work-dir, or --overwrite to start over" in message
+    assert "model.sizes was [1,2] and is now absent; choose another folder, or --overwrite to start over" in message
     assert len(message.splitlines()) == 1
     RunDirectory.open(tmp_path / "nine", {"p": dict.fromkeys("abcdefghi", 0)}, settings={}).close()
     with pytest.raises(MismatchError, match=r"p\.e was 0 and is now 1 and 4 more; choose"):

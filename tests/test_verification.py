@@ -321,7 +321,7 @@ def test_a_folder_that_is_not_ours_is_refused(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(ConfigError, match=r"is not a folder|no streamda run"):
             streamda.verify(folder)
-        with pytest.raises(ConfigError, match=r"no streamda run|nowhere does not exist"):
+        with pytest.raises(ConfigError, match="no streamda run"):
             streamda.repair(folder, drop=["acts-0000"])
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 

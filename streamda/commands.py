@@ -13,14 +13,15 @@ NOT_FOR_COLLECT = ("output_dir", "work_dir", "keep_statistics", "spill_statistic
 """Options of ``init`` that ``collect`` does not take."""
 
 
-def record(stage: str, options: Mapping[str, Any]) -> dict[str, Any]:
+def record(stage: str, options: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """What a run's settings keep of the command that is at work there; its end sets ``finished``.
 
     Args:
         stage: ``init`` or ``collect``.
         options: `RunConfig.given`.
+        folder: of the run.
     """
-    return {"stage": stage, "options": dict(options), "finished": False}
+    return {"stage": stage, "options": dict(options), "name": folder.name, "finished": False}
 
 
 def continuing(settings: Mapping[str, Any], folder: Path) -> str | None:
@@ -31,14 +32,16 @@ def continuing(settings: Mapping[str, Any], folder: Path) -> str | None:
         return collecting(settings, folder)
     # an overwriting that was stopped is continued by its own command, one that is done would be begun again
     left_out = {"resume"} if settings.get("overwriting") is not None else {"resume", "overwrite"}
-    return _text(settings["stage"], settings["options"], left_out)
+    # a folder that goes by another name now is not found without being told
+    place = {} if folder.name == settings["name"] else {"work_dir": str(folder)}
+    return _text(settings["stage"], {**_options(settings), **place}, left_out)
 
 
 def collecting(settings: Mapping[str, Any], folder: Path) -> str | None:
     """The command that collects what is missing among the statistics of a folder; None as for `continuing`."""
     if "stage" not in settings:
         return None
-    options = {**settings["options"], "statistics": str(folder)}
+    options = {**_options(settings), "statistics": str(folder)}
     return _text("collect", options, {"resume", "overwrite", *NOT_FOR_COLLECT})
 
 
@@ -49,6 +52,11 @@ def completing(settings: Mapping[str, Any], folder: Path) -> str:
     if settings.get("keeps_statistics", True) and only_collects:
         return collecting(settings, folder) or "the same `streamda collect` as before"
     return continuing(settings, folder) or "the same command as before"
+
+
+def _options(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the run, and what it cannot be continued without: another command may have left samples out."""
+    return {**settings["options"], **({"skip_bad_samples": True} if settings.get("skipped_samples") else {})}
 
 
 def _text(stage: str, options: Mapping[str, Any], left_out: set[str]) -> str:

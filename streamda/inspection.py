@@ -107,8 +107,9 @@ def _describe(
     blocks = settings["adapted_blocks"]
     solved = [index for index in blocks if solve_unit(index) in sizes]
     collected = collected_blocks(settings, sizes)
-    is_whole = len(collected) == len(blocks)
-    state = "" if is_whole else ", incomplete" if settings.get("finished", False) else ", interrupted"
+    finished = settings.get("finished", True)
+    is_whole = len(collected) == len(blocks) and (finished or settings["stage"] == "collect")
+    state = "" if is_whole else ", incomplete" if finished else ", interrupted"
     next_command = None if is_whole or at_work else completing(settings, path)
     facts: dict[str, Any] = {
         "at_work": at_work,

@@ -244,12 +244,14 @@ def plan(config: RunConfig) -> tuple[Plan, dict[str, Any]]:
     """What `initialize` would do and need, from the configuration and the samples alone.
 
     Returns:
-        The plan, and the facts beside it that `streamda.report.plan_table` shows.
+        The plan, and the facts beside it that `streamda.plan_table.plan_table` shows.
     """
     rates = parse_rates(config.rates)
     prepared = prepare(config, weights=False)
     made = prepared.plan(solves=True, keep_statistics=config.keep_statistics)
-    notices = [*prepared.notices, *disk_notices(prepared, made, room_for_run(work_dir(config)))]
+    notices = list(prepared.notices)
+    if config.rates is None:  # else it is about another machine, whose disk is not this one
+        notices += disk_notices(prepared, made, room_for_run(work_dir(config)))
     rates, reason = measure_rates(prepared.device, prepared.dtype, work_dir(config), rates)
     specs = prepared.specs(made.micro_batch_tokens, keep_statistics=config.keep_statistics)
     bounds = Bounds(
@@ -317,7 +319,7 @@ def _write_adapter(output: Path, run: RunDirectory, report: InitReport, config: 
     stopping.check()  # from here on it is done before a stop would be
     for index in run.settings["adapted_blocks"]:
         report.modules |= read_summaries(run.units, index)
-    report.notices += large_change_notices(report.modules)
+    report.notices += large_change_notices(report.modules, normalized=config.solve.normalize)
     factors = SolvedFactors(run.units, run.settings["adapted_blocks"])
     skipped = skipped_layers(report.modules)
     report.notices += (f"{name} is left without adapter: {reason}" for name, reason in skipped.items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -82,8 +83,11 @@ def repair_folder(folder: Path, drop: Sequence[str], unsafe_filesystem: bool = F
             made = {stats_unit(index): solve_unit(index) for index in run.settings.get("adapted_blocks", [])}
             dependents = tuple(made[name] for name in wanted if made.get(name) in units and made[name] not in wanted)
             if run.settings.get("stage") == "collect" or run.settings.get("finished", False):
-                steps = steps if {*wanted} - {*made.values()} else []
-                steps.append("the same `streamda solve` as before, if its adapter is wanted again")
+                solutions = {*made.values()}
+                steps = steps if {*wanted} - solutions else []
+                if solutions & {*wanted, *dependents}:
+                    solving = f"streamda solve --statistics {shlex.quote(shown(run.path))} --output-dir DIR"
+                    steps.append(f"{solving} ..., where its adapter is wanted again")
         # what was asked for goes last: interrupted before that, the same repair is asked for again
         for name in (*dependents, *wanted):
             run.units.drop(name)

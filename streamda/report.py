@@ -14,7 +14,7 @@ from streamda.errors import DamagedError
 from streamda.files import shown
 from streamda.memory import format_size
 from streamda.methods import SolveStatus
-from streamda.quoting import printable
+from streamda.quoting import counted, printable
 from streamda.sealed_json import seal_of
 from streamda.units import FileRecord
 
@@ -212,20 +212,22 @@ def _module_row(name: str, facts: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def large_change_notices(modules: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Says where an adapter adds so much to the weights that nothing of the model would be left.
+def large_change_notices(modules: Mapping[str, Mapping[str, Any]], *, normalized: bool) -> list[str]:
+    """Says where an adapter adds so much to the weights that little of the model would be left.
 
     Args:
         modules: `InitReport.modules`.
+        normalized: whether the displacement was divided by its largest singular value.
     """
     changes = {name: facts.get("step_zero_change") or 0.0 for name, facts in modules.items()}
     large = [name for name, change in changes.items() if change > LARGE_CHANGE]
     if not large:
         return []
     worst = max(large, key=changes.__getitem__)
+    remedy = "a larger --gamma" if normalized else "--normalize"
     return [
-        f"of {len(large)} layers the weight is changed by more than {LARGE_CHANGE:.0%} before the first step ({worst}: "
-        f"{changes[worst]:.1e} times its norm), which undoes the model: use --normalize, or a larger --gamma"
+        f"of {counted(len(large), 'layer')} the weight is changed by more than {LARGE_CHANGE:.0%} before the first "
+        f"step ({worst}: {changes[worst]:.1e} times its norm), which undoes the model: use {remedy}"
     ]
 
 

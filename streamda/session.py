@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from streamda import commands, files
@@ -31,6 +32,9 @@ from streamda.samples import Sample
 from streamda.setup import Prepared, versions
 from streamda.solutions import skipped_layers, solve_unit
 from streamda.store import stats_unit
+
+ADAPTER_IS_THERE: Mapping[str, Any] = MappingProxyType({"overwriting": None, "finished": True})
+"""What the settings of a run say when it has nothing left to continue; of `collect`, when all is collected."""
 
 
 @contextmanager
@@ -61,7 +65,7 @@ def open_run(
     solves = solver_settings is not None
     keeps = config.keep_statistics or not solves
     mark = _restart_mark(config, parts, solver_settings) if config.overwrite else None
-    own = {"overwriting": mark, **commands.record("init" if solves else "collect", config.given())}
+    own = {"overwriting": mark, **commands.record("init" if solves else "collect", config.given(), work)}
     there = (work / "run.json").exists()
     if not there:
         _require_space(work, made)
@@ -113,7 +117,7 @@ def open_run(
         with limit_errors(prepared.budget.device_bytes, made.peak_bytes):
             yield run, made
         if is_ours and run.settings["keeps_statistics"]:  # else it is gone
-            run.update_settings({"overwriting": None, "finished": True})
+            run.update_settings(ADAPTER_IS_THERE)
 
 
 def _drop_made_from_rows(run: RunDirectory, specs: Sequence[BlockSpec]) -> None:
@@ -225,7 +229,7 @@ def disk_notices(prepared: Prepared, planned: Plan, room: int) -> list[str]:
         f"a run would keep {stride_text(here.boundary_stride)} of the boundary states and read weights "
         f"{here.weight_passes:.1f} times"
         if here.disk_bytes <= room
-        else f"a run needs {format_size(here.disk_bytes)} at least, and is refused"
+        else f"a run needs {format_size(here.disk_bytes)} at least, and a new one is refused"
     )
     return [f"the disk has room for {format_size(room)} beside a reserve of {format_size(START_RESERVE_BYTES)}: {fits}"]
 
@@ -260,6 +264,11 @@ def finished_report(output: Path, digest: str, prepared: Prepared) -> InitReport
 
 def require_complete(run: RunDirectory) -> None:
     """Refuses statistics of which some are missing, with what collects them."""
+    if not run.settings.get("keeps_statistics", True):
+        raise ConfigError(
+            f"{shown(run.path)} is the work directory of an `init` that keeps no statistics; `streamda collect` makes "
+            "them, in another folder"
+        )
     missing = [index for index in run.settings["adapted_blocks"] if stats_unit(index) not in run.units]
     if missing:
         command = commands.collecting(run.settings, run.path) or "`streamda collect` with the same options"
@@ -278,7 +287,7 @@ def require_free_output(output: Path, config: RunConfig) -> None:
             raise
         report = read_report(output)
         hint = (
-            f"; `streamda solve --statistics {shlex.quote(shown(report.statistics_dir))}` makes others like it"
+            f"; `streamda solve --statistics {shlex.quote(shown(report.statistics_dir))} --output-dir DIR` makes others"
             if report.statistics_dir is not None and _has_statistics(report)
             else ""
         )
@@ -287,14 +296,15 @@ def require_free_output(output: Path, config: RunConfig) -> None:
 
 def _other_adapter(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """What an adapter is, by the options it was made with and those that are asked for now."""
-    if old.get("model") is None or new.get("model") is None:  # `solve` knows neither model nor data
-        names = ["solve"]
+    solved = [options.get("model") is None for options in (old, new)]  # `solve` knows neither model nor data
+    if any(solved):
+        names = ["statistics", "solve"] if all(solved) else ["solve"]
     else:
         names = ["model", "revision", "skip_bad_samples", "skip_bad_layers", "data", "collect", "solve"]
     found = list(differences({name: old.get(name) for name in names}, {name: new[name] for name in names}))
     if found:
         return f"the adapter of another run, where {named(found)}"
-    return "an adapter with the same settings" + (", of another model or other samples" if len(names) > 1 else "")
+    return "an adapter with the same settings" + ("" if any(solved) else ", of another model or other samples")
 
 
 def _has_statistics(report: InitReport) -> bool:
@@ -309,6 +319,8 @@ def remove_leftover(work: Path, parts: dict[str, dict[str, Any]]) -> None:
             ours = canonical_digest(_without_numerics(run.parts)) == canonical_digest(_without_numerics(parts))
             if ours and not run.settings["keeps_statistics"]:
                 run.remove()
+            elif ours:
+                run.update_settings(ADAPTER_IS_THERE)
     else:
         RunDirectory.finish_removal(work)
 

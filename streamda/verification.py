@@ -147,7 +147,8 @@ def _verify_run(run: RunDirectory) -> Verification:
     ]
     wanted = run.settings.get("adapted_blocks", [])
     collected = len(collected_blocks(run.settings, names))
-    if collected < len(wanted):
+    adapter_lacks = run.settings.get("stage") == "init" and not run.settings.get("finished", False)
+    if collected < len(wanted) or adapter_lacks:
         command = completing(run.settings, run.path)
         notes.append(f"not finished: {collected} of {len(wanted)} blocks are collected; to continue: {command}")
     return Verification(str(run.path), "run", sizes, tuple(damages), tuple(notes))

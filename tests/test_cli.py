@@ -159,7 +159,7 @@ class TestRepair:
         assert run(monkeypatch, "init", *given) == 0
         before = adapter.read_bytes()
         collect, solve = self.repaired(monkeypatch, capsys, work, "stats-0000", "stats-0001")
-        assert solve == "the same `streamda solve` as before, if its adapter is wanted again"
+        assert solve == f"streamda solve --statistics {work} --output-dir DIR ..., where its adapter is wanted again"
         kept = (work / "units" / "stats-0002").stat().st_ino
         assert run(monkeypatch, "inspect", str(work)) == 0
         shown = capsys.readouterr().out
@@ -188,6 +188,15 @@ class TestRepair:
             patched.setattr(pipeline, "_write_adapter", fail)
             assert run(patched, "init", *given) == 7
         work = tmp_path / "adapter.work"
+        for look in ("inspect", "verify"):
+            capsys.readouterr()
+            assert run(monkeypatch, look, str(work)) == 0
+            assert re.search(r"to continue:?  ?streamda init --model", capsys.readouterr().out)
+        assert run(monkeypatch, "solve", "--statistics", str(work), "--output-dir", str(tmp_path / "b")) == (
+            0 if more else 2
+        )
+        if not more:
+            assert "`streamda collect` makes them, in another folder" in capsys.readouterr().err
         unit = "stats-0001" if more else "solve-0001"
         (again,) = self.repaired(monkeypatch, capsys, work, unit)
         kept = (work / "units" / "solve-0002").stat().st_ino
@@ -208,12 +217,27 @@ class TestRepair:
         options = {name: value for name, value in golden_options(tmp_path).items() if name not in _INIT_ONLY}
         folder = tmp_path / "statistics"
         assert run(monkeypatch, "collect", *flags(options), "--statistics", str(folder), "--quiet", "--overwrite") == 0
-        collect, solve = self.repaired(monkeypatch, capsys, folder, "stats-0002")
-        assert "init" not in solve
+        (collect,) = self.repaired(monkeypatch, capsys, folder, "stats-0002")
         kept = (folder / "units" / "stats-0001").stat().st_ino
         assert run(monkeypatch, *shlex.split(collect)[1:], "--quiet") == 0
         assert (folder / "units" / "stats-0001").stat().st_ino == kept
         assert run(monkeypatch, "verify", str(folder)) == 0
+
+    def test_an_adapter_that_was_put_in_place_last_thing_is_noticed(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        def write_and_fail(*arguments: Any) -> None:
+            write(*arguments)
+            raise StorageError("disk full")
+
+        write = pipeline._write_adapter
+        given = [*flags(golden_options(tmp_path)), "--quiet", "--keep-statistics"]
+        with monkeypatch.context() as patched:
+            patched.setattr(pipeline, "_write_adapter", write_and_fail)
+            assert run(patched, "init", *given) == 7
+        assert run(monkeypatch, "init", *given) == 0  # already done
+        (collect, _) = self.repaired(monkeypatch, capsys, tmp_path / "adapter.work", "stats-0001")
+        assert collect.startswith("streamda collect")
 
     def test_a_command_that_was_refused_is_not_remembered(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -272,7 +296,7 @@ def test_a_plan_says_what_a_run_would_do_on_this_disk(
     assert run(monkeypatch, "plan", *options) == 0
     there = json.loads(capsys.readouterr().out)
     assert there["plan"] == plan["plan"]
-    assert re.search(r"the disk has room for 1 B .*: a run needs .* at least, and is refused", there["notices"][-1])
+    assert re.search(r"the disk has room for 1 B .*: a run needs .* at least, and a new one is refused", there["notices"][-1])
     thinned = SimpleNamespace(boundary_stride=2, weight_passes=2.4, disk_bytes=need - 1)
     prepared: Any = SimpleNamespace(plan=lambda **_: thinned, config=RunConfig())
     planned: Any = SimpleNamespace(disk_bytes=need)
@@ -289,7 +313,7 @@ def test_another_run_s_adapter_is_refused_with_what_differs(
     assert run(monkeypatch, "init", *options, "--rank", "4") == 2
     error = capsys.readouterr().err
     assert "add --overwrite: it has the adapter of another run, where solve.rank was 8 and is now 4" in error
-    assert f"; `streamda solve --statistics {tmp_path}/adapter.work` makes others like it\n" in error
+    assert f"; `streamda solve --statistics {tmp_path}/adapter.work --output-dir DIR` makes others" in error
     skipping = [*options, "--skip-bad-samples"]
     report = json.loads((tmp_path / "adapter" / "streamda_report.json").read_text())
     solve = ["solve", "--statistics", str(tmp_path / "adapter.work"), "--output-dir", str(tmp_path / "adapter")]

@@ -29,7 +29,7 @@ VALUES: dict[str, list[Any]] = {
     "normalize": [False],
     "balance": [False],
     "resume": [False],
-    "statistics": ["stats"],
+    "overwrite": [True],
     "work_dir": ["w"],
     "allow_environment_change": [True],
     "unsafe_filesystem": [True],
@@ -48,9 +48,10 @@ def test_the_command_read_again_gives_the_options_that_it_was_made_from(
     chosen = {name: chance.choice(values) for name, values in VALUES.items() if chance.random() < 0.7}
     config = RunConfig.from_options(chosen)
     assert RunConfig.from_options(config.given()) == config
-    options = {name: value for name, value in config.given().items() if name not in ("resume", "statistics")}
-    config = RunConfig.from_options(options)
-    command = commands.continuing(commands.record("init", options), Path("w"))
+    # what would begin anew is no part of what continues
+    options = config.given()
+    continued = {name: value for name, value in options.items() if name not in ("resume", "overwrite")}
+    command = commands.continuing(commands.record("init", options, Path("w")), Path("w"))
     assert command is not None
     seen: list[RunConfig] = []
 
@@ -60,7 +61,7 @@ def test_the_command_read_again_gives_the_options_that_it_was_made_from(
 
     monkeypatch.setattr(cli.pipeline, "initialize", initialize)
     assert run(monkeypatch, *shlex.split(command)[1:]) == 0, capsys.readouterr().err
-    assert seen == [config]
+    assert seen == [RunConfig.from_options(continued)]
 
 
 def test_no_command_is_made_up() -> None:
@@ -70,7 +71,7 @@ def test_no_command_is_made_up() -> None:
 
 
 def test_an_overwriting_is_told_only_until_it_is_done() -> None:
-    settings = commands.record("init", {"model": "m", "overwrite": True, "resume": False})
+    settings = commands.record("init", {"model": "m", "overwrite": True, "resume": False}, Path("w"))
     assert commands.continuing(settings, Path("w")) == "streamda init --model m"
     assert commands.continuing({**settings, "overwriting": "mark"}, Path("w")) == "streamda init --model m --overwrite"
     assert (
@@ -81,5 +82,12 @@ def test_an_overwriting_is_told_only_until_it_is_done() -> None:
 
 def test_statistics_are_collected_by_what_init_was_given_but_for_what_collect_does_not_take() -> None:
     config = RunConfig(model="m", output_dir="out", max_gpu_mem="1GB", keep_statistics=True, profile=True)
-    found = commands.collecting(commands.record("init", config.given()), Path("out.work"))
+    found = commands.collecting(commands.record("init", config.given(), Path("w")), Path("out.work"))
     assert found == "streamda collect --model m --statistics out.work --max-gpu-mem 1GB"
+
+
+def test_a_folder_by_another_name_and_samples_left_out_are_in_what_continues() -> None:
+    settings = commands.record("init", {"model": "m"}, Path("a/m-lora-da.work"))
+    assert commands.continuing(settings, Path("b/m-lora-da.work")) == "streamda init --model m"
+    moved = commands.continuing({**settings, "skipped_samples": [{"sample": 0}]}, Path("b/moved"))
+    assert moved == "streamda init --model m --work-dir b/moved --skip-bad-samples"

@@ -296,7 +296,7 @@ def test_a_plan_says_what_a_run_would_do_on_this_disk(
     assert run(monkeypatch, "plan", *options) == 0
     there = json.loads(capsys.readouterr().out)
     assert there["plan"] == plan["plan"]
-    assert re.search(r"the disk has room for 1 B .*: a run needs .* at least, and a new one is refused", there["notices"][-1])
+    assert re.search("the disk has room for 1 B .*: a run needs .*, and a new one is refused", there["notices"][-1])
     thinned = SimpleNamespace(boundary_stride=2, weight_passes=2.4, disk_bytes=need - 1)
     prepared: Any = SimpleNamespace(plan=lambda **_: thinned, config=RunConfig())
     planned: Any = SimpleNamespace(disk_bytes=need)

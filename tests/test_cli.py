@@ -24,6 +24,30 @@ from tests.golden_options import golden_options
 _INIT_ONLY = ("output_dir", "spill_statistics")
 
 
+def configuration_alone(folder: Path) -> Path:
+    """A model's folder without weights and tokenizer."""
+    model = folder / "model"
+    model.mkdir()
+    (model / "config.json").write_bytes((GOLDEN / "model" / "config.json").read_bytes())
+    return model
+
+
+def collect_flags(folder: Path) -> list[str]:
+    """Those of `golden_options` that `collect` takes."""
+    return flags({name: value for name, value in golden_options(folder).items() if name not in _INIT_ONLY})
+
+
+def init_without_adapter(monkeypatch: pytest.MonkeyPatch, *given: str) -> None:
+    """An `init` that ends with all solved and its adapter unwritten."""
+
+    def fail(*_: object) -> None:
+        raise StorageError("disk full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline, "_write_adapter", fail)
+        assert run(patched, "init", *given) == 7
+
+
 def test_init_inspect_solve_and_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -83,9 +107,7 @@ def test_inspect_tells_how_far_a_run_at_work_is(
 def test_plan_needs_no_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = tmp_path / "model"
-    model.mkdir()
-    (model / "config.json").write_bytes((GOLDEN / "model" / "config.json").read_bytes())
+    model = configuration_alone(tmp_path)
     options = golden_options(tmp_path, model=str(model))
     assert run(monkeypatch, "plan", *flags(options)) == 0
     assert "backward" in capsys.readouterr().out
@@ -98,9 +120,7 @@ def test_plan_needs_no_weights(
 def test_a_plan_needs_no_tokenizer_either_and_says_what_it_took_samples_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = tmp_path / "model"
-    model.mkdir()
-    (model / "config.json").write_bytes((GOLDEN / "model" / "config.json").read_bytes())
+    model = configuration_alone(tmp_path)
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"question": "q", "answer": "a"}\n' * 9)
     options = ["--model", str(model), "--max-gpu-mem", "400MB", "--max-length", "50"]
@@ -120,8 +140,15 @@ def test_a_plan_needs_no_tokenizer_either_and_says_what_it_took_samples_for(
 def test_a_run_tells_the_command_that_began_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = {name: value for name, value in golden_options(tmp_path).items() if name not in _INIT_ONLY}
-    given = [*flags(options), "--rank", "4", "--num-samples", "3", "--statistics", str(tmp_path / "statistics")]
+    given = [
+        *collect_flags(tmp_path),
+        "--rank",
+        "4",
+        "--num-samples",
+        "3",
+        "--statistics",
+        str(tmp_path / "statistics"),
+    ]
     assert run(monkeypatch, "collect", *given) == 0
     capsys.readouterr()
     assert run(monkeypatch, "inspect", str(tmp_path / "statistics")) == 0
@@ -180,13 +207,7 @@ class TestRepair:
     def test_a_run_without_its_adapter_is_continued_though_all_is_solved(
         self, more: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        def fail(*_: object) -> None:
-            raise StorageError("disk full")
-
-        given = [*flags(golden_options(tmp_path)), "--quiet", *more]
-        with monkeypatch.context() as patched:
-            patched.setattr(pipeline, "_write_adapter", fail)
-            assert run(patched, "init", *given) == 7
+        init_without_adapter(monkeypatch, *flags(golden_options(tmp_path)), "--quiet", *more)
         work = tmp_path / "adapter.work"
         for look in ("inspect", "verify"):
             capsys.readouterr()
@@ -201,10 +222,7 @@ class TestRepair:
         (again,) = self.repaired(monkeypatch, capsys, work, unit)
         kept = (work / "units" / "solve-0002").stat().st_ino
         if more:  # another command that only helps does not take its place
-            collect = [part for part in given if part not in ("--keep-statistics", "--overwrite", "--spill-statistics")]
-            place = collect.index("--output-dir")
-            collect[place : place + 2] = ["--statistics", str(work)]
-            assert run(monkeypatch, "collect", *collect) == 0
+            assert run(monkeypatch, "collect", *collect_flags(tmp_path), "--quiet", "--statistics", str(work)) == 0
             assert (work / "units" / "solve-0002").stat().st_ino == kept
             assert self.repaired(monkeypatch, capsys, work, unit) == [again]
         assert shlex.split(again)[:2] == ["streamda", "init"]
@@ -214,9 +232,9 @@ class TestRepair:
     def test_of_collected_statistics_nothing_names_init(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        options = {name: value for name, value in golden_options(tmp_path).items() if name not in _INIT_ONLY}
         folder = tmp_path / "statistics"
-        assert run(monkeypatch, "collect", *flags(options), "--statistics", str(folder), "--quiet", "--overwrite") == 0
+        given = [*collect_flags(tmp_path), "--statistics", str(folder), "--quiet", "--overwrite"]
+        assert run(monkeypatch, "collect", *given) == 0
         (collect,) = self.repaired(monkeypatch, capsys, folder, "stats-0002")
         kept = (folder / "units" / "stats-0001").stat().st_ino
         assert run(monkeypatch, *shlex.split(collect)[1:], "--quiet") == 0
@@ -258,16 +276,9 @@ class TestRepair:
 def test_collect_leaves_the_work_directory_of_an_init_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(*_: object) -> None:
-        raise StorageError("disk full")
-
-    options = golden_options(tmp_path)
-    with monkeypatch.context() as patched:
-        patched.setattr(pipeline, "_write_adapter", fail)
-        assert run(patched, "init", *flags(options), "--quiet") == 7
+    init_without_adapter(monkeypatch, *flags(golden_options(tmp_path)), "--quiet")
     record = (tmp_path / "adapter.work" / "run.json").read_bytes()
-    given = {name: value for name, value in options.items() if name not in _INIT_ONLY}
-    assert run(monkeypatch, "collect", *flags(given), "--statistics", str(tmp_path / "adapter.work")) == 5
+    assert run(monkeypatch, "collect", *collect_flags(tmp_path), "--statistics", str(tmp_path / "adapter.work")) == 5
     assert "is the work directory of an `init` that keeps no statistics" in capsys.readouterr().err
     assert (tmp_path / "adapter.work" / "run.json").read_bytes() == record
 

@@ -18,7 +18,7 @@ from streamda.config import DataConfig
 from streamda.errors import ConfigError, DataError
 from streamda.json_rows import JsonLines
 from streamda.quoting import one_line
-from streamda.row_formats import are_tokenized, choose_format
+from streamda.row_formats import are_described, are_tokenized, choose_format
 from streamda.rows import Rows, open_rows
 from streamda.samples import Sample, SampleEncoder, describe_sample
 
@@ -221,8 +221,7 @@ def _open_source(config: DataConfig, bad: BadRows) -> Iterator[Rows]:
 
 
 def _with_shipped_layout(config: DataConfig) -> DataConfig:
-    options = (config.text_column, config.prompt_column, config.completion_column, config.template)
-    if config.dataset is not None or any(option is not None for option in options):
+    if config.dataset is not None or are_described(config):
         return config
     return dataclasses.replace(config, template=SHIPPED_TEMPLATE)
 

@@ -157,8 +157,7 @@ class Collection:
         self._run.update_settings({"skipped_samples": skipped, "data": before["data"] | counts})
 
     def _collect(self, solver: Solver | None) -> None:
-        for notice in stride_notices(self._plan):
-            self._progress.say(f"note: {notice}")
+        self._progress.tell(stride_notices(self._plan))
         self._steps = self._missing_steps(solver)
         following = max(self._steps, default=self._lowest - 1)  # the block that comes next on the way down
         self._report.already_done = solver is None and not self._steps

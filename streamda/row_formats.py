@@ -21,10 +21,15 @@ COMPLETION_COLUMNS = ("completion", "answer", "output")
 """Where the completion is looked for if only the prompt is described."""
 
 
+def are_described(config: DataConfig) -> bool:
+    """Whether options say which columns of text rows are made of."""
+    options = (config.text_column, config.template, config.prompt_column, config.completion_column)
+    return any(option is not None for option in options)
+
+
 def are_tokenized(config: DataConfig, columns: Sequence[str]) -> bool:
     """Whether rows are token ids already; an option that names columns of text wins."""
-    chosen = (config.text_column, config.template, config.prompt_column, config.completion_column)
-    return "input_ids" in columns and not any(option is not None for option in chosen)
+    return "input_ids" in columns and not are_described(config)
 
 
 def choose_format(
@@ -46,7 +51,6 @@ def choose_format(
     if len(rows) == 0:
         raise DataError(f"{source}: no rows")
     columns = rows.columns
-    is_chosen = (config.template, config.prompt_column, config.completion_column) != (None, None, None)
     try:
         if are_tokenized(config, columns):
             return lambda row: encoder.encode_tokens(row.get("input_ids"), row.get("labels"), row.get("attention_mask"))
@@ -54,7 +58,7 @@ def choose_format(
             _ = encoder.tokenizer  # refused before the first row is read
         if config.text_column is not None:
             return _text_format(_known(config.text_column, columns), encoder)
-        if is_chosen:
+        if are_described(config):
             return _chosen_format(config, columns, encoder)
         return _detected_format(columns, encoder)
     except DataError as error:

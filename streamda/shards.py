@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from streamda.errors import ModelError
 from streamda.files import shown
-from streamda.quoting import NUM_NAMED, one_line, quoted
+from streamda.quoting import NUM_NAMED, counted, one_line, quoted
 
 STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 MAX_JSON_BYTES = 100_000_000
@@ -234,4 +234,4 @@ def _no_nan(constant: str) -> float:
 def _some(noun: str, names: Sequence[str]) -> str:
     """``2 tensors (a, b)``, with five names at most."""
     shown_names = ", ".join(one_line(name, 100) for name in names[:NUM_NAMED])
-    return f"{len(names)} {noun}{'s' * (len(names) > 1)} ({shown_names}{', ...' * (len(names) > NUM_NAMED)})"
+    return f"{counted(len(names), noun)} ({shown_names}{', ...' * (len(names) > NUM_NAMED)})"

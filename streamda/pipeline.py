@@ -127,7 +127,7 @@ def initialize(config: RunConfig, *, quiet: bool = False, verbose: bool = False)
             keeps = bool(run.settings["keeps_statistics"])
             report.statistics_dir = str(work) if keeps else None
             report.model["fingerprint"] = digest
-            report.wall_seconds, report.busy = timeline.now(), timeline.busy()
+            report.note_time(timeline)
             if config.profile or config.rates is not None or report.wall_seconds >= MEASURED_RUN_SECONDS:
                 try:
                     with timeline.span("measure rates"), limit_errors():
@@ -165,7 +165,7 @@ def collect(config: RunConfig, *, quiet: bool = False, verbose: bool = False) ->
             report.notices += progress.tell(resume_notices(prepared, run, parts))
             Collection(prepared, checkpoint, run, made, meter, progress, report).collect(None)
             report.statistics_dir = str(work)
-            report.wall_seconds, report.busy = timeline.now(), timeline.busy()
+            report.note_time(timeline)
     return report
 
 
@@ -228,7 +228,7 @@ def solve(config: RunConfig, *, quiet: bool = False) -> InitReport:
                 bar.advance()
         report.output_dir, report.statistics_dir = str(output), config.statistics
         report.model["fingerprint"] = run_digest(run.parts, solver.settings)
-        report.wall_seconds, report.busy = timeline.now(), timeline.busy()
+        report.note_time(timeline)
         model_config = load_config(run.path / MODEL_FOLDER, config.trust_remote_code)
         with timeline.span("write adapter"):
             _write_adapter(

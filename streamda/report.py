@@ -16,6 +16,7 @@ from streamda.memory import format_size
 from streamda.methods import SolveStatus
 from streamda.quoting import counted, printable
 from streamda.sealed_json import seal_of
+from streamda.timeline import Timeline
 from streamda.units import FileRecord
 
 REPORT_FILE = "streamda_report.json"
@@ -95,6 +96,10 @@ class InitReport:
     def written(self) -> dict[str, FileRecord]:
         """`files` as records."""
         return {name: FileRecord(values["size"], values["crc32c"]) for name, values in self.files.items()}
+
+    def note_time(self, timeline: Timeline) -> None:
+        """Takes note of what is known of the time before the report is written with the adapter."""
+        self.wall_seconds, self.busy = timeline.now(), timeline.busy()
 
     def seal(self, written: Mapping[str, FileRecord]) -> str:
         """Takes note of what the adapter's files came to; the report's file, with a checksum of its own in it."""

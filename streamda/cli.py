@@ -6,7 +6,6 @@ import inspect
 import io
 import json
 import os
-import shlex
 import sys
 import traceback
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from typer.core import TyperCommand
 
 from streamda import __version__, pipeline, stopping
 from streamda.cli_options import TRACEBACKS, command_options
-from streamda.commands import NOT_FOR_COLLECT
+from streamda.commands import NOT_FOR_COLLECT, solving
 from streamda.config import RunConfig, option_fields
 from streamda.config_file import read_config_file
 from streamda.errors import StoppedError, StorageError, StreamdaError
@@ -105,9 +104,8 @@ def _print_report(report: InitReport, as_json: bool) -> None:
     elif report.statistics_dir:
         if report.already_done:
             _show("\nalready done: the statistics are there, and left as they are; --overwrite makes them anew")
-        given, rank = shlex.quote(report.statistics_dir), report.config["solve"]["rank"]
-        command = f"streamda solve --statistics {given} --output-dir DIR --rank {rank}"
-        _show(f"\nsolve from them, as often as wanted: {command}")
+        rank = report.config["solve"]["rank"]
+        _show(f"\nsolve from them, as often as wanted: {solving(report.statistics_dir)} --rank {rank}")
 
 
 @app.command("init", cls=_SectionedCommand)

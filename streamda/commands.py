@@ -24,6 +24,16 @@ def record(stage: str, options: Mapping[str, Any], folder: Path) -> dict[str, An
     return {"stage": stage, "options": dict(options), "name": folder.name, "finished": False}
 
 
+def lacks_adapter(settings: Mapping[str, Any]) -> bool:
+    """Whether a run is an `init` that has not put its adapter in place, so that its own command goes on with it."""
+    return settings.get("stage") == "init" and not settings.get("finished", False)
+
+
+def only_collects(settings: Mapping[str, Any]) -> bool:
+    """Whether all that can be missing of a run is statistics: an adapter is there, or was never to be."""
+    return settings.get("stage") == "collect" or bool(settings.get("finished", False))
+
+
 def continuing(settings: Mapping[str, Any], folder: Path) -> str | None:
     """The command of a run, such that it continues the run in a folder; None where that was not recorded."""
     if "stage" not in settings:
@@ -47,11 +57,14 @@ def collecting(settings: Mapping[str, Any], folder: Path) -> str | None:
 
 def completing(settings: Mapping[str, Any], folder: Path) -> str:
     """What makes what a run's folder lacks: the command, or where that was not recorded words for it."""
-    # an adapter that is there already is nothing that `init` would continue
-    only_collects = settings.get("stage") == "collect" or settings.get("finished", False)
-    if settings.get("keeps_statistics", True) and only_collects:
+    if settings.get("keeps_statistics", True) and only_collects(settings):
         return collecting(settings, folder) or "the same `streamda collect` as before"
     return continuing(settings, folder) or "the same command as before"
+
+
+def solving(statistics: str) -> str:
+    """The command that solves from a folder of statistics, but for its settings."""
+    return f"streamda solve --statistics {shlex.quote(statistics)} --output-dir DIR"
 
 
 def _options(settings: Mapping[str, Any]) -> dict[str, Any]:

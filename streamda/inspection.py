@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from streamda import files
-from streamda.commands import completing, continuing
+from streamda.commands import completing, continuing, lacks_adapter
 from streamda.errors import ConfigError, LockedError
 from streamda.files import shown
 from streamda.memory import format_size
@@ -107,9 +107,8 @@ def _describe(
     blocks = settings["adapted_blocks"]
     solved = [index for index in blocks if solve_unit(index) in sizes]
     collected = collected_blocks(settings, sizes)
-    finished = settings.get("finished", True)
-    is_whole = len(collected) == len(blocks) and (finished or settings["stage"] == "collect")
-    state = "" if is_whole else ", incomplete" if finished else ", interrupted"
+    is_whole = len(collected) == len(blocks) and not lacks_adapter(settings)
+    state = "" if is_whole else ", incomplete" if settings.get("finished", True) else ", interrupted"
     next_command = None if is_whole or at_work else completing(settings, path)
     facts: dict[str, Any] = {
         "at_work": at_work,

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from streamda.commands import completing
+from streamda.commands import completing, only_collects, solving
 from streamda.errors import ConfigError
 from streamda.files import shown
 from streamda.filesystem import tolerated
@@ -82,12 +81,11 @@ def repair_folder(folder: Path, drop: Sequence[str], unsafe_filesystem: bool = F
         if run.settings.get("keeps_statistics", True):
             made = {stats_unit(index): solve_unit(index) for index in run.settings.get("adapted_blocks", [])}
             dependents = tuple(made[name] for name in wanted if made.get(name) in units and made[name] not in wanted)
-            if run.settings.get("stage") == "collect" or run.settings.get("finished", False):
+            if only_collects(run.settings):
                 solutions = {*made.values()}
                 steps = steps if {*wanted} - solutions else []
                 if solutions & {*wanted, *dependents}:
-                    solving = f"streamda solve --statistics {shlex.quote(shown(run.path))} --output-dir DIR"
-                    steps.append(f"{solving} ..., where its adapter is wanted again")
+                    steps.append(f"{solving(shown(run.path))} ..., where its adapter is wanted again")
         # what was asked for goes last: interrupted before that, the same repair is asked for again
         for name in (*dependents, *wanted):
             run.units.drop(name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,8 +32,8 @@ from streamda.setup import Prepared, versions
 from streamda.solutions import skipped_layers, solve_unit
 from streamda.store import stats_unit
 
-ADAPTER_IS_THERE: Mapping[str, Any] = MappingProxyType({"overwriting": None, "finished": True})
-"""What the settings of a run say when it has nothing left to continue; of `collect`, when all is collected."""
+NOTHING_TO_CONTINUE: Mapping[str, Any] = MappingProxyType({"overwriting": None, "finished": True})
+"""What the settings of a run say whose adapter is in place, or of which, by `collect`, all is collected."""
 
 
 @contextmanager
@@ -90,7 +89,9 @@ def open_run(
         restart=starts_over,
         ignore_parts=("numerics",) if config.allow_environment_change else (),
     ) as run:
-        if not solves and run.settings.get("stage") == "init" and not run.settings["keeps_statistics"]:
+        # what `init` began is still to become an adapter when `collect` has been there
+        is_ours = solves or run.settings.get("stage") != "init"
+        if not is_ours and not run.settings["keeps_statistics"]:
             raise MismatchError(
                 f"{shown(run.path)} is the work directory of an `init` that keeps no statistics; finish that, or give "
                 "another --statistics"
@@ -111,13 +112,11 @@ def open_run(
         if keeps and not kept:  # once it is known that the run fits with them
             _drop_made_from_rows(run, prepared.specs(chosen, keep_statistics=False))
         copies = copy_configuration(prepared.source.folder, run.path, config.trust_remote_code)
-        # what `init` began is still to become an adapter when `collect` has been there
-        is_ours = solves or run.settings.get("stage") != "init"
         run.update_settings({"keeps_statistics": keeps, "model_files": copies, **(own if is_ours else {})})
         with limit_errors(prepared.budget.device_bytes, made.peak_bytes):
             yield run, made
         if is_ours and run.settings["keeps_statistics"]:  # else it is gone
-            run.update_settings(ADAPTER_IS_THERE)
+            run.update_settings(NOTHING_TO_CONTINUE)
 
 
 def _drop_made_from_rows(run: RunDirectory, specs: Sequence[BlockSpec]) -> None:
@@ -286,11 +285,8 @@ def require_free_output(output: Path, config: RunConfig) -> None:
         if not os.path.isfile(output / REPORT_FILE):
             raise
         report = read_report(output)
-        hint = (
-            f"; `streamda solve --statistics {shlex.quote(shown(report.statistics_dir))} --output-dir DIR` makes others"
-            if report.statistics_dir is not None and _has_statistics(report)
-            else ""
-        )
+        statistics = shown(report.statistics_dir or "")
+        hint = f"; `{commands.solving(statistics)}` makes others" if _has_statistics(report) else ""
         raise ConfigError(f"{error}: it has {_other_adapter(report.config, config.to_dict())}{hint}") from error
 
 
@@ -320,7 +316,7 @@ def remove_leftover(work: Path, parts: dict[str, dict[str, Any]]) -> None:
             if ours and not run.settings["keeps_statistics"]:
                 run.remove()
             elif ours:
-                run.update_settings(ADAPTER_IS_THERE)
+                run.update_settings(NOTHING_TO_CONTINUE)
     else:
         RunDirectory.finish_removal(work)
 

@@ -17,7 +17,7 @@ from streamda.adapter import OWN_FILES, has_mark
 from streamda.adapter_check import WEIGHTS_FILE, verify_adapter
 from streamda.block_statistics import TILE
 from streamda.boundary import require_finite_states
-from streamda.commands import completing
+from streamda.commands import completing, lacks_adapter
 from streamda.errors import ConfigError, DamagedError
 from streamda.files import shown
 from streamda.inspection import UNIT_KINDS, collected_blocks, require_readable, unit_rows
@@ -90,11 +90,6 @@ def verify_folder(folder: Path) -> Verification:
         DamagedError: the record of a run is damaged, without which nothing else can be judged.
     """
     require_readable(folder)
-    if not (folder / REPORT_FILE).is_file() and _is_foreign(folder / WEIGHTS_FILE):
-        raise ConfigError(
-            f"{shown(folder)} holds an adapter that streamda did not write, such as training saves; there is nothing "
-            "to check it against"
-        )
     if any((folder / name).is_file() for name in (REPORT_FILE, WEIGHTS_FILE)):
         return _verify_adapter(folder)
     with RunDirectory.open_existing(folder, exclusive=False) as run:
@@ -112,6 +107,11 @@ def _verify_adapter(folder: Path) -> Verification:
     sizes: dict[str, int] = {}
     try:
         if not (folder / REPORT_FILE).is_file():
+            if _is_foreign(folder / WEIGHTS_FILE):
+                raise ConfigError(
+                    f"{shown(folder)} holds an adapter that streamda did not write, such as training saves; there is "
+                    "nothing to check it against"
+                )
             raise DamagedError(
                 f"{shown(folder / REPORT_FILE)} is missing, which says what was written; move {shown(folder)} away and "
                 "make the adapter again"
@@ -147,8 +147,7 @@ def _verify_run(run: RunDirectory) -> Verification:
     ]
     wanted = run.settings.get("adapted_blocks", [])
     collected = len(collected_blocks(run.settings, names))
-    adapter_lacks = run.settings.get("stage") == "init" and not run.settings.get("finished", False)
-    if collected < len(wanted) or adapter_lacks:
+    if collected < len(wanted) or lacks_adapter(run.settings):
         command = completing(run.settings, run.path)
         notes.append(f"not finished: {collected} of {len(wanted)} blocks are collected; to continue: {command}")
     return Verification(str(run.path), "run", sizes, tuple(damages), tuple(notes))

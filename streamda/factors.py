@@ -42,6 +42,9 @@ WIDE_BYTES = 32 << 20
 """Of inputs that are cast to float64 at a time."""
 DEVICE_TRIANGLE_ROWS = 1024
 """As `TRIANGLE_ROWS` of a GPU, which larger products fill better. Unmeasured."""
+MIRRORED_ROWS = 256
+"""Of a matrix that are mirrored at a time. Of 64 to 1024 the fastest: they and their mirror image stay in a cache (1.4
+to 2.8 times as fast as 1024 at 576 to 2048 rows of float64)."""
 SQUARE_COLUMNS = 2048
 """Output features squared at a time, so that no copy of all gradients is made."""
 
@@ -146,9 +149,8 @@ def add_output_moment_(total: torch.Tensor, g: torch.Tensor) -> None:
 def mirror_lower_(matrix: torch.Tensor) -> torch.Tensor:
     """Copies the lower triangle of a square matrix [n, n] onto its upper one, in place; returns the matrix."""
     size = matrix.shape[0]
-    step = 1024  # by bands, so that no second matrix is ever made
-    for start in range(0, size, step):
-        stop = min(start + step, size)
+    for start in range(0, size, MIRRORED_ROWS):
+        stop = min(start + MIRRORED_ROWS, size)
         diagonal = matrix[start:stop, start:stop]
         diagonal.copy_(diagonal.tril() + diagonal.tril(-1).T)
         matrix[start:stop, stop:] = matrix[stop:, start:stop].T

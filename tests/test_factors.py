@@ -120,7 +120,7 @@ def test_rows_beyond_the_triangle_are_skipped() -> None:
     assert x.shape[1] ** 2 / 2 < computed < 0.6 * x.shape[1] ** 2
 
 
-@pytest.mark.parametrize("size", [1, 2, 5, 1023, 1024, 1025, 2200])
+@pytest.mark.parametrize("size", [1, 2, 5, 255, 256, 257, 1100])
 def test_mirroring_copies_the_lower_triangle_and_reads_nothing_above_it(size: int) -> None:
     matrix = rows(size, size, size)
     expected = matrix.tril() + matrix.tril(-1).T

@@ -27,9 +27,10 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float((actual.double() - expected.double()).norm() / expected.double().norm())
 
 
+@pytest.mark.parametrize("short", [False, True])
 @pytest.mark.parametrize("layers_per_pass", [1, 2, None])
 def test_statistics_are_those_of_autograd(
-    model_and_data: tuple[Path, Path], layers_per_pass: int | None, monkeypatch: pytest.MonkeyPatch
+    model_and_data: tuple[Path, Path], layers_per_pass: int | None, short: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, data = model_and_data
     found = []
@@ -39,7 +40,7 @@ def test_statistics_are_those_of_autograd(
         return torch.zeros(1), torch.zeros(1)
 
     monkeypatch.setattr(baseline, "solve_dense", keep)
-    result = baseline.run(model, DataConfig(dataset=str(data)), layers_per_pass)
+    result = baseline.run(model, DataConfig(dataset=str(data)), layers_per_pass, short=short)
     expected, _ = oracle_statistics(load_model(model), make_samples(), result.adapters, "attention")
     assert len(found) == len(result.adapters) == 21
     for (gradient, input_moment, output_moment), name in zip(found, result.adapters, strict=True):
@@ -64,10 +65,13 @@ def test_a_well_conditioned_layer_is_solved(d_in: int) -> None:
     assert relative_error(lora_b @ lora_a, expected.product) < 1e-3
 
 
-def test_command_line_writes_adapters_and_figures(model_and_data: tuple[Path, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("passes", ["whole", "short"])
+def test_command_line_writes_adapters_and_figures(
+    model_and_data: tuple[Path, Path], passes: str, tmp_path: Path
+) -> None:
     model, data = model_and_data
     adapters, facts = tmp_path / "adapters.safetensors", tmp_path / "facts.json"
-    arguments = [str(model), str(data), "--rank", str(RANK), "--layers-per-pass", "all"]
+    arguments = [str(model), str(data), "--rank", str(RANK), "--layers-per-pass", "all", "--passes", passes]
     baseline.main([*arguments, "--output", str(adapters), "--json", str(facts)])
     tensors = load_file(adapters)
     assert len(tensors) == 2 * 21

@@ -1,14 +1,16 @@
 """LoRA-DA the plain way: the whole model in memory, every matrix formed. What streamda is measured against.
 
-    python -m tools.baseline MODEL DATA [--num-samples 16] [--layers-per-pass 8|all] [--max-length 1024] [--rank 8]
-                                        [--output FILE.safetensors] [--json FILE]
+    python -m tools.baseline MODEL DATA [--num-samples 16] [--layers-per-pass 8|all] [--passes whole|short]
+                                        [--max-length 1024] [--rank 8] [--output FILE.safetensors] [--json FILE]
     python -m tools.baseline .cache/smollm2-135m gsm8k_train.jsonl --num-samples 16
 
 1. The model is loaded in float32.
 2. Gradient pass: forward and backward over all samples; the gradient of every linear layer stays in memory.
 3. Fisher passes, one for every group of decoder blocks: forward and backward over all samples again, collecting the
-   input moment x x^T and the output moment g * g of the group's layers. No gradient is taken below the group, nor for
-   any weight.
+   input moment x x^T and the output moment g * g of the group's layers. They are `whole`, as is the gradient pass: the
+   model stays as it was loaded, so that each goes back through all blocks and makes the gradient of every parameter,
+   which is dropped where it is not wanted. `short` ones take none below the group, nor for any weight, and the gradient
+   pass takes those of the linear layers alone.
 4. After each pass the group's layers are solved one by one, dense and in float32: the inverse of the damped input
    moment, the displacement and the guidance matrix are formed, and torch.lobpcg makes ten iterations on the latter.
 
@@ -88,30 +90,28 @@ def find_linears(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def gradients(model: nn.Module, samples: Sequence[Sample], linears: dict[str, nn.Linear]) -> dict[str, torch.Tensor]:
-    """Mean over samples of dloss/dW [d_out, d_in] for every layer, in one pass."""
-    for linear in linears.values():
-        linear.weight.requires_grad_(True)
+    """Mean over samples of dloss/dW [d_out, d_in] for every layer, in one pass. Their weights require it."""
     for sample in samples:
         (sample_loss(model, sample) / len(samples)).backward()
     found = {}
     for name, linear in linears.items():
         assert linear.weight.grad is not None
         found[name] = linear.weight.grad
-        linear.weight.grad = None
-        linear.weight.requires_grad_(False)
+    model.zero_grad()  # the others; these are held on to
     return found
 
 
 def fisher_moments(
-    model: nn.Module, samples: Sequence[Sample], linears: dict[str, nn.Linear], lowest: nn.Module
+    model: nn.Module, samples: Sequence[Sample], linears: dict[str, nn.Linear], lowest: nn.Module | None = None
 ) -> dict[str, Moments]:
     """Input and output moments of a group of layers, in one pass.
 
     Args:
-        model: without any parameter that requires a gradient.
+        model: without any parameter that requires a gradient where `lowest` is given.
         samples: to pass through it.
         linears: the group.
-        lowest: the group's first decoder block, where the graph begins.
+        lowest: the group's first decoder block, where the graph is to begin; None where weights that require a gradient
+            begin it.
     """
     moments = {
         name: Moments(torch.zeros(linear.in_features, linear.in_features), torch.zeros(linear.out_features))
@@ -132,11 +132,12 @@ def fisher_moments(
 
         output.register_hook(collect_gradient)
 
-    handles = [lowest.register_forward_pre_hook(begin_graph)]
+    handles = [lowest.register_forward_pre_hook(begin_graph)] if lowest else []
     for name, linear in linears.items():
         handles.append(linear.register_forward_hook(lambda _, x, y, name=name: collect(name, x, y)))
     for sample in samples:
         sample_loss(model, sample).backward()
+        model.zero_grad()
     for handle in handles:
         handle.remove()
     return moments
@@ -193,7 +194,13 @@ class Result:
 
 
 def run(
-    folder: Path, data: DataConfig, layers_per_pass: int | None, rank: int = RANK, threads: int | None = None
+    folder: Path,
+    data: DataConfig,
+    layers_per_pass: int | None,
+    rank: int = RANK,
+    threads: int | None = None,
+    *,
+    short: bool = False,
 ) -> Result:
     """The whole procedure.
 
@@ -203,13 +210,14 @@ def run(
         layers_per_pass: decoder blocks per Fisher pass; None for all of them in one.
         rank: of the adapters.
         threads: of torch; None for its default.
+        short: whether no gradient is taken that is not wanted: Fisher passes end at their group.
     """
     if threads:
         torch.set_num_threads(threads)
     phases, started = Phases(), time.monotonic()
     with PeakMeter(torch.device("cpu")) as meter:
         with phases.time("load"):
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
             calibration = load_calibration(
                 data,
                 load_tokenizer(folder, False),
@@ -217,8 +225,14 @@ def run(
                 max_positions=max_positions(model.config),
             )
         samples, linears = calibration.samples, find_linears(model)
+        if short:
+            model.requires_grad_(False)
+            for linear in linears.values():
+                linear.weight.requires_grad_(True)
         with phases.time("gradient"):
             gradient = gradients(model, samples, linears)
+        if short:
+            model.requires_grad_(False)
         blocks = list(dict.fromkeys(found[0] for found in map(BLOCK.match, linears) if found))
         adapters = {}
         step = layers_per_pass or len(blocks)
@@ -226,7 +240,8 @@ def run(
             prefixes = tuple(block + "." for block in blocks[first : first + step])
             group = {name: linear for name, linear in linears.items() if name.startswith(prefixes)}
             with phases.time("fisher"):
-                moments = fisher_moments(model, samples, group, model.get_submodule(blocks[first]))
+                lowest = model.get_submodule(blocks[first]) if short else None
+                moments = fisher_moments(model, samples, group, lowest)
             with phases.time("solve"):
                 for name in group:
                     adapters[name] = solve_dense(
@@ -246,6 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--num-samples", type=int, default=16)
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--layers-per-pass", default="8", metavar="8|all")
+    parser.add_argument("--passes", choices=("whole", "short"), default="whole")
     parser.add_argument("--rank", type=int, default=RANK)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--output", type=Path, help="safetensors file for the adapters, by layer name")
@@ -254,7 +270,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     transformers.utils.logging.disable_progress_bar()
     data = DataConfig(dataset=options.data, num_samples=options.num_samples, max_length=options.max_length)
     layers_per_pass = None if options.layers_per_pass == "all" else int(options.layers_per_pass)
-    result = run(options.model, data, layers_per_pass, options.rank, options.threads)
+    short = options.passes == "short"
+    result = run(options.model, data, layers_per_pass, options.rank, options.threads, short=short)
     for phase, seconds in result.seconds.items():
         print(f"{phase:<10} {seconds:8.1f} s")
     print(f"{'total':<10} {result.total_seconds:8.1f} s")

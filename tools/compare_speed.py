@@ -5,10 +5,11 @@
     python tools/make_smollm2.py .cache/smollm2-135m
     python -m tools.compare_speed .cache/smollm2-135m gsm8k_train.jsonl --num-samples 16 --json .cache/speed.json
 
-Runs `streamda init`, the baseline of tools/baseline.py with Fisher passes over 8 decoder blocks, and the baseline with
-all blocks in one pass: one after another, each in a process of its own with the same number of threads, on the same
-samples. The checkpoint is read once before, so that none of them is the first to wait for the disk. Time and memory
-count from the end of the imports to the written adapter. With `--repeats` the fastest run of each counts.
+Runs `streamda init` and the baseline of tools/baseline.py, which makes its Fisher passes over 8 decoder blocks or over
+all of them, and as whole passes or as short ones: one after another, each in a process of its own with the same number
+of threads, on the same samples. The checkpoint is read once before, so that none of them is the first to wait for the
+disk. Time and memory count from the end of the imports to the written adapter. With `--repeats` the fastest run of each
+counts.
 """
 
 import argparse
@@ -17,7 +18,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +60,10 @@ def run_streamda(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     return _run(STREAMDA, [json.dumps(settings), str(scratch / "facts.json")], options.threads, scratch)
 
 
-def run_baseline(options: argparse.Namespace, scratch: Path, layers_per_pass: str) -> dict[str, Any]:
-    """Seconds and peak of the baseline."""
+def run_baseline(options: argparse.Namespace, scratch: Path, layers_per_pass: str, passes: str) -> dict[str, Any]:
+    """Seconds and peak of the baseline, with passes `whole` or `short`."""
     arguments = [str(options.model), options.data, "--num-samples", str(options.num_samples)]
-    arguments += ["--max-length", str(options.max_length), "--layers-per-pass", layers_per_pass]
+    arguments += ["--max-length", str(options.max_length), "--layers-per-pass", layers_per_pass, "--passes", passes]
     arguments += ["--output", str(scratch / "adapter.safetensors"), "--json", str(scratch / "facts.json")]
     return _run(BASELINE, arguments, options.threads, scratch)
 
@@ -84,11 +86,10 @@ def warm_page_cache(model: Path) -> None:
 
 def compare(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """The fastest run of each contestant, by name."""
-    runs = {
-        "streamda": run_streamda,
-        "baseline, 8 blocks per pass": lambda options, scratch: run_baseline(options, scratch, "8"),
-        "baseline, all in one pass": lambda options, scratch: run_baseline(options, scratch, "all"),
-    }
+    runs: dict[str, Callable[[argparse.Namespace, Path], dict[str, Any]]] = {"streamda": run_streamda}
+    for passes in ("whole", "short"):
+        for blocks, count in (("8", "8 blocks per"), ("all", "all in one")):
+            runs[f"baseline, {count} {passes} pass"] = partial(run_baseline, layers_per_pass=blocks, passes=passes)
     warm_page_cache(options.model)
     best: dict[str, dict[str, Any]] = {}
     for _ in range(options.repeats):  # in turns, so that a busy spell of the machine hits all of them

@@ -73,7 +73,7 @@ def bounded_budget(
             host = bounded("--max-host-mem", budget.host_bytes, limit_bytes, "this machine or its cgroup allows less")
             budget = replace(budget, host_bytes=host)
     elif limit_bytes is not None:
-        left = max(1, limit_bytes - anonymous_bytes())  # imports are not in the budget, but in the machine's memory
+        left = max(1, limit_bytes - anonymous_bytes())
         what = f"this machine or its cgroup has {format_size(limit_bytes)} in all"
         budget = replace(budget, device_bytes=bounded("--max-gpu-mem", budget.device_bytes, left, what))
     return budget, notices

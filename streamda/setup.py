@@ -176,7 +176,7 @@ def prepare(config: RunConfig, *, weights: bool, solves: bool = True) -> Prepare
     if config.model is None:
         raise ConfigError("no model is given; use --model with a hub id or a local folder")
     device = choose_device(config.device)
-    budget, bounded = bounded_budget(choose_budget(config, device), device, memory_limit())
+    asked = choose_budget(config, device)
     bound_allocator(device, SMALL_BLOCK_BYTES)
     source = find_model(config.model, config.revision, weights=weights, code=config.trust_remote_code)
     model_config = load_config(source.folder, config.trust_remote_code)
@@ -184,7 +184,7 @@ def prepare(config: RunConfig, *, weights: bool, solves: bool = True) -> Prepare
     stored_bytes = _stored_dtype_bytes(model_config)  # building the skeleton writes the compute dtype over it
     skeleton = build_skeleton(model_config, dtype, config.trust_remote_code)
     # its files are held against it before anything of the size it names is made, or a sample is read
-    cache = _page_cache_bytes(budget, device)
+    cache = _page_cache_bytes(asked, device)
     checkpoint = Checkpoint(source.folder, skeleton, device, cache_bytes=cache) if weights else None
     stack = DecoderStack(skeleton, device)
     stack.fill_small_parameters()
@@ -200,6 +200,8 @@ def prepare(config: RunConfig, *, weights: bool, solves: bool = True) -> Prepare
         max_positions=stack.max_positions,
         may_assume=not weights,
     )
+    # what is here by now is not in the budget, but in the machine's memory
+    budget, bounded = bounded_budget(asked, device, memory_limit())
     num_labels = sum(sample.num_label_tokens for sample in calibration.samples)
     lengths = [sample.num_tokens for sample in calibration.samples]
     if checkpoint is not None:  # a configuration may say another dtype than the files have

@@ -599,6 +599,22 @@ class TestMemoryOfTheMachine:
         assert limits.bounded_budget(small, torch.device("cpu"), limit) == (small, [])
         assert limits.bounded_budget(asked, torch.device("cpu"), None) == (asked, [])
 
+    def test_what_the_samples_take_is_taken_off_it(
+        self, options: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        held, load = [300_000_000], setup.load_calibration
+
+        def load_many(*arguments: Any, **settings: Any) -> Any:
+            held[0] += 100_000_000
+            return load(*arguments, **settings)
+
+        monkeypatch.setattr(setup, "memory_limit", lambda: 1_000_000_000)
+        monkeypatch.setattr(limits, "anonymous_bytes", lambda: held[0])
+        monkeypatch.setattr(setup, "load_calibration", load_many)
+        asked = {key: value for key, value in options().items() if key not in ("progress", "stop_requests")}
+        config = RunConfig.from_options(asked | {"max_gpu_mem": "2GB"})
+        assert setup.prepare(config, weights=False).budget.device_bytes == 600_000_000
+
     def test_a_run_uses_what_there_is_and_says_so(
         self, options: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -186,6 +186,11 @@ class Checkpoint:
         """Frees what `release` has kept and no `read` has taken."""
         self._spare.clear()
 
+    def close(self) -> None:
+        """Frees what is kept between reads; a later one makes it again."""
+        self.free_spare()
+        self._copier.close()
+
     def fingerprint(self) -> dict[str, Any]:
         """What identifies the weights: of each shard its size, and a digest of its header and of each tensor's ends.
 
@@ -201,7 +206,8 @@ class Checkpoint:
     @property
     def not_finite(self) -> dict[str, int]:
         """Values of tolerated parameters that were read as zeros, counted by parameter, of those read so far."""
-        return {target: sum(counts.values()) for target, counts in self._zeroed.items()}
+        # of a copy, made in one step: the next block may be read meanwhile
+        return {target: sum(counts.values()) for target, counts in list(self._zeroed.items())}
 
     def _read_tensor(
         self, reader: FileReader, tensor: StoredTensor, dtype: torch.dtype, copier: DeviceCopier

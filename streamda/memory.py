@@ -216,6 +216,8 @@ def blas_workspace_bytes(device: torch.device) -> int:
 
 RING_BUFFERS = 2
 """Of `READ_CHUNK_BYTES` each: the disk is slower than the bus, so a third would never be needed."""
+RING_BYTES = RING_BUFFERS * READ_CHUNK_BYTES
+"""Pinned memory that weights pass through on their way to a CUDA device."""
 
 CopyMark = torch.cuda.Event | None
 """A point behind some copies; None where they are done as soon as they are asked for."""
@@ -268,7 +270,11 @@ class DeviceCopier:
     ) -> None:
         self._entered.__exit__(kind, error, trace)
         if self._stream is None:
-            self._ring = [None]  # pinned ones are expensive to make and stay
+            self.close()  # pinned ones are expensive to make and stay until the run ends
+
+    def close(self) -> None:
+        """Frees the buffers; memory that a copy still reads is handed out again only when that is over."""
+        self._ring = [None] * len(self._ring)
 
     def buffer(self, num_bytes: int) -> torch.Tensor:
         """Host memory [num_bytes] uint8, valid until the next call."""
@@ -277,7 +283,8 @@ class DeviceCopier:
         buffer = self._ring[self._turn]
         if buffer is None or buffer.numel() < num_bytes:
             self._ring[self._turn] = buffer = None  # or its memory would be there twice
-            self._ring[self._turn] = buffer = host_buffer((num_bytes,), torch.uint8, self.device)
+            # all of one size at once: what one that has grown leaves behind stays pinned
+            self._ring[self._turn] = buffer = host_buffer((num_bytes,), torch.uint8, self.device, room=READ_CHUNK_BYTES)
         return buffer[:num_bytes]
 
     def copy_(self, target: torch.Tensor, chunk: torch.Tensor) -> None:

@@ -17,7 +17,7 @@ from streamda.disk_plan import DiskUse, choose_stride, disk_work, thinned_out
 from streamda.errors import BudgetError, StorageError
 from streamda.flops import count_flops
 from streamda.kept_memory import between_micro_batches, room_bytes, spare_bytes, stretch_bytes
-from streamda.memory import READ_CHUNK_BYTES, MemoryBudget, format_size, staged_bytes
+from streamda.memory import READ_CHUNK_BYTES, RING_BYTES, MemoryBudget, format_size, staged_bytes
 from streamda.panels import FLOAT32_BYTES, Replay, block_panels, pack_replays
 from streamda.solve_plan import (
     WORKSPACE_BYTES,
@@ -195,9 +195,9 @@ def _plan_at(
     prefetch: bool = False,
 ) -> Plan | None:
     boundary = _boundary_bytes(workload)
-    staged = 0 if host_is_device else staged_bytes(_hidden_bytes(workload))
-    boundary_threads = not host_is_device and budget.host_bytes >= staged
-    in_memory = min(len(workload.blocks) + 1, max(0, budget.host_bytes - staged) // max(1, boundary))
+    ring, staged = (0, 0) if host_is_device else (RING_BYTES, staged_bytes(_hidden_bytes(workload)))
+    boundary_threads = not host_is_device and budget.host_bytes >= ring + staged
+    in_memory = min(len(workload.blocks) + 1, max(0, budget.host_bytes - ring - staged) // max(1, boundary))
     available = budget.device_bytes - (in_memory * boundary if host_is_device else 0)
     logit_rows = _logit_rows(workload, available, keep_stored)
     specs = [cost.spec for cost in workload.blocks]

@@ -94,7 +94,7 @@ class Sweep:
     def close(self) -> None:
         """Ends what reads ahead, and frees what was kept for it."""
         self._blocks_ahead.close()
-        self._checkpoint.free_spare()
+        self._checkpoint.close()
 
     @property
     def num_blocks(self) -> int:

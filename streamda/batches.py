@@ -186,3 +186,8 @@ def _following(labels: Sequence[torch.Tensor], shape: tuple[int, int]) -> torch.
     for row, sample in enumerate(labels):
         following[row, : sample.numel() - 1] = sample[1:]
     return following
+
+
+def micro_batch_text(tokens: int) -> str:
+    """What a micro-batch of at most so many tokens is, in words; it never is less than a sample."""
+    return "one sample" if tokens == 1 else f"{tokens} tokens"

@@ -41,7 +41,9 @@ def continuing(settings: Mapping[str, Any], folder: Path) -> str | None:
     if settings["stage"] == "collect":
         return collecting(settings, folder)
     # an overwriting that was stopped is continued by its own command, one that is done would be begun again
-    left_out = {"resume"} if settings.get("overwriting") is not None else {"resume", "overwrite"}
+    left_out = {"resume", "statistics"}  # a file of options for all commands may hold what `init` does not take
+    if settings.get("overwriting") is None:
+        left_out.add("overwrite")
     # a folder that goes by another name now is not found without being told
     place = {} if folder.name == settings["name"] else {"work_dir": str(folder)}
     return _text(settings["stage"], {**_options(settings), **place}, left_out)
@@ -75,7 +77,8 @@ def _options(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _text(stage: str, options: Mapping[str, Any], left_out: set[str]) -> str:
     flags = {entry.name: flag(entry) for _, entry in option_fields()}
     words = ["streamda", stage]
-    for name in sorted(options.keys() - left_out, key=list(flags).index):  # in the order in which help shows them
+    # in the order in which help shows them; another version may have had others
+    for name in (each for each in flags if each in options.keys() - left_out):
         value, written = options[name], flags[name]
         if isinstance(value, bool):
             words.append(written if value else f"--no-{written[2:]}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from streamda.batches import micro_batch_text
 from streamda.disk_plan import stride_text
 from streamda.memory import format_size
 from streamda.quoting import printable
@@ -43,7 +44,7 @@ def plan_table(plan: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
         f"{format_size(facts['smallest_budget_bytes'])}",
         f"  data               {facts['num_samples']} samples, {facts['num_tokens']} tokens, "
         f"{facts['num_rows']} with padding",
-        f"  micro-batch        {plan['micro_batch_tokens']} tokens",
+        f"  micro-batch        {micro_batch_text(plan['micro_batch_tokens'])}",
         f"  replays per block  {spread}",
         f"  statistics         {statistics}",
         f"  boundaries in RAM  {plan['boundaries_in_memory']}",

@@ -12,6 +12,7 @@ from typing import Any
 from streamda import commands, files
 from streamda.adapter import require_writable_output
 from streamda.adapter_check import check_adapter, check_recorded
+from streamda.batches import micro_batch_text
 from streamda.config import RunConfig
 from streamda.disk_plan import stride_text, thinned_out
 from streamda.disk_space import START_RESERVE_BYTES, room_for_run
@@ -144,9 +145,10 @@ def resume_notices(prepared: Prepared, run: RunDirectory, parts: Mapping[str, An
     changed = list(differences(run.parts["numerics"], parts["numerics"]))
     if changed:
         notices.append(f"the environment has changed since this run was begun: {', '.join(changed)}; bits may differ")
-    asked, chosen = prepared.config.collect.micro_batch_tokens, str(run.settings["micro_batch_tokens"])
-    if asked not in ("auto", chosen):
-        notices.append(f"this run goes on with the {chosen} tokens per micro-batch that it was begun with, not {asked}")
+    asked, chosen = prepared.config.collect.micro_batch_tokens, run.settings["micro_batch_tokens"]
+    if asked not in ("auto", str(chosen)):
+        begun = micro_batch_text(chosen)
+        notices.append(f"this run goes on with {begun} per micro-batch, as it was begun, not {asked}")
     return notices
 
 

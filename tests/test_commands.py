@@ -91,3 +91,10 @@ def test_a_folder_by_another_name_and_samples_left_out_are_in_what_continues() -
     assert commands.continuing(settings, Path("b/m-lora-da.work")) == "streamda init --model m"
     moved = commands.continuing({**settings, "skipped_samples": [{"sample": 0}]}, Path("b/moved"))
     assert moved == "streamda init --model m --work-dir b/moved --skip-bad-samples"
+
+
+def test_what_the_command_does_not_take_or_know_is_not_in_it() -> None:
+    options = {"model": "m", "statistics": "s", "of_another_version": 1}
+    assert commands.continuing(commands.record("init", options, Path("w")), Path("w")) == "streamda init --model m"
+    collect = commands.record("collect", options, Path("s"))
+    assert commands.continuing(collect, Path("s")) == "streamda collect --model m --statistics s"

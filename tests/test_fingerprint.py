@@ -210,7 +210,7 @@ def test_settings_that_change_no_number_continue_to_the_same_bits(
         report = streamda.initialize(**interrupted(**given))
         assert report.resumed, given
         assert weights(tmp_path) == expected, given
-        said = [notice for notice in report.notices if "tokens per micro-batch" in notice]
+        said = [notice for notice in report.notices if "per micro-batch, as it was begun" in notice]
         assert bool(said) == ("micro_batch_tokens" in given)
 
 

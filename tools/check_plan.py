@@ -10,7 +10,8 @@ Few of them for each input are kept as rows in place of sums. Float32 on the CPU
 meter: anonymous memory above the baseline, sampled every 10 ms.
 
 Prints per run the planned and the measured peak and their ratio, and the phases that outgrew their plan. Exits with 1
-where a measured peak is above the plan. Blocks much smaller than these are dwarfed by the plan's fixed allowances.
+where a measured peak is above the plan or below three quarters of it. Blocks much smaller than these are dwarfed by the
+plan's fixed allowances.
 """
 
 import argparse
@@ -29,6 +30,8 @@ from streamda.memory import format_size
 from streamda.report import table
 from tools.make_checkpoint import LLAMA_2, make, write_samples
 
+LEAST_SHARE = 0.75
+"""Of a plan that its measured peak is to be."""
 SHAPES: dict[str, dict[str, Any]] = {
     "1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32, "num_key_value_heads": 4},
     "mlp": {"hidden_size": 2048, "intermediate_size": 14336, "num_attention_heads": 16, "num_key_value_heads": 4},
@@ -122,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 if chosen.json:  # after each run, since a grid takes its time
                     chosen.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     print("\n".join(table(HEADER, [describe(each) for each in found])))
-    if any(each["measured_peak"] > each["planned_peak"] for each in found):
+    if any(not LEAST_SHARE <= each["measured_peak"] / each["planned_peak"] <= 1 for each in found):
         raise SystemExit(1)
 
 

@@ -8,8 +8,8 @@
 Runs `streamda init` and the baseline of tools/baseline.py, which makes its Fisher passes over 8 decoder blocks or over
 all of them, and as whole passes or as short ones: one after another, each in a process of its own with the same number
 of threads, on the same samples. The checkpoint is read once before, so that none of them is the first to wait for the
-disk. Time and memory count from the end of the imports to the written adapter. With `--repeats` the fastest run of each
-counts.
+disk. Time and memory count from the end of the imports on: streamda's to the written adapter, the baseline's to the
+last solved layer. With `--repeats` the fastest run of each counts.
 """
 
 import argparse
@@ -30,7 +30,8 @@ from streamda.report import table
 
 STREAMDA = """
 import json, sys, time
-import torch, streamda
+import streamda  # first, as its command does: it decides how threads of torch wait
+import torch
 from streamda.memory import PeakMeter
 options, facts = json.loads(sys.argv[1]), sys.argv[2]
 started = time.monotonic()

@@ -19,6 +19,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from tools.check_plan import LEAST_SHARE
 from tools.check_scaling import line_through
 
 GB = 1e9
@@ -63,7 +64,7 @@ def plot_plan(facts: Sequence[dict[str, Any]]) -> Figure:
         peaks.plot(planned, measured, marker, color=colour, label=shape, markersize=4)
         shares.plot([each["factor"] for each in runs], [m / p for m, p in zip(measured, planned, strict=True)], marker,
                     color=colour, markersize=4)  # fmt: skip
-    for share, style in ((1.0, "-"), (0.75, "--")):
+    for share, style in ((1.0, "-"), (LEAST_SHARE, "--")):
         peaks.plot([0, highest], [0, share * highest], style, color="black", linewidth=0.8)
         shares.axhline(share, linestyle=style, color="black", linewidth=0.8)
     peaks.set(xlabel="planned peak, GB", ylabel="measured peak, GB")

@@ -49,7 +49,7 @@ def plot_speed(facts: dict[str, Any]) -> Figure:
         part.set_yticks(range(len(runs)), list(runs) if part is seconds else [""] * len(runs))
         part.invert_yaxis()
         part.set_xlabel(label)
-    seconds.legend(fontsize=7, ncols=2)
+    figure.legend(fontsize=7, ncols=len(phases) + 1, loc="outside lower center")
     return figure
 
 

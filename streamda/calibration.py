@@ -86,7 +86,7 @@ class CalibrationSet:
         if self.is_assumed:
             found.append(
                 f"the model's folder has no tokenizer: assumed are {len(self.samples)} samples of "
-                f"{self.samples[0].num_tokens} tokens, as many and as long as they may be"
+                f"{self.samples[0].num_tokens} tokens, as many and as long as they may be, all of them labels"
             )
         return tuple(found)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +22,15 @@ def record(stage: str, options: Mapping[str, Any], folder: Path) -> dict[str, An
         options: `RunConfig.given`.
         folder: of the run.
     """
-    return {"stage": stage, "options": dict(options), "name": folder.name, "finished": False}
+    return {"stage": stage, "options": dict(options), "begun_in": here(), "name": folder.name, "finished": False}
+
+
+def here() -> str | None:
+    """The folder that relative paths are from; None where it is gone."""
+    try:
+        return os.getcwd()
+    except OSError:
+        return None
 
 
 def lacks_adapter(settings: Mapping[str, Any]) -> bool:

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from streamda import files
-from streamda.commands import completing, continuing, lacks_adapter
+from streamda.commands import completing, continuing, here, lacks_adapter
 from streamda.errors import ConfigError, LockedError
 from streamda.files import shown
 from streamda.memory import format_size
+from streamda.quoting import printable
 from streamda.report import REPORT_FILE, read_report, table
 from streamda.rundir import WORK_SUFFIX, RunDirectory, find_record, unit_names
 from streamda.solutions import solve_unit
@@ -116,6 +117,7 @@ def _describe(
         "data": settings["data"],
         "method": dict(parts["method"]),
         "command": continuing(settings, path),
+        "begun_in": settings.get("begun_in"),
         "next": next_command,
         "loss": settings.get("loss"),
         "adapted_blocks": blocks,
@@ -124,11 +126,12 @@ def _describe(
         "units": dict(sizes),
     }
     data = settings["data"]
-    command = facts["command"]
+    command, begun_in = facts["command"], facts["begun_in"]
     lines = [
         f"streamda run  {path}" + (", at work" if at_work else state),
         *([f"  command      {command}"] if command is not None else []),
         *([f"  to continue  {next_command}"] if next_command is not None else []),
+        *([f"  begun in     {printable(begun_in)}"] if begun_in not in (None, here()) else []),
         f"  model        {settings['model']['name']}  ({settings['model']['num_blocks']} blocks)",
         f"  data         {data['source']}  ({data['num_samples']} samples, {data['num_tokens']} tokens)",
         f"  layers       {len(parts['method']['modules'])}",

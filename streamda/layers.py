@@ -268,5 +268,5 @@ def require_rank(linears: Sequence[LinearSpec], rank: int, *, may_leave_out: boo
         raise ConfigError(
             f"rank {rank} is above the smaller side of {counted(len(narrow), 'layer')}, narrowest {spec.name} "
             f"[{spec.d_out}, {spec.d_in}]; use --rank {min(spec.d_in, spec.d_out)} or less"
-            + (", or leave them out of --target-modules" if may_leave_out else "")
+            + (", or leave them out of --target-modules" if may_leave_out and len(narrow) < len(linears) else "")
         )

@@ -200,8 +200,8 @@ def solve(config: RunConfig, *, quiet: bool = False) -> InitReport:
         check_configuration(run.path, facts.get("model_files", {}))
         require_complete(run)
         specs = [BlockStatisticsReader(run.units, index).spec for index in facts["adapted_blocks"]]
-        for spec in specs:
-            require_rank(spec.linears, config.solve.rank, may_leave_out=False)
+        linears = [linear for spec in specs for linear in spec.linears]
+        require_rank(linears, config.solve.rank, may_leave_out=False)
         bound_allocator(device)
         solver = _solver(config, config.solve.population_size or facts["population_size"], device, timeline)
         if config.max_gpu_mem is not None:

@@ -69,7 +69,7 @@ def _estimate(bounds: Mapping[str, Any]) -> list[str]:
     return [
         f"  time at full rates {format_seconds(bounds['at_least_seconds'])} with disk and compute overlapped, "
         f"{format_seconds(bounds['in_turn_seconds'])} one after the other",
-        "    on CPUs a run took 1.3 times the first of these (a 13B model) to 3 times (135M weights, few samples)",
+        "    on CPUs a run took 1.3 times the first of these (a 13B model) to over 3 times (135M weights, few samples)",
         f"    compute          {format_seconds(bounds['compute_seconds'])} at {_flop_rate(rates['flops'])}, "
         f"{_flop_rate(rates['flops64'])} in float64",
         f"    reading          {format_seconds(bounds['read_seconds'])}: {format_size(bounds['bytes_read'])} at {read}",

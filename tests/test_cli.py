@@ -192,6 +192,12 @@ class TestRepair:
         shown = capsys.readouterr().out
         assert "adapter.work, incomplete\n" in shown
         assert f"  to continue  {collect}\n" in shown
+        assert "begun in" not in shown
+        begun_in = Path.cwd()
+        with monkeypatch.context() as elsewhere:
+            elsewhere.chdir(tmp_path)
+            assert run(elsewhere, "inspect", str(work)) == 0
+        assert f"  begun in     {begun_in}\n" in capsys.readouterr().out
         assert run(monkeypatch, "verify", str(work)) == 0
         assert f"1 of 3 blocks are collected; to continue: {collect}\n" in capsys.readouterr().out
         solving = ["solve", "--statistics", str(work), "--output-dir", str(tmp_path / "again"), "--quiet"]

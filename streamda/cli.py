@@ -18,7 +18,7 @@ from typer.core import TyperCommand
 
 from streamda import __version__, pipeline, stopping
 from streamda.cli_options import TRACEBACKS, command_options
-from streamda.commands import NOT_FOR_COLLECT, solving
+from streamda.commands import NOT_FOR_COLLECT, NOT_FOR_INIT, solving
 from streamda.config import RunConfig, option_fields
 from streamda.config_file import read_config_file
 from streamda.errors import StoppedError, StorageError, StreamdaError
@@ -109,7 +109,7 @@ def _print_report(report: InitReport, as_json: bool) -> None:
 
 
 @app.command("init", cls=_SectionedCommand)
-@_with_options(command_options(skip=("statistics",)))
+@_with_options(command_options(skip=NOT_FOR_INIT))
 def init_command(**options: Any) -> None:
     """Compute the starting point of a LoRA adapter. Plans, collects, solves and writes."""
     quiet, verbose, as_json = _take_flags(options)
@@ -117,7 +117,7 @@ def init_command(**options: Any) -> None:
 
 
 @app.command("plan", cls=_SectionedCommand)
-@_with_options(command_options(skip=("statistics", "profile"), hide=_NOT_FOR_PLAN, shows_sample=False))
+@_with_options(command_options(skip=(*NOT_FOR_INIT, "profile"), hide=_NOT_FOR_PLAN, shows_sample=False))
 def plan_command(**options: Any) -> None:
     """Show what `init` would do and need. Reads the model's configuration and the samples, and no weights."""
     _, _, as_json = _take_flags(options)

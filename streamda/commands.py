@@ -10,6 +10,8 @@ from typing import Any
 
 from streamda.config import flag, option_fields
 
+NOT_FOR_INIT = ("statistics",)
+"""Options that ``init`` and ``plan`` do not take; a file of options for all commands may hold them."""
 NOT_FOR_COLLECT = ("output_dir", "work_dir", "keep_statistics", "spill_statistics", "rates", "profile")
 """Options of ``init`` that ``collect`` does not take."""
 
@@ -50,12 +52,10 @@ def continuing(settings: Mapping[str, Any], folder: Path) -> str | None:
     if settings["stage"] == "collect":
         return collecting(settings, folder)
     # an overwriting that was stopped is continued by its own command, one that is done would be begun again
-    left_out = {"resume", "statistics"}  # a file of options for all commands may hold what `init` does not take
-    if settings.get("overwriting") is None:
-        left_out.add("overwrite")
+    anew = () if settings.get("overwriting") is not None else ("overwrite",)
     # a folder that goes by another name now is not found without being told
     place = {} if folder.name == settings["name"] else {"work_dir": str(folder)}
-    return _text(settings["stage"], {**_options(settings), **place}, left_out)
+    return _text("init", {**_options(settings), **place}, {"resume", *anew, *NOT_FOR_INIT})
 
 
 def collecting(settings: Mapping[str, Any], folder: Path) -> str | None:
@@ -84,11 +84,11 @@ def _options(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _text(stage: str, options: Mapping[str, Any], left_out: set[str]) -> str:
-    flags = {entry.name: flag(entry) for _, entry in option_fields()}
-    words = ["streamda", stage]
-    # in the order in which help shows them; another version may have had others
-    for name in (each for each in flags if each in options.keys() - left_out):
-        value, written = options[name], flags[name]
+    words, wanted = ["streamda", stage], options.keys() - left_out
+    for _, entry in option_fields():  # in the order in which help shows them; another version may have had others
+        if entry.name not in wanted:
+            continue
+        value, written = options[entry.name], flag(entry)
         if isinstance(value, bool):
             words.append(written if value else f"--no-{written[2:]}")
         else:

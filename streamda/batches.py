@@ -61,6 +61,11 @@ def make_micro_batches(lengths: Sequence[int], max_tokens: int, *, padded: bool 
         cost //= 2
 
 
+def micro_batch_text(tokens: int) -> str:
+    """What a micro-batch of at most so many tokens is, in words; it never is less than a sample."""
+    return "one sample" if tokens == 1 else f"{tokens} tokens"
+
+
 def _best_cuts(lengths: Sequence[int], max_tokens: int, batch_cost: int) -> list[int]:
     """Where to end each micro-batch so that rows plus costs are least; by dynamic programming.
 
@@ -186,8 +191,3 @@ def _following(labels: Sequence[torch.Tensor], shape: tuple[int, int]) -> torch.
     for row, sample in enumerate(labels):
         following[row, : sample.numel() - 1] = sample[1:]
     return following
-
-
-def micro_batch_text(tokens: int) -> str:
-    """What a micro-batch of at most so many tokens is, in words; it never is less than a sample."""
-    return "one sample" if tokens == 1 else f"{tokens} tokens"

@@ -195,9 +195,9 @@ def _plan_at(
     prefetch: bool = False,
 ) -> Plan | None:
     boundary = _boundary_bytes(workload)
-    ring, staged = (0, 0) if host_is_device else (RING_BYTES, staged_bytes(_hidden_bytes(workload)))
-    boundary_threads = not host_is_device and budget.host_bytes >= ring + staged
-    in_memory = min(len(workload.blocks) + 1, max(0, budget.host_bytes - ring - staged) // max(1, boundary))
+    pinned = 0 if host_is_device else RING_BYTES + staged_bytes(_hidden_bytes(workload))
+    boundary_threads = not host_is_device and budget.host_bytes >= pinned
+    in_memory = min(len(workload.blocks) + 1, max(0, budget.host_bytes - pinned) // max(1, boundary))
     available = budget.device_bytes - (in_memory * boundary if host_is_device else 0)
     logit_rows = _logit_rows(workload, available, keep_stored)
     specs = [cost.spec for cost in workload.blocks]

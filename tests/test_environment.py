@@ -611,8 +611,7 @@ class TestMemoryOfTheMachine:
         monkeypatch.setattr(setup, "memory_limit", lambda: 1_000_000_000)
         monkeypatch.setattr(limits, "anonymous_bytes", lambda: held[0])
         monkeypatch.setattr(setup, "load_calibration", load_many)
-        asked = {key: value for key, value in options().items() if key not in ("progress", "stop_requests")}
-        config = RunConfig.from_options(asked | {"max_gpu_mem": "2GB"})
+        config = RunConfig.from_options(options(max_gpu_mem="2GB"))
         assert setup.prepare(config, weights=False).budget.device_bytes == 600_000_000
 
     def test_a_run_uses_what_there_is_and_says_so(
